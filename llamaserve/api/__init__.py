@@ -1,0 +1,1 @@
+"""The HTTP resources: parse, validate, call, format. Knows nothing of llama.cpp."""

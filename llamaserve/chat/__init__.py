@@ -1,0 +1,1 @@
+"""From chat messages to the prompt text a model expects."""

@@ -1,0 +1,202 @@
+"""Every error that llamaserve raises on purpose, and how each one looks to an HTTP client.
+
+The tree::
+
+    LlamaserveError                 500 server_error            internal_error
+    ├── InvalidRequest              400 invalid_request_error   (none)
+    │   ├── ContextLengthExceeded   400 invalid_request_error   context_length_exceeded
+    │   ├── UnsupportedParameter    400 invalid_request_error   unsupported_parameter
+    │   ├── ModelNotCapable         400 invalid_request_error   model_not_capable
+    │   ├── ChatTemplateError       400 invalid_request_error   chat_template_error
+    │   ├── BodyTooLarge            413 invalid_request_error   body_too_large
+    │   └── ModelNotFound           404 invalid_request_error   model_not_found
+    ├── Unavailable                 503 server_error            unavailable
+    │   ├── ModelNotLoaded          503 server_error            model_not_loaded
+    │   ├── EngineCrashed           503 server_error            engine_crashed
+    │   └── ModelQuarantined        503 server_error            model_quarantined
+    ├── EngineError                 500 server_error            engine_error
+    └── ModelError                  500 server_error            model_error
+        ├── RegistryError           500 server_error            registry_error        models.yaml is wrong
+        ├── SourceError             500 server_error            model_source_error    the weights could not be fetched
+        │   ├── ModelFileMissing    500 server_error            model_file_not_found
+        │   └── ChecksumMismatch    500 server_error            model_checksum_mismatch
+        ├── GGUFError               500 server_error            model_file_invalid
+        └── ModelLoadFailed         500 server_error            model_load_failed
+
+Deep code raises the specific class. The HTTP boundary turns it into OpenAI's ``{"error": {...}}``, the command line into
+one line and ``hint``, the next command to type. This module knows nothing of HTTP frameworks, processes or llama.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+
+class LlamaserveError(Exception):
+    """Base of all errors raised on purpose. ``param`` is the request field at fault, ``hint`` the next thing to do."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, hint: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.hint = hint
+        self.retry_after = retry_after  # seconds, for the Retry-After header
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(LlamaserveError):
+    """The request can never work as it is written."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: ClassVar[str | None] = None
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt leaves no room for even one new token."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A known field asks for something this server does not do; answering without it would mislead the client."""
+
+    code = "unsupported_parameter"
+
+
+class ModelNotCapable(InvalidRequest):
+    """The model exists but cannot do this, such as chat with an embedding model."""
+
+    code = "model_not_capable"
+
+
+class ChatTemplateError(InvalidRequest):
+    """The model's chat template refused the messages, or took too much time or memory."""
+
+    code = "chat_template_error"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is over the configured limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class ModelNotFound(InvalidRequest):
+    """No served model has this name or alias."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class Unavailable(LlamaserveError):
+    """The server cannot do this now, and may be able to later."""
+
+    status = 503
+    code = "unavailable"
+
+
+class ModelNotLoaded(Unavailable):
+    """The server was started without a model."""
+
+    code = "model_not_loaded"
+
+
+class EngineCrashed(Unavailable):
+    """The process that ran the model ended before the request was finished."""
+
+    code = "engine_crashed"
+
+
+class ModelQuarantined(Unavailable):
+    """The model crashed too often to be started again by a mere request."""
+
+    code = "model_quarantined"
+
+
+class EngineError(LlamaserveError):
+    """llama.cpp reported a failure, or produced logits that are no numbers."""
+
+    code = "engine_error"
+
+
+class ModelError(LlamaserveError):
+    """A model that is listed cannot be used."""
+
+    code = "model_error"
+
+
+class RegistryError(ModelError):
+    """models.yaml cannot be read; the message names file, line and field."""
+
+    code = "registry_error"
+
+
+class SourceError(ModelError):
+    """A model's weights could not be fetched."""
+
+    code = "model_source_error"
+
+
+class ModelFileMissing(SourceError):
+    """The weights are not on this machine."""
+
+    code = "model_file_not_found"
+
+
+class ChecksumMismatch(SourceError):
+    """The weights are not the bytes that models.yaml promises."""
+
+    code = "model_checksum_mismatch"
+
+
+class GGUFError(ModelError):
+    """The file is no GGUF file, is cut short, or holds values that llama.cpp must not see."""
+
+    code = "model_file_invalid"
+
+
+class ModelLoadFailed(ModelError):
+    """llama.cpp refused to load the model."""
+
+    code = "model_load_failed"
+
+
+class ErrorValue(msgspec.Struct, frozen=True):
+    """An error as a value that crosses a process boundary."""
+
+    name: str
+    message: str
+    param: str | None = None
+    hint: str | None = None
+    retry_after: float | None = None
+
+
+def _tree(cls: type[LlamaserveError]) -> dict[str, type[LlamaserveError]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def to_value(error: LlamaserveError) -> ErrorValue:
+    """Turn an error into a value that another process can read."""
+    return ErrorValue(type(error).__name__, error.message, error.param, error.hint, error.retry_after)
+
+
+def from_value(value: ErrorValue) -> LlamaserveError:
+    """Rebuild the error that ``to_value`` wrote; an unknown name becomes the base class."""
+    cls = _tree(LlamaserveError).get(value.name, LlamaserveError)
+    return cls(value.message, param=value.param, hint=value.hint, retry_after=value.retry_after)

@@ -1,0 +1,1 @@
+"""One child process per loaded model, and the messages that pass between it and the API process."""
