@@ -23,8 +23,9 @@ The tree::
         ├── GGUFError               500 server_error            model_file_invalid
         └── ModelLoadFailed         500 server_error            model_load_failed
 
-Deep code raises the specific class. The HTTP boundary turns it into OpenAI's ``{"error": {...}}``, the command line into
-one line and ``hint``, the next command to type. This module knows nothing of HTTP frameworks, processes or llama.cpp.
+Deep code raises the specific class. The HTTP boundary turns it into OpenAI's ``{"error": {...}}``, the command line
+into one line and ``hint``, the next command to type. This module knows nothing of HTTP frameworks, processes or
+llama.cpp.
 """
 
 from __future__ import annotations
