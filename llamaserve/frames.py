@@ -49,7 +49,7 @@ class FrameSocket:
         if len(header) < _LENGTH.size:
             raise FrameError("the peer closed inside a frame header")
         length = _length(header)
-        payload = self._reader.read(length)
+        payload: bytes = self._reader.read(length)
         if len(payload) < length:
             raise FrameError("the peer closed inside a frame")
         return payload
