@@ -15,7 +15,8 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a GGUF model is loaded.
 
     ``context`` is the largest number of tokens (prompt and answer) of one request, ``parallel`` the number of sequences
-    evaluated at once, ``kv_cells`` the number of tokens that the key-value cache holds for all sequences together.
+    evaluated at once, ``kv_cells`` the number of tokens that the key-value cache holds for all sequences together and
+    ``batch`` the largest number of tokens in one step.
     """
 
     path: str
@@ -28,3 +29,35 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: FlashAttention
     key_type: KVType
     value_type: KVType
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen from the logits.
+
+    ``temperature`` 0 takes the most probable token. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and the neutral penalties
+    switch their stage off. ``repetition_penalty_range`` is the number of last tokens, prompt included, that the three
+    penalties look at; 0 means all of them. ``logit_bias`` maps token ids to what is added to their logit.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_penalty_range: int = 1024
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """What to generate from each prompt: ``choices`` answers of at most ``max_tokens`` tokens (None: until the context
+    ends), cut before the first of the ``stop`` strings. Choice *i* samples with ``sampling.seed + i``.
+    """
+
+    sampling: Sampling
+    choices: int = 1
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False

@@ -1,0 +1,381 @@
+"""A thin, checked facade over llama.cpp's C API.
+
+Several C++ exceptions and assertions end the process (an out-of-range token id is enough), so every value is checked
+here before it crosses. Objects own their C counterparts and free them in ``close``. This module knows the C API and
+nothing of scheduling, text or requests; it is the only one that imports ``llama_cpp``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from llamaserve.engine.params import LoadParams
+from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed
+
+# ggml_type, from ggml.h
+_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+_FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+_ALL_LAYERS = -1
+_BYTE_COVERING_VOCABS = {1, 2}  # SPM and BPE: every byte of the text ends up in some token
+_RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw its own
+_LOG_WARNING, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
+
+_recent_errors: deque[str] = deque(maxlen=4)
+_last_level = 0
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user_data: Any) -> None:
+    """Pass llama.cpp's warnings on to standard error and remember its errors; drop its running commentary."""
+    global _last_level
+    level = _last_level if level == _LOG_CONTINUED else level
+    _last_level = level
+    if level in (_LOG_WARNING, _LOG_ERROR):
+        line = text.decode("utf-8", "replace")
+        sys.stderr.write(line)
+        if level == _LOG_ERROR and line.strip():
+            _recent_errors.append(line.strip())
+
+
+class OutOfCells(EngineError):
+    """The key-value cache has no room for this batch; nothing was evaluated."""
+
+
+def start_backend() -> None:
+    """Prepare llama.cpp for use; once in a process, before anything else here."""
+    lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def supports_gpu_offload() -> bool:
+    """Tell whether this build of llama.cpp can use a GPU (Metal, CUDA, Vulkan, ...)."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
+def gpu_layer_count(setting: str | int) -> int:
+    """Translate ``gpu_layers`` to llama.cpp's number: auto means all where the build has a GPU backend, else none."""
+    match setting:
+        case "auto":
+            return _ALL_LAYERS if supports_gpu_offload() else 0
+        case "all":
+            return _ALL_LAYERS
+        case "none":
+            return 0
+        case _:
+            return int(setting)
+
+
+def model_params(params: LoadParams) -> Any:
+    """Return the ``llama_model_params`` for these settings, without a progress callback."""
+    native = lib.llama_model_default_params()
+    native.n_gpu_layers = gpu_layer_count(params.gpu_layers)
+    return native
+
+
+def context_params(params: LoadParams) -> Any:
+    """Return the ``llama_context_params`` for these settings."""
+    native = lib.llama_context_default_params()
+    native.n_ctx = params.kv_cells
+    native.n_batch = params.batch
+    native.n_ubatch = params.batch
+    native.n_seq_max = params.parallel
+    native.n_outputs_max = params.parallel  # at most one row of logits a sequence; the default reserves n_batch rows
+    native.n_threads = params.threads
+    native.n_threads_batch = params.threads
+    native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]
+    native.type_k = _KV_TYPES[params.key_type]
+    native.type_v = _KV_TYPES[params.value_type]
+    native.kv_unified = True  # sequences of any length share all cells, and later whole prefixes
+    native.swa_full = False
+    native.no_perf = True
+    return native
+
+
+class Vocab:
+    """A model's vocabulary. Thread-safe: needs no context and never waits for an evaluation."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = lib.llama_model_get_vocab(model)
+        self.size: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.bos: int = lib.llama_vocab_bos(self._vocab)
+        self.add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def handle(self) -> Any:
+        """The C pointer, for samplers that need it."""
+        return self._vocab
+
+    def check(self, tokens: Iterable[int], param: str) -> None:
+        """Refuse token ids outside the vocabulary; llama.cpp would end the process on one."""
+        for token in tokens:
+            if not 0 <= token < self.size:
+                raise InvalidRequest(f"token id {token} is not between 0 and {self.size - 1}", param=param)
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Turn text into token ids. ``add_bos`` puts the begin token first where the model wants one and the text does
+        not already start with it; ``parse_special`` reads the names of control tokens as those tokens.
+        """
+        data = text.encode()
+        room = len(data) + 2
+        buffer = (lib.llama_token * room)()
+        count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
+        if count < 0 and count != -(2**31):
+            room = -count
+            buffer = (lib.llama_token * room)()
+            count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
+        if count < 0:
+            raise EngineError("llama.cpp could not tokenise the text")
+        tokens = buffer[:count]
+        if add_bos and self.add_bos and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        return list(tokens)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Return a number that ``tokenize`` can't fall below, without tokenising; 0 when nothing can be said."""
+        if lib.llama_vocab_type(self._vocab) not in _BYTE_COVERING_VOCABS:
+            return 0
+        return len(text) // self._longest_piece
+
+    @cached_property
+    def _longest_piece(self) -> int:
+        return max(1, *(len(self.piece(token, special=True)) for token in range(self.size)))
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Return the bytes that a token stands for, which need not be whole characters.
+
+        Control tokens are empty unless ``special``.
+        """
+        key = ~token if special else token
+        found = self._pieces.get(key)
+        if found is None:
+            self.check((token,), "tokens")
+            found = self._pieces[key] = self._read_piece(token, special)
+        return found
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
+        room = 64
+        buffer = ctypes.create_string_buffer(room)
+        count = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+        if count < 0:
+            room = -count
+            buffer = ctypes.create_string_buffer(room)
+            count = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+        return buffer.raw[:count]
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool) -> str:
+        """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+        self.check(tokens, "tokens")
+        return b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
+
+    def is_end_of_generation(self, token: int) -> bool:
+        """Tell whether the model says with this token that its answer is complete."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+
+class Model:
+    """Loaded weights."""
+
+    def __init__(self, params: LoadParams, on_progress: Callable[[float], None]) -> None:
+        native = model_params(params)
+
+        def report(fraction: float, _user_data: Any) -> bool:
+            on_progress(fraction)
+            return True
+
+        native.progress_callback = callback = lib.llama_progress_callback(report)
+        _recent_errors.clear()
+        self.handle = lib.llama_model_load_from_file(params.path.encode(), native)
+        del callback  # kept alive until the load returned
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp can't load {params.path}: {_why()}")
+        if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
+            self.close()
+            raise ModelLoadFailed(f"{params.path} is an encoder; it can't generate text token by token")
+        self.vocab = Vocab(self.handle)
+
+    @property
+    def sliding_window(self) -> int:
+        """Width of the sliding attention window in tokens; 0 when attention reaches back to the start."""
+        return max(0, int(lib.llama_model_n_swa(self.handle)))
+
+    def close(self) -> None:
+        """Free the weights. Contexts on them must be closed first."""
+        if self.handle:
+            lib.llama_model_free(self.handle)
+            self.handle = None
+
+
+def _why() -> str:
+    return "; ".join(_recent_errors) or "it gave no reason"
+
+
+class Context:
+    """A key-value cache and the buffers to evaluate batches with it. Owned by one thread."""
+
+    def __init__(self, model: Model, params: LoadParams) -> None:
+        self._model = model
+        _recent_errors.clear()
+        self.handle = lib.llama_init_from_model(model.handle, context_params(params))
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp can't make a context of {params.kv_cells} tokens: {_why()}")
+        self._memory = lib.llama_get_memory(self.handle)
+        self.cells: int = lib.llama_n_ctx(self.handle)
+        self._vocab_size = model.vocab.size
+
+    def evaluate(self, batch: Batch) -> None:
+        """Run the batch through the model; logits are then there for the rows that asked for them."""
+        code = lib.llama_decode(self.handle, batch.native)
+        if code == 1:
+            raise OutOfCells("the key-value cache is full")
+        if code != 0:
+            raise EngineError(f"llama.cpp failed to evaluate a batch of {batch.native.n_tokens} tokens (code {code})")
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """Return the logits of a batch row, shape (vocabulary,), as a view that the next ``evaluate`` overwrites."""
+        pointer = lib.llama_get_logits_ith(self.handle, row)
+        if not pointer:
+            raise EngineError(f"row {row} of the batch has no logits")
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+
+    def truncate(self, sequence: int, length: int) -> int:
+        """Keep the first ``length`` tokens of a sequence and return how many were kept: ``length``, or 0 where the
+        model's memory can't be cut there (recurrent state, or a sliding window that has moved on).
+        """
+        if length > 0 and lib.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            window = self._model.sliding_window
+            oldest = lib.llama_memory_seq_pos_min(self._memory, sequence)
+            if window == 0 or 0 <= oldest <= max(0, length - window):
+                return length
+        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        return 0
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        lib.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        """Free the cache and the buffers."""
+        if self.handle:
+            lib.llama_free(self.handle)
+            self.handle = None
+
+
+class Batch:
+    """The rows of one step in llama.cpp's layout, allocated once: token, position and sequence of each row, and
+    whether its logits are wanted.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._token = np.zeros(capacity, np.int32)
+        self._position = np.zeros(capacity, np.int32)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._sequence_count = np.ones(capacity, np.int32)
+        self._wants_logits = np.zeros(capacity, np.int8)
+        addresses = self._sequence.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
+        self._sequence_pointers = np.ascontiguousarray(addresses, np.uintp)
+        self.native = lib.llama_batch()
+        self.native.token = self._token.ctypes.data_as(ctypes.POINTER(lib.llama_token))
+        self.native.pos = self._position.ctypes.data_as(ctypes.POINTER(lib.llama_pos))
+        self.native.n_seq_id = self._sequence_count.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self.native.seq_id = ctypes.cast(
+            self._sequence_pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(lib.llama_seq_id))
+        )
+        self.native.logits = self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows."""
+        self.native.n_tokens = 0
+
+    def add(self, tokens: Sequence[int], position: int, sequence: int, *, logits: bool) -> int:
+        """Append consecutive tokens of a sequence, the first at ``position``. Returns the row of the last one, which is
+        the only one whose logits can be asked for.
+        """
+        start = self.native.n_tokens
+        end = start + len(tokens)
+        self._token[start:end] = tokens
+        self._position[start:end] = range(position, position + len(tokens)) if len(tokens) > 1 else position
+        self._sequence[start:end] = sequence
+        self._wants_logits[start:end] = 0
+        self._wants_logits[end - 1] = logits
+        self.native.n_tokens = end
+        return int(end - 1)
+
+
+class SamplerChain:
+    """llama.cpp's chain of samplers, run in the order in which they were added. The last one must pick a token."""
+
+    def __init__(self) -> None:
+        self.handle = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+
+    def _add(self, sampler: Any) -> None:
+        if not sampler:
+            raise EngineError("llama.cpp refused a sampler")
+        lib.llama_sampler_chain_add(self.handle, sampler)
+
+    def add_logit_bias(self, vocab: Vocab, bias: dict[int, float]) -> None:
+        """Add to the logits of some tokens."""
+        entries = (lib.llama_logit_bias * len(bias))(*bias.items())
+        self._add(lib.llama_sampler_init_logit_bias(vocab.size, len(bias), entries))
+
+    def add_penalties(self, vocab: Vocab, last: int, repeat: float, frequency: float, presence: float) -> None:
+        """Penalise tokens among the ``last`` accepted ones."""
+        self._add(lib.llama_sampler_init_penalties(vocab.size, last, repeat, frequency, presence))
+
+    def add_temperature(self, temperature: float) -> None:
+        """Divide the logits by the temperature."""
+        self._add(lib.llama_sampler_init_temp(temperature))
+
+    def add_top_k(self, k: int) -> None:
+        """Keep the k most probable tokens."""
+        self._add(lib.llama_sampler_init_top_k(k))
+
+    def add_top_p(self, p: float) -> None:
+        """Keep the smallest set of tokens whose probabilities sum up to p."""
+        self._add(lib.llama_sampler_init_top_p(p, 1))
+
+    def add_min_p(self, p: float) -> None:
+        """Keep tokens with at least p times the best token's probability."""
+        self._add(lib.llama_sampler_init_min_p(p, 1))
+
+    def add_greedy(self) -> None:
+        """Pick the most probable token."""
+        self._add(lib.llama_sampler_init_greedy())
+
+    def add_distribution(self, seed: int) -> None:
+        """Pick at random by probability. The same 32-bit seed gives the same choices."""
+        seed = (seed ^ seed >> 32) & 0xFFFFFFFF
+        self._add(lib.llama_sampler_init_dist(seed if seed != _RANDOM_SEED else 0))
+
+    def sample(self, context: Context, row: int) -> int:
+        """Pick a token from a row's logits and remember it for the penalties."""
+        return int(lib.llama_sampler_sample(self.handle, context.handle, row))
+
+    def accept(self, token: int) -> None:
+        """Remember a token that was not sampled here, such as one of the prompt."""
+        lib.llama_sampler_accept(self.handle, token)
+
+    def close(self) -> None:
+        """Free the chain and its samplers."""
+        if self.handle:
+            lib.llama_sampler_free(self.handle)
+            self.handle = None
+
+
+def close_all(*owners: Context | Model | SamplerChain | None) -> None:
+    """Close in the given order; each one's C memory is freed even when an earlier one fails."""
+    with contextlib.ExitStack() as stack:
+        for owner in reversed(owners):
+            if owner is not None:
+                stack.callback(owner.close)

@@ -1,0 +1,114 @@
+"""Which tokens lie in the key-value cache, and which sequence may use them.
+
+The cache has a fixed number of slots, each of which holds the evaluated tokens of one sequence: a running one, or a
+finished one whose prefix the next request of the same conversation can reuse. All slots share the cells. Knows the
+length of things and who owns them; the data itself is behind ``Memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as TokenSequence
+from itertools import count
+from typing import Protocol
+
+from llamaserve.engine.sequence import Sequence
+
+_BLOCK = 256  # tokens compared at once: comparing list slices is far faster than comparing tokens
+
+
+class Memory(Protocol):
+    """The key-value cache itself."""
+
+    def truncate(self, sequence: int, length: int) -> int:
+        """Keep the first ``length`` tokens of a slot; return how many were kept, which is that or 0."""
+
+
+def common_prefix(one: TokenSequence[int], other: TokenSequence[int]) -> int:
+    """Return how many tokens the two have in common at their beginning."""
+    limit = min(len(one), len(other))
+    start = 0
+    while start < limit and one[start : start + _BLOCK] == other[start : start + _BLOCK]:
+        start += _BLOCK
+    start = min(start, limit)
+    while start < limit and one[start] == other[start]:
+        start += 1
+    return start
+
+
+class _Slot:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.owner: Sequence | None = None
+        self.prefix: list[int] = []  # the resident tokens of a slot without owner
+        self.last_used = 0
+
+    @property
+    def cells(self) -> int:
+        return self.owner.evaluated if self.owner else len(self.prefix)
+
+
+class PrefixCache:
+    """The slots of one context."""
+
+    def __init__(self, memory: Memory, slots: int, cells: int) -> None:
+        self._memory = memory
+        self._slots = [_Slot(number) for number in range(slots)]
+        self._clock = count(1)
+        self.cells = cells
+
+    @property
+    def used_cells(self) -> int:
+        """Number of tokens in the cache."""
+        return sum(slot.cells for slot in self._slots)
+
+    @property
+    def has_idle_slot(self) -> bool:
+        """Whether another sequence could start."""
+        return any(slot.owner is None for slot in self._slots)
+
+    def acquire(self, sequence: Sequence) -> None:
+        """Give the sequence the idle slot that holds the longest beginning of its tokens, else the one unused longest.
+
+        At least one token stays to be evaluated, because sampling needs its logits.
+        """
+        idle = [slot for slot in self._slots if slot.owner is None]
+        wanted = sequence.tokens[:-1]
+        shared = {slot.number: common_prefix(slot.prefix, wanted) for slot in idle}
+        slot = max(idle, key=lambda slot: (shared[slot.number], -slot.last_used))
+        sequence.evaluated = self._truncate(slot, shared[slot.number])
+        slot.owner = sequence
+        slot.prefix = []
+        sequence.slot = slot.number
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the slot back; the evaluated tokens stay in it as a prefix for a later sequence."""
+        assert sequence.slot is not None
+        slot = self._slots[sequence.slot]
+        slot.owner = None
+        slot.prefix = sequence.tokens[: sequence.evaluated]
+        slot.last_used = next(self._clock)
+        sequence.slot = None
+        sequence.evaluated = 0
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what the cache holds of a running sequence, because it may be wrong."""
+        assert sequence.slot is not None
+        self._memory.truncate(sequence.slot, 0)
+        sequence.evaluated = 0
+
+    def make_room(self, cells: int) -> bool:
+        """Evict idle prefixes, the longest unused first, until so many cells are free; False when that's not enough."""
+        idle = sorted((slot for slot in self._slots if slot.owner is None and slot.prefix), key=lambda s: s.last_used)
+        free = self.cells - self.used_cells
+        while free < cells and idle:
+            slot = idle.pop(0)
+            free += slot.cells
+            self._truncate(slot, 0)
+        return free >= cells
+
+    def _truncate(self, slot: _Slot, length: int) -> int:
+        if length == len(slot.prefix):
+            return length
+        kept = self._memory.truncate(slot.number, length)
+        del slot.prefix[kept:]
+        return kept

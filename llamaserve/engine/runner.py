@@ -1,0 +1,62 @@
+"""Executes what the scheduler planned: fills a batch, evaluates it with llama.cpp and samples the next tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as TokenSequence
+from typing import Protocol
+
+from llamaserve.engine.llama import Batch, Context, SamplerChain, Vocab
+from llamaserve.engine.sampling import build_chain
+from llamaserve.engine.scheduler import Chunk
+from llamaserve.engine.sequence import Sequence
+from llamaserve.errors import EngineError
+
+
+class Runner(Protocol):
+    """The seam between deciding and executing; tests put a double here."""
+
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
+        """Evaluate the chunks and return, for each that completes its sequence, the next token or what went wrong."""
+
+
+class LlamaRunner:
+    """Runs chunks on one llama.cpp context."""
+
+    def __init__(self, context: Context, vocab: Vocab, *, batch: int, max_tokens: int) -> None:
+        self._context = context
+        self._vocab = vocab
+        self._batch = Batch(batch)
+        self._max_tokens = max_tokens  # of one sequence, prompt included
+
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
+        """See ``Runner``. Raises ``OutOfCells`` when nothing was evaluated for want of cells."""
+        batch = self._batch
+        batch.clear()
+        rows: list[tuple[Sequence, int]] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.slot is not None
+            start = sequence.evaluated
+            completes = chunk.completes
+            tokens = sequence.tokens[start : start + chunk.length]
+            row = batch.add(tokens, start, sequence.slot, logits=completes)
+            if completes:
+                rows.append((sequence, row))
+        self._context.evaluate(batch)
+        return [self._sample(sequence, row) for sequence, row in rows]
+
+    def _sample(self, sequence: Sequence, row: int) -> int | EngineError:
+        # max() is NaN as soon as one logit is: such a model would stream noise, or trip an assertion in a sampler.
+        if not math.isfinite(self._context.logits(row).max()):
+            return EngineError("the model computed logits that are not numbers; its file is probably damaged")
+        if sequence.sampler is None:
+            sequence.sampler = build_chain(
+                sequence.generation.sampling,
+                self._vocab,
+                history=sequence.tokens,
+                context=self._max_tokens,
+                choice=sequence.choice,
+            )
+        assert isinstance(sequence.sampler, SamplerChain)
+        return sequence.sampler.sample(self._context, row)

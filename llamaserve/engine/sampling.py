@@ -1,0 +1,55 @@
+"""From a request's sampling options to a chain of llama.cpp's samplers.
+
+The order is that of the seed API: logit bias, penalties, temperature, top-k, top-p, min-p, then the draw. Knows nothing
+of requests or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamaserve.engine.llama import SamplerChain, Vocab
+from llamaserve.engine.params import Sampling
+
+_WHOLE_TEXT = 0  # our repetition_penalty_range for "all tokens"
+
+
+def build_chain(sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int) -> SamplerChain:
+    """Return a chain for one sequence whose penalties already know ``history``, the prompt.
+
+    ``context`` is the largest number of tokens a sequence can have; ``choice`` is added to the seed.
+    """
+    chain = SamplerChain()
+    if sampling.logit_bias:
+        chain.add_logit_bias(vocab, sampling.logit_bias)
+    window = _penalty_window(sampling, context)
+    if window:
+        chain.add_penalties(
+            vocab, window, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        )
+    if sampling.temperature <= 0:
+        chain.add_greedy()
+    else:
+        _add_random_draw(chain, sampling, choice)
+    for token in history[-window:] if window else ():
+        chain.accept(token)
+    return chain
+
+
+def _penalty_window(sampling: Sampling, context: int) -> int:
+    """Return how many last tokens the penalties look at; 0 when all three are neutral."""
+    if (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.0, 0.0, 0.0):
+        return 0
+    return context if sampling.repetition_penalty_range == _WHOLE_TEXT else sampling.repetition_penalty_range
+
+
+def _add_random_draw(chain: SamplerChain, sampling: Sampling, choice: int) -> None:
+    if sampling.temperature != 1:
+        chain.add_temperature(sampling.temperature)
+    if sampling.top_k > 0:
+        chain.add_top_k(sampling.top_k)
+    if sampling.top_p < 1:
+        chain.add_top_p(sampling.top_p)
+    if sampling.min_p > 0:
+        chain.add_min_p(sampling.min_p)
+    chain.add_distribution(sampling.seed + choice)

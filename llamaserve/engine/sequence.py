@@ -1,0 +1,81 @@
+"""One text being generated: its tokens, how far they are evaluated, and where it stands. Knows nothing of llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as TokenSequence
+from enum import Enum, auto
+from typing import Protocol
+
+from llamaserve.engine.detokenizer import Detokenizer
+from llamaserve.engine.params import Generation
+
+
+class State(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()  # for a slot
+    RUNNING = auto()  # its tokens are being evaluated: many at a time (prefill), then one a step (decode)
+    FINISHED = auto()
+
+
+class Sampler(Protocol):
+    """What picks a sequence's next token and must be freed in the end."""
+
+    def close(self) -> None: ...
+
+
+class Sequence:
+    """A prompt and the answer to it so far.
+
+    ``tokens`` is both; the first ``evaluated`` of them are in the key-value cache at ``slot``. A sequence of which
+    exactly one generated token is not yet evaluated is decoding, otherwise it is prefilling.
+    """
+
+    __slots__ = (
+        "cached",
+        "evaluated",
+        "generation",
+        "index",
+        "prompt_length",
+        "request",
+        "sampler",
+        "slot",
+        "state",
+        "text",
+        "tokens",
+        "unsent",
+    )
+
+    def __init__(self, request: int, index: int, prompt: TokenSequence[int], generation: Generation) -> None:
+        self.request = request
+        self.index = index
+        self.generation = generation
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.state = State.WAITING
+        self.slot: int | None = None
+        self.evaluated = 0
+        self.cached: int | None = None  # prompt tokens reused when it first started
+        self.sampler: Sampler | None = None
+        self.text = Detokenizer(generation.stop)
+        self.unsent: list[str] = []  # text of a request that is not streamed
+
+    @property
+    def pending(self) -> int:
+        """Number of tokens that still have to be evaluated before the next one can be sampled."""
+        return len(self.tokens) - self.evaluated
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next step evaluates just the token that was sampled last."""
+        return self.pending == 1 and self.generated > 0
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def choice(self) -> int:
+        """Which answer to its prompt this is, from 0."""
+        return self.index % self.generation.choices
