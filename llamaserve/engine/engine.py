@@ -155,8 +155,10 @@ class Engine:
 class LoadedEngine(Engine):
     """An engine that owns its llama.cpp model and context."""
 
-    def __init__(self, params: LoadParams, on_progress: Callable[[float], None]) -> None:
-        """Load the weights; ``on_progress`` gets fractions from 0 to 1. Raises ``ModelLoadFailed``."""
+    def __init__(self, params: LoadParams, on_progress: Callable[[float], bool]) -> None:
+        """Load the weights; ``on_progress`` gets fractions from 0 to 1 and says whether to go on. Raises
+        ``ModelLoadFailed``.
+        """
         self._model = Model(params, on_progress)
         self._native: Context | None = None
         try:

@@ -186,12 +186,11 @@ class Vocab:
 class Model:
     """Loaded weights."""
 
-    def __init__(self, params: LoadParams, on_progress: Callable[[float], None]) -> None:
+    def __init__(self, params: LoadParams, on_progress: Callable[[float], bool]) -> None:
         native = model_params(params)
 
         def report(fraction: float, _user_data: Any) -> bool:
-            on_progress(fraction)
-            return True
+            return on_progress(fraction)
 
         native.progress_callback = callback = lib.llama_progress_callback(report)
         _recent_errors.clear()

@@ -147,10 +147,16 @@ class _ProgressReporter:
         self._report = report
         self._last = -1.0
 
-    def __call__(self, fraction: float) -> None:
-        if fraction - self._last >= _PROGRESS_STEP or fraction >= 1:
-            self._last = fraction
+    def __call__(self, fraction: float) -> bool:
+        """Return whether to go on loading: not once the API process is gone."""
+        if fraction - self._last < _PROGRESS_STEP and fraction < 1:
+            return True
+        self._last = fraction
+        try:
             self._report(fraction)
+        except ConnectionError:
+            return False
+        return True
 
 
 def main() -> None:

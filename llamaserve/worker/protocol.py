@@ -101,7 +101,8 @@ class Text(msgspec.Struct, frozen=True, tag=True, array_like=True):
     text: str
 
 
-Event = Loading | Ready | LoadFailed | Accepted | Tokens | Text | Delta | Finished | Failed | Occupancy
+RequestEvent = Accepted | Tokens | Text | Delta | Finished | Failed
+Event = Loading | Ready | LoadFailed | Occupancy | RequestEvent
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -1,0 +1,295 @@
+"""One life of one child process: start it, talk to it, notice its end.
+
+``WorkerProcess.start`` returns when the model is loaded. From then on requests run until the process ends, for whatever
+reason; then every open request gets ``EngineCrashed``. Whether to start another is the supervisor's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.params import Generation, LoadParams
+from llamaserve.errors import EngineCrashed, from_value, to_value
+from llamaserve.frames import FrameStream
+from llamaserve.worker.protocol import (
+    Accepted,
+    Cancel,
+    Command,
+    Detokenize,
+    Event,
+    Generate,
+    Load,
+    LoadFailed,
+    Loading,
+    Prompt,
+    Ready,
+    RequestEvent,
+    Stop,
+    Text,
+    Tokenize,
+    Tokens,
+    decode_events,
+    encode_command,
+)
+
+logger = logging.getLogger(__name__)
+
+_EXIT_GRACE = 5.0  # seconds between closing the socket and SIGKILL
+_LONGEST_LINE = 1024 * 1024  # bytes of standard error
+_LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
+
+# Threads that meet at a barrier spin for about 50 µs and then sleep: as fast as OpenMP's default on a quiet machine,
+# and it does not hold up every other program's threads on a busy one. No debugger is started when llama.cpp aborts.
+_CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+
+
+class GenerationStream:
+    """The events of one request. Leaving the ``async with`` block cancels what is not finished.
+
+    ``prompt_tokens`` has the length of each prompt and is known once ``accepted`` returned.
+    """
+
+    def __init__(self, worker: WorkerProcess, prompts: list[Prompt], generation: Generation) -> None:
+        self._worker = worker
+        self._command = Generate(worker.next_request(), prompts, generation)
+        self._open = len(prompts) * generation.choices
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self.prompt_tokens: list[int] = []
+
+    @property
+    def request(self) -> int:
+        """The number by which the child knows this request."""
+        return self._command.request
+
+    async def __aenter__(self) -> Self:
+        self._worker.open_request(self.request, self._events)
+        await self._worker.send(self._command)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.close_request(self.request)
+        if self._open:
+            self._worker.send_soon(Cancel(self.request))
+
+    async def accepted(self) -> list[int]:
+        """Wait until all prompts are found to fit, and return their lengths; raises why they don't."""
+        event = await self._next()
+        assert isinstance(event, Accepted)
+        self.prompt_tokens = event.prompt_tokens
+        return event.prompt_tokens
+
+    async def events(self) -> AsyncIterator[Delta | Finished]:
+        """Yield what is generated, in order, until every sequence has finished."""
+        while self._open:
+            event = await self._next()
+            assert isinstance(event, Delta | Finished)
+            if isinstance(event, Finished):
+                self._open -= 1
+            yield event
+
+    def stop(self) -> None:
+        """End the request with a normal finish and the text so far."""
+        self._worker.send_soon(Stop(self.request))
+
+    async def _next(self) -> Event:
+        event = await self._events.get()
+        if isinstance(event, Failed):
+            self._open = 0
+            raise from_value(event.error)
+        return event
+
+
+class WorkerProcess:
+    """A running child with a loaded model."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, link: FrameStream) -> None:
+        self._name = name
+        self._process = process
+        self._link = link
+        self._numbers = itertools.count(1)
+        self._requests: dict[int, asyncio.Queue[Event]] = {}
+        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self.occupancy = Occupancy()
+        self.ended = asyncio.Event()
+
+    @classmethod
+    async def start(cls, name: str, params: LoadParams, on_progress: Callable[[float], None]) -> WorkerProcess:
+        """Start a child and load the model in it. Raises ``ModelLoadFailed``, or ``EngineCrashed`` when the
+        child ends without a word.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "llamaserve.worker.host", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LONGEST_LINE,
+                env=_CHILD_ENVIRONMENT | dict(os.environ),
+            )
+        worker = cls(name, process, await FrameStream.open(ours))
+        worker._tasks.append(asyncio.create_task(worker._read_standard_error()))
+        try:
+            await worker.send(Load(params))
+            await worker._wait_until_ready(on_progress)
+        except BaseException:
+            await worker.aclose()
+            raise
+        worker._tasks.append(asyncio.create_task(worker._dispatch()))
+        return worker
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def generate(self, prompts: list[Prompt], generation: Generation) -> GenerationStream:
+        """Answer prompts; use the result with ``async with``."""
+        return GenerationStream(self, prompts, generation)
+
+    async def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of a text."""
+        event = await self._ask(Tokenize(self.next_request(), text, add_bos, parse_special))
+        assert isinstance(event, Tokens)
+        return event.tokens
+
+    async def detokenize(self, tokens: list[int], *, special: bool) -> str:
+        """Return the text of token ids."""
+        event = await self._ask(Detokenize(self.next_request(), tokens, special))
+        assert isinstance(event, Text)
+        return event.text
+
+    def stop_all(self) -> None:
+        """End all requests with a normal finish."""
+        self.send_soon(Stop(None))
+
+    async def aclose(self) -> None:
+        """End the child, by force if it does not end by itself."""
+        self._closing = True
+        self._link.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), _EXIT_GRACE)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.gather(*self._tasks)
+
+    # What follows is for GenerationStream.
+
+    def next_request(self) -> int:
+        """Return a number that no other request of this child has."""
+        return next(self._numbers)
+
+    def open_request(self, request: int, events: asyncio.Queue[Event]) -> None:
+        """Put the request's events into a queue from now on."""
+        if self.ended.is_set():
+            raise self._crash()
+        self._requests[request] = events
+
+    def close_request(self, request: int) -> None:
+        """Drop events of the request that still arrive."""
+        self._requests.pop(request, None)
+
+    async def send(self, command: Command) -> None:
+        """Send a command, waiting while the child is slow to read."""
+        self.send_soon(command)
+        try:
+            await self._link.drain()
+        except ConnectionError:
+            logger.debug("%s ended before it took a command", self._name)
+
+    def send_soon(self, command: Command) -> None:
+        """Queue a command; one to a child that has ended is dropped, since its requests fail anyway."""
+        if not self.ended.is_set():
+            self._link.write(encode_command(command))
+
+    async def _ask(self, command: Tokenize | Detokenize) -> Event:
+        answer: asyncio.Queue[Event] = asyncio.Queue()
+        self.open_request(command.request, answer)
+        try:
+            await self.send(command)
+            event = await answer.get()
+        finally:
+            self.close_request(command.request)
+        if isinstance(event, Failed):
+            raise from_value(event.error)
+        return event
+
+    async def _wait_until_ready(self, on_progress: Callable[[float], None]) -> None:
+        while (events := await self._read_events()) is not None:
+            for event in events:
+                match event:
+                    case Loading(fraction):
+                        on_progress(fraction)
+                    case Ready():
+                        return
+                    case LoadFailed(error):
+                        raise from_value(error)
+        raise EngineCrashed(f"the process that loaded {self._name} {self._end()}")
+
+    async def _read_events(self) -> list[Event] | None:
+        """Return the events of the next frame, or None once the child has ended and its last words are read."""
+        try:
+            frame = await self._link.read()
+        except ConnectionError:
+            frame = None
+        if frame is None:
+            await self._process.wait()
+            await self._tasks[0]
+            return None
+        return decode_events(frame)
+
+    async def _dispatch(self) -> None:
+        """Hand out events until the child ends, then fail what is left."""
+        while (events := await self._read_events()) is not None:
+            for event in events:
+                if isinstance(event, Occupancy):
+                    self.occupancy = event
+                elif isinstance(event, RequestEvent) and event.request in self._requests:
+                    self._requests[event.request].put_nowait(event)
+        self.ended.set()
+        self._link.close()
+        self.occupancy = Occupancy()
+        crash = self._crash()
+        if not self._closing:
+            logger.error("%s", crash.message)
+        for request, queue in self._requests.items():
+            queue.put_nowait(Failed(request, to_value(crash)))
+
+    async def _read_standard_error(self) -> None:
+        assert self._process.stderr is not None
+        while line := await self._process.stderr.readline():
+            text = line.decode("utf-8", "replace").rstrip()
+            self._last_words.append(text)
+            logger.warning("%s: %s", self._name, text)
+
+    def _crash(self) -> EngineCrashed:
+        return EngineCrashed(
+            f"the process that ran {self._name} {self._end()}; the model is loaded again on the next request",
+            retry_after=1,
+        )
+
+    def _end(self) -> str:
+        code = self._process.returncode
+        how = "ended"
+        if code is not None and code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+        elif code:
+            how = f"ended with exit code {code}"
+        return f"{how} ({'; '.join(self._last_words)})" if self._last_words else how

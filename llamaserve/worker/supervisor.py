@@ -1,0 +1,161 @@
+"""Keeps one model's child process available: starts it when it is needed, once, and again after a crash.
+
+After a crash the next request starts a new child; after a second one only when a pause is over; after a third within
+ten minutes the model is quarantined. A model that could not be loaded is not tried again at once. Knows nothing of
+where models come from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+
+from llamaserve.engine.events import Occupancy
+from llamaserve.engine.params import LoadParams
+from llamaserve.errors import EngineCrashed, LlamaserveError, ModelQuarantined, Unavailable, from_value, to_value
+from llamaserve.worker.process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+CRASHES_TO_QUARANTINE = 3
+CRASH_WINDOW = 600.0  # seconds
+_PAUSES = (0.0, 5.0)  # seconds after the first and the second crash
+_FAILED_LOAD_PAUSE = 10.0  # seconds in which a failed load is not repeated, only its error
+
+
+class Status(StrEnum):
+    """What a client sees of a model, in llama-server's words where it has one."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    LOADED = "loaded"
+    QUARANTINED = "quarantined"
+
+
+class Supervisor:
+    """The life of one model over any number of child processes.
+
+    ``prepare`` is called in a thread before each load; it checks the file and returns how to load it, or raises.
+    """
+
+    def __init__(
+        self, name: str, prepare: Callable[[], LoadParams], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name = name
+        self._prepare = prepare
+        self._clock = clock
+        self._worker: WorkerProcess | None = None
+        self._loading: asyncio.Task[WorkerProcess] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._crashes: deque[float] = deque(maxlen=CRASHES_TO_QUARANTINE)
+        self._failure: tuple[float, LlamaserveError] | None = None
+        self.progress = 0.0  # of the current load, from 0 to 1
+
+    @property
+    def status(self) -> Status:
+        """Where the model stands now."""
+        if self._live_worker:
+            return Status.LOADED
+        if self._loading:
+            return Status.LOADING
+        return Status.QUARANTINED if self._quarantined else Status.UNLOADED
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How busy the model is."""
+        return self._worker.occupancy if self._worker else Occupancy()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, if it is loaded."""
+        return self._live_worker.pid if self._live_worker else None
+
+    async def worker(self) -> WorkerProcess:
+        """Return the loaded child, loading it first if need be. Any number of callers share one load, and a caller that
+        gives up does not stop it for the others.
+        """
+        if (worker := self._live_worker) is not None:
+            return worker
+        if self._loading is None:
+            self._refuse_too_early()
+            self._loading = asyncio.create_task(self._load())
+            self._loading.add_done_callback(_mark_retrieved)
+        return await asyncio.shield(self._loading)
+
+    def stop_all(self) -> None:
+        """End all requests with a normal finish."""
+        if self._worker:
+            self._worker.stop_all()
+
+    async def aclose(self) -> None:
+        """End the child, whatever it is doing."""
+        if self._loading:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        if self._watcher:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._worker:
+            await self._worker.aclose()
+            self._worker = None
+
+    @property
+    def _live_worker(self) -> WorkerProcess | None:
+        return self._worker if self._worker and not self._worker.ended.is_set() else None
+
+    @property
+    def _quarantined(self) -> bool:
+        recent = [crash for crash in self._crashes if self._clock() - crash < CRASH_WINDOW]
+        return len(recent) >= CRASHES_TO_QUARANTINE
+
+    def _refuse_too_early(self) -> None:
+        now = self._clock()
+        if self._quarantined:
+            raise ModelQuarantined(
+                f"{self._name} crashed {CRASHES_TO_QUARANTINE} times within {CRASH_WINDOW / 60:.0f} minutes and is not "
+                "started again; the server's log has the reasons. Restart the server to try once more."
+            )
+        recent = [crash for crash in self._crashes if now - crash < CRASH_WINDOW]
+        if recent and (left := recent[-1] + _PAUSES[len(recent) - 1] - now) > 0:
+            raise Unavailable(f"{self._name} crashed and is started again in {left:.0f} s", retry_after=left)
+        if self._failure and now < self._failure[0]:
+            raise from_value(to_value(self._failure[1]))
+
+    async def _load(self) -> WorkerProcess:
+        self.progress = 0.0
+        try:
+            params = await asyncio.to_thread(self._prepare)
+            logger.info("loading %s from %s", self._name, params.path)
+            worker = await WorkerProcess.start(self._name, params, self._on_progress)
+        except EngineCrashed as crash:
+            logger.error("%s", crash.message)
+            self._crashes.append(self._clock())
+            raise
+        except LlamaserveError as error:
+            logger.error("%s", error.message)
+            self._failure = (self._clock() + _FAILED_LOAD_PAUSE, error)
+            raise
+        finally:
+            self._loading = None
+        self._failure = None
+        self._worker = worker
+        self._watcher = asyncio.create_task(self._watch(worker))
+        logger.info("%s is loaded (process %d)", self._name, worker.pid)
+        return worker
+
+    def _on_progress(self, fraction: float) -> None:
+        self.progress = fraction
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        await worker.ended.wait()
+        self._crashes.append(self._clock())
+
+
+def _mark_retrieved(load: asyncio.Task[WorkerProcess]) -> None:
+    """Keep asyncio from complaining about a failed load when everybody who waited for it has left."""
+    if not load.cancelled():
+        load.exception()
