@@ -15,8 +15,6 @@ import socket
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
-from typing import Self
 
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
 from llamaserve.engine.params import Generation, LoadParams
@@ -55,40 +53,20 @@ _CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
 
 
 class GenerationStream:
-    """The events of one request. Leaving the ``async with`` block cancels what is not finished.
-
-    ``prompt_tokens`` has the length of each prompt and is known once ``accepted`` returned.
-    """
+    """The events of one request. It must be closed, which cancels what is not finished."""
 
     def __init__(self, worker: WorkerProcess, prompts: list[Prompt], generation: Generation) -> None:
         self._worker = worker
-        self._command = Generate(worker.next_request(), prompts, generation)
+        self._request = worker.next_request()
         self._open = len(prompts) * generation.choices
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self.prompt_tokens: list[int] = []
-
-    @property
-    def request(self) -> int:
-        """The number by which the child knows this request."""
-        return self._command.request
-
-    async def __aenter__(self) -> Self:
-        self._worker.open_request(self.request, self._events)
-        await self._worker.send(self._command)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._worker.close_request(self.request)
-        if self._open:
-            self._worker.send_soon(Cancel(self.request))
+        worker.open_request(self._request, self._events)
+        worker.send_soon(Generate(self._request, prompts, generation))
 
     async def accepted(self) -> list[int]:
-        """Wait until all prompts are found to fit, and return their lengths; raises why they don't."""
+        """Wait until all prompts are found to fit, and return their lengths in tokens; raises why they don't."""
         event = await self._next()
         assert isinstance(event, Accepted)
-        self.prompt_tokens = event.prompt_tokens
         return event.prompt_tokens
 
     async def events(self) -> AsyncIterator[Delta | Finished]:
@@ -102,7 +80,14 @@ class GenerationStream:
 
     def stop(self) -> None:
         """End the request with a normal finish and the text so far."""
-        self._worker.send_soon(Stop(self.request))
+        self._worker.send_soon(Stop(self._request))
+
+    def close(self) -> None:
+        """Take no more events; what is still being generated is dropped."""
+        self._worker.close_request(self._request)
+        if self._open:
+            self._open = 0
+            self._worker.send_soon(Cancel(self._request))
 
     async def _next(self) -> Event:
         event = await self._events.get()
@@ -160,7 +145,7 @@ class WorkerProcess:
         return self._process.pid
 
     def generate(self, prompts: list[Prompt], generation: Generation) -> GenerationStream:
-        """Answer prompts; use the result with ``async with``."""
+        """Answer prompts; the caller closes the stream."""
         return GenerationStream(self, prompts, generation)
 
     async def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:

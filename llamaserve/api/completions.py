@@ -1,0 +1,141 @@
+"""``POST /v1/completions``: text that continues a prompt, OpenAI's legacy endpoint. No chat template is applied."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
+from llamaserve.api.options import GenerationOptions, check_text
+from llamaserve.api.services import UsesServices
+from llamaserve.engine.events import FinishReason
+from llamaserve.worker.protocol import Prompt
+
+router = APIRouter(tags=["generation"])
+
+_MAX_TOKEN_ID = 2**31 - 1
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """Take a string, a list of strings, one list of token ids, or a list of such lists."""
+    if isinstance(value, list) and value and all(_is_token(item) for item in value):
+        value = [value]
+    prompts = value if isinstance(value, list) else [value]
+    if not prompts:
+        raise ValueError("the list is empty; it needs at least one prompt")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_text(prompt, "prompt")
+        elif not isinstance(prompt, list) or not all(_is_token(token) for token in prompt):
+            raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    return prompts
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_TOKEN_ID
+
+
+class CompletionRequest(GenerationOptions):
+    """A request to continue text."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        description="One text or several, or token ids of the model's own vocabulary."
+    )
+    echo: bool | None = Field(None, description="Put the prompt before each answer.")
+
+
+@router.post("/v1/completions", summary="Continue text")
+async def create_completion(body: CompletionRequest, request: Request, services: UsesServices) -> Response:
+    """Answer with one choice for each prompt and each of its ``n`` answers."""
+
+    async def prompts() -> Sequence[Prompt]:
+        return body.prompt
+
+    generation = body.generation(len(body.prompt))
+    job = Job(new_id("cmpl"), services.pool.get(body.model), generation, prompts)
+    headers = body.ignored_header()
+    echoes = _Echoes(job, body.prompt if body.echo else [])
+    if body.stream:
+        chunks = _Chunks(job, echoes, include_usage=body.include_usage)
+        return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
+
+    async def answer() -> Response:
+        answers, usage = await generate_whole(services, job)
+        await echoes.resolve()
+        choices = [_choice(i, echoes.of(i) + a.text, a.reason) for i, a in enumerate(answers)]
+        return JSONResponse(_body(job, choices) | {"usage": usage}, headers=headers)
+
+    return await unless_client_leaves(request, answer())
+
+
+class _Echoes:
+    """The prompts as text, to put before the answers; token ids are turned into text by the model."""
+
+    def __init__(self, job: Job, prompts: Sequence[Prompt]) -> None:
+        self._job = job
+        self._prompts = prompts
+        self._texts: list[str] = []
+
+    async def resolve(self) -> None:
+        """Get the texts; the model must be loaded."""
+        self._texts = await asyncio.gather(*(self._text(prompt) for prompt in self._prompts))
+
+    async def _text(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return await (await self._job.model.worker()).detokenize(prompt, special=True)
+
+    def of(self, index: int) -> str:
+        """Return what comes before the answer of this index."""
+        return self._texts[index // self._job.generation.choices] if self._texts else ""
+
+
+def _choice(index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def _body(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "object": "text_completion",
+        "created": job.created,
+        "model": job.model.name,
+        "system_fingerprint": None,
+        "choices": choices,
+    }
+
+
+class _Chunks:
+    """The chunks of a streamed completion; every one carries ``usage: null`` when usage is wanted at the end."""
+
+    def __init__(self, job: Job, echoes: _Echoes, *, include_usage: bool) -> None:
+        self._job = job
+        self._echoes = echoes
+        self._extra: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    async def start(self) -> Sequence[Mapping[str, Any]]:
+        await self._echoes.resolve()
+        count = len(self._job.prompt_tokens) * self._job.generation.choices
+        return [self.text(index, echo) for index in range(count) if (echo := self._echoes.of(index))]
+
+    def text(self, index: int, text: str) -> Mapping[str, Any]:
+        return _body(self._job, [_choice(index, text, None)]) | self._extra
+
+    def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
+        return _body(self._job, [_choice(index, "", reason)]) | self._extra
+
+    def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _body(self._job, []) | {"usage": usage}

@@ -1,0 +1,188 @@
+"""Running a generation for an HTTP request, streamed or whole, until it is answered or its client has left.
+
+Knows requests, responses and the stream of engine events; what an answer looks like is the endpoints' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+
+from llamaserve.api.services import Services
+from llamaserve.api.sse import EventStream
+from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.engine.params import Generation
+from llamaserve.registry.pool import ServedModel
+from llamaserve.worker.process import GenerationStream
+from llamaserve.worker.protocol import Prompt
+from llamaserve.worker.supervisor import Status
+
+T = TypeVar("T")
+
+EARLY = 5.0  # seconds in which an error is still an HTTP error; after that a stream has begun, and errors are in-band
+CLIENT_CLOSED = 499  # nobody reads this status; nginx logs it for the same thing
+
+
+@dataclass
+class Job:
+    """What is to be generated for one request, and the facts that every part of the answer repeats."""
+
+    id: str
+    model: ServedModel
+    generation: Generation
+    prompts: Callable[[], Awaitable[Sequence[Prompt]]]
+    created: int = field(default_factory=lambda: int(time.time()))
+    prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
+
+
+def new_id(prefix: str) -> str:
+    """Return an id that nobody can guess."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+async def open_generation(services: Services, job: Job) -> GenerationStream:
+    """Load the model if need be, and start generating. Raises whatever makes the request impossible."""
+    worker = await job.model.worker()
+    stream = worker.generate(list(await job.prompts()), job.generation)
+    services.running[job.id] = stream
+    try:
+        job.prompt_tokens = await stream.accepted()
+    except BaseException:
+        close_generation(services, job, stream)
+        raise
+    return stream
+
+
+def close_generation(services: Services, job: Job, stream: GenerationStream) -> None:
+    """End the generation if it is still going on."""
+    services.running.pop(job.id, None)
+    stream.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text of one sequence and why it ended."""
+
+    text: str
+    reason: FinishReason
+
+
+def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
+    """Return OpenAI's usage object: each prompt counts once, every answer counts."""
+    choices = job.generation.choices
+    prompt = sum(job.prompt_tokens)
+    completion = sum(event.completion_tokens for event in finished)
+    cached: dict[int, int] = {}
+    for event in finished:  # where several answers share a prompt, what all of them reused
+        number = event.index // choices
+        cached[number] = min(event.cached_tokens, cached.get(number, event.cached_tokens))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+    }
+
+
+async def generate_whole(services: Services, job: Job) -> tuple[list[Answer], dict[str, Any]]:
+    """Return all answers in the order of their index, and the usage."""
+    stream = await open_generation(services, job)
+    try:
+        finished = [event async for event in stream.events() if isinstance(event, Finished)]
+    finally:
+        close_generation(services, job, stream)
+    finished.sort(key=lambda event: event.index)
+    return [Answer(event.text, event.reason) for event in finished], usage(job, finished)
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
+    """Run the work, but cancel it as soon as the client hangs up."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_client_has_left(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return Response(status_code=CLIENT_CLOSED)
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _client_has_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class ChunkFormat(Protocol):
+    """How an endpoint writes the parts of a streamed answer."""
+
+    async def start(self) -> Sequence[Mapping[str, Any]]:
+        """Return the chunks to send before any text."""
+
+    def text(self, index: int, text: str) -> Mapping[str, Any]:
+        """Return the chunk for a piece of text."""
+
+    def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
+        """Return the chunk that ends a choice."""
+
+    def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the chunk that carries the usage."""
+
+
+async def stream_response(
+    services: Services, job: Job, chunks: ChunkFormat, *, include_usage: bool, headers: Mapping[str, str]
+) -> EventStream:
+    """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
+    opening = asyncio.create_task(open_generation(services, job))
+    opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def close() -> None:
+        if not opening.cancel() and not opening.cancelled() and opening.exception() is None:
+            close_generation(services, job, opening.result())
+
+    def phase() -> str:
+        supervisor = job.model.supervisor
+        return f"loading {supervisor.progress:.0%}" if supervisor.status is Status.LOADING else "working"
+
+    try:
+        await asyncio.wait({opening}, timeout=EARLY)
+        if opening.done():
+            opening.result()
+    except BaseException:
+        close()
+        raise
+    return EventStream(
+        _chunks(job, opening, chunks, include_usage=include_usage),
+        close=close,
+        phase=phase,
+        heartbeat=services.settings.heartbeat,
+        headers=headers,
+    )
+
+
+async def _chunks(
+    job: Job, opening: asyncio.Task[GenerationStream], chunks: ChunkFormat, *, include_usage: bool
+) -> AsyncIterator[Mapping[str, Any]]:
+    stream = await asyncio.shield(opening)
+    for chunk in await chunks.start():
+        yield chunk
+    finished: list[Finished] = []
+    async for event in stream.events():
+        if isinstance(event, Delta):
+            yield chunks.text(event.index, event.text)
+            continue
+        if event.text:
+            yield chunks.text(event.index, event.text)
+        yield chunks.finish(event.index, event.reason)
+        finished.append(event)
+    if include_usage:
+        yield chunks.usage(usage(job, finished))

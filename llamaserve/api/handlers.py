@@ -1,0 +1,90 @@
+"""Turns every error into OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
+
+Internal endpoints carry a top-level ``detail`` as well, because clients of the seed API look for it there. This is one
+of the two places that catch everything: a bug becomes a logged 500, never a lost connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_PROBLEMS = 3
+
+
+class _RouteError(InvalidRequest):
+    """An error that the web framework found: no such route, wrong method."""
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make the application answer every error in OpenAI's shape."""
+    app.add_exception_handler(LlamaserveError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def _respond(request: Request, error: LlamaserveError, status: int | None = None) -> JSONResponse:
+    body = error.body()
+    if request.url.path.startswith("/v1/internal/"):
+        body["detail"] = error.message
+    headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+    return JSONResponse(body, status or error.status, headers)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LlamaserveError)
+    return _respond(request, error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = [_describe(problem) for problem in error.errors()]
+    message = "; ".join(problems[:_SHOWN_PROBLEMS])
+    if len(problems) > _SHOWN_PROBLEMS:
+        message += f"; and {len(problems) - _SHOWN_PROBLEMS} more"
+    return _respond(request, InvalidRequest(message, param=_field(error.errors()[0]["loc"])))
+
+
+def _field(location: Sequence[str | int]) -> str | None:
+    """Return ``messages[0].role`` for ``("body", "messages", 0, "role")``."""
+    name = ""
+    for part in location[1:]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    return name or None
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
+    field = _field(problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{field}: {message}" if field else f"the body must be a JSON object: {message}"
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == BodyTooLarge.status:
+        return _respond(request, BodyTooLarge(error.detail))
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return _respond(request, _RouteError(f"there is no {request.method} {request.url.path}"), error.status_code)
+    response = _respond(request, _RouteError(error.detail), error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _respond(request, LlamaserveError("the server failed to answer; its log has the details"))

@@ -1,0 +1,121 @@
+"""The small endpoints: tokens in and out, health, what is loaded, and stopping what runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import AfterValidator, BaseModel, Field
+
+from llamaserve.api.models import capabilities
+from llamaserve.api.options import check_text
+from llamaserve.api.services import UsesServices
+from llamaserve.errors import LlamaserveError
+
+router = APIRouter(tags=["internal"])
+
+_MAX_TOKEN_ID = 2**31 - 1
+
+
+def _text(value: str) -> str:
+    check_text(value, "text")
+    return value
+
+
+class TextRequest(BaseModel):
+    """A text to be tokenised."""
+
+    text: Annotated[str, AfterValidator(_text)]
+    model: str | None = None
+    add_bos_token: bool = Field(default=True, description="Put the begin token first, if the model has one.")
+    parse_special: bool = Field(default=True, description="Read the names of control tokens as those tokens.")
+
+
+class TokensRequest(BaseModel):
+    """Token ids to be turned into text."""
+
+    tokens: list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]]
+    model: str | None = None
+    skip_special_tokens: bool = Field(default=False, description="Leave out control tokens.")
+
+
+class StopRequest(BaseModel):
+    """Which generation to stop."""
+
+    id: str | None = Field(None, description="The id of a completion under way; null stops all.")
+
+
+async def _tokens(body: TextRequest, services: UsesServices) -> list[int]:
+    worker = await services.pool.get(body.model).worker()
+    return await worker.tokenize(body.text, add_bos=body.add_bos_token, parse_special=body.parse_special)
+
+
+@router.post("/v1/internal/encode", summary="Turn text into token ids")
+async def encode(body: TextRequest, services: UsesServices) -> dict[str, Any]:
+    """Return the token ids of the text and their number."""
+    tokens = await _tokens(body, services)
+    return {"tokens": tokens, "length": len(tokens)}
+
+
+@router.post("/v1/internal/token-count", summary="Count the tokens of a text")
+async def token_count(body: TextRequest, services: UsesServices) -> dict[str, int]:
+    """Return the number of tokens of the text, begin token included."""
+    return {"length": len(await _tokens(body, services))}
+
+
+@router.post("/v1/internal/decode", summary="Turn token ids into text")
+async def decode(body: TokensRequest, services: UsesServices) -> dict[str, str]:
+    """Return the text of the token ids; bytes that are no UTF-8 become U+FFFD."""
+    worker = await services.pool.get(body.model).worker()
+    return {"text": await worker.detokenize(body.tokens, special=not body.skip_special_tokens)}
+
+
+@router.post("/v1/internal/stop-generation", summary="Stop generating")
+async def stop_generation(services: UsesServices, body: StopRequest | None = None) -> str:
+    """End one generation, or all, with a normal finish and the text so far. Answers at once, also when nothing runs."""
+    if body is None or body.id is None:
+        services.pool.stop_all()
+    elif (stream := services.running.get(body.id)) is not None:
+        stream.stop()
+    return "OK"
+
+
+@router.get("/health", summary="Is the server up?")
+async def health() -> dict[str, str]:
+    """Answer as soon as the server takes requests, whatever the models do."""
+    return {"status": "ok"}
+
+
+@router.get("/v1/internal/health", summary="Is the server up, and how busy is it?")
+async def internal_health(services: UsesServices) -> dict[str, Any]:
+    """Return the number of sequences being evaluated and waiting, and each model's state."""
+    occupancy = services.pool.occupancy
+    return {
+        "status": "ok",
+        "running": occupancy.running,
+        "waiting": occupancy.waiting,
+        "models": {model.name: model.supervisor.status.value for model in services.pool.models},
+    }
+
+
+@router.get("/v1/internal/model/info", summary="What is loaded?")
+async def model_info(services: UsesServices) -> dict[str, Any]:
+    """Describe the first model; ``"None"``, as a word, is the name when there is none."""
+    if not services.pool.models:
+        return {"model_name": "None", "lora_names": [], "loader": None}
+    model = services.pool.get(None)
+    info: dict[str, Any] = {"model_name": model.name, "lora_names": [], "loader": "llama.cpp"}
+    info |= {"status": model.supervisor.status.value, "capabilities": capabilities(model)}
+    try:
+        header, params = model.header, model.load_params()
+    except LlamaserveError as error:
+        return info | {"error": error.message}
+    args = msgspec.to_builtins(params)
+    del args["path"]
+    return info | {
+        "ctx_size": params.context,
+        "n_vocab": header.vocabulary_size,
+        "chat_template": header.chat_template,
+        "args": args,
+    }

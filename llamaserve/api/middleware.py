@@ -1,0 +1,76 @@
+"""What happens to a request before it is routed: size limit, trailing slash, content type."""
+
+from __future__ import annotations
+
+import json
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaserve.errors import BodyTooLarge
+
+_DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
+
+
+class RequestGate:
+    """Refuses bodies over ``max_body`` bytes with 413 before they are kept, takes a path with or without its trailing
+    slash, and reads any body that is not a form as JSON, whatever its content type says (curl's default, or none).
+    """
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        self._app = app
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = MutableHeaders(raw=list(scope["headers"]))
+        if scope["method"] == "POST" and not headers.get("content-type", "").startswith("multipart/"):
+            headers["content-type"] = "application/json"
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body:
+            await self._refuse(receive, send)
+            return
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
+        await self._app(scope, _Counted(receive, self._max_body), send)
+
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        left = self._max_body * _DRAIN_FACTOR
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body"):
+                break
+        error = _too_large(self._max_body)
+        body = json.dumps(error.body()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {limit} bytes")
+
+
+class _Counted:
+    """Counts the body's bytes as they come, for bodies that don't tell their length."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._left = limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            error = _too_large(self._limit)
+            raise HTTPException(error.status, error.message)  # the only kind that FastAPI lets through
+        return message

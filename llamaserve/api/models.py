@@ -1,0 +1,72 @@
+"""``GET /v1/models`` and ``GET /v1/models/{id}``: what is served, with the facts that clients look for.
+
+Clients read a model's context under three names, and its abilities and state as llama-server, LM Studio or OpenRouter
+spell them; one record has them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from llamaserve.api.services import UsesServices
+from llamaserve.registry.pool import ModelPool, ServedModel
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List the served models")
+async def list_models(services: UsesServices) -> dict[str, Any]:
+    """Return all served models, loaded ones first."""
+    return {"object": "list", "data": [describe(services.pool, model) for model in services.pool.models]}
+
+
+@router.get("/v1/models/{model_id:path}", summary="Describe one model")
+async def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
+    """Return one model by name or alias; names may contain slashes."""
+    return describe(services.pool, services.pool.get(model_id))
+
+
+def capabilities(model: ServedModel) -> dict[str, bool]:
+    """Return what this server does with the model; not all that the model was trained for."""
+    header = model.known_header
+    chat = header is not None and not header.is_embedding_model and bool(header.chat_template)
+    return {
+        "completion": header is not None and not header.is_embedding_model,
+        "chat": chat,
+        "tools": False,
+        "vision": False,
+        "reasoning": False,
+        "fim": False,
+        "embeddings": False,
+    }
+
+
+def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
+    """Return OpenAI's model object and what other servers' clients expect in it."""
+    header = model.known_header
+    context = model.context if header else None
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "llamaserve",
+        "aliases": pool.aliases_of(model.name),
+        "context_length": context,
+        "max_model_len": context,
+        "max_context_length": context,
+        "meta": {
+            "n_ctx": context,
+            "n_ctx_train": header.context_length if header else None,
+            "n_params": header.parameter_count if header else None,
+            "n_vocab": header.vocabulary_size if header else None,
+            "n_embd": header.embedding_length if header else None,
+            "size": header.file_size if header else None,
+            "quantization": header.quantisation if header else None,
+            "architecture": header.architecture if header else None,
+        },
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "capabilities": capabilities(model),
+        "status": {"value": model.supervisor.status.value},
+    }

@@ -1,0 +1,31 @@
+"""What every endpoint may use, in one value that the application carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from llamaserve.chat.template import TemplateRenderer
+from llamaserve.registry.pool import ModelPool
+from llamaserve.settings import Settings
+from llamaserve.worker.process import GenerationStream
+
+
+@dataclass(frozen=True)
+class Services:
+    """The server's parts. ``running`` has the generations under way by the id that their client knows."""
+
+    settings: Settings
+    pool: ModelPool
+    renderer: TemplateRenderer
+    running: dict[str, GenerationStream] = field(default_factory=dict)
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+UsesServices = Annotated[Services, Depends(_services)]
