@@ -1,0 +1,5 @@
+"""``python -m llamaserve`` is the command line."""
+
+from llamaserve.cli import main
+
+main()

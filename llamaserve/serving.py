@@ -1,0 +1,96 @@
+"""Listening on sockets and running the application on them with uvicorn. Knows nothing of terminals or of models."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+import uvicorn
+
+from llamaserve.app import create_app
+from llamaserve.errors import LlamaserveError
+from llamaserve.registry.pool import ModelPool
+from llamaserve.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1")  # both, since `localhost` means the one to some clients and the other to others
+_BACKLOG = 2048
+_STOP_LIMIT = 5  # seconds for answers under way when the server stops
+
+
+def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], Awaitable[None]]) -> None:
+    """Serve until a signal comes. ``beside`` runs as soon as requests are taken, with the base URL's beginning, such as
+    ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
+    """
+    sockets = listen(settings.host, settings.port)
+    try:
+        config = uvicorn.Config(
+            create_app(settings, pool),
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_LIMIT,
+        )
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_serve(uvicorn.Server(config), sockets, beside(base_url(sockets[0]))))
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None]) -> None:
+    serving = asyncio.ensure_future(server.serve(sockets))
+    companion = asyncio.ensure_future(beside)
+    await asyncio.wait({serving, companion}, return_when=asyncio.FIRST_COMPLETED)
+    failed = companion.done() and not companion.cancelled() and companion.exception() is not None
+    if failed:
+        server.should_exit = True
+    try:
+        await serving
+    finally:
+        companion.cancel()
+        await asyncio.gather(companion, return_exceptions=True)
+    if failed:
+        companion.result()
+
+
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Return listening sockets: on ``host``, or on the IPv4 and IPv6 loopback addresses, all with the same port."""
+    sockets: list[socket.socket] = []
+    for address in (host,) if host else _LOOPBACK:
+        try:
+            sockets.append(_listen_on(address, sockets[0].getsockname()[1] if sockets else port))
+        except OSError as error:
+            if sockets:
+                logger.debug("not listening on %s: %s", address, error)  # a machine without IPv6
+                continue
+            raise _cannot_listen(address, port, error) from error
+    return sockets
+
+
+def _listen_on(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.create_server((address, port), family=family, backlog=_BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def _cannot_listen(address: str, port: int, error: OSError) -> LlamaserveError:
+    if error.errno == errno.EADDRINUSE:
+        return LlamaserveError(
+            f"port {port} on {address} is taken by another program", hint=f"choose another one: --port {port + 1}"
+        )
+    return LlamaserveError(f"cannot listen on {address}, port {port}: {error.strerror or error}")
+
+
+def base_url(sock: socket.socket) -> str:
+    """Return the URL by which clients on this machine reach the socket."""
+    address, port = sock.getsockname()[:2]
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - compared, not bound
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
