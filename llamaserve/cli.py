@@ -30,18 +30,13 @@ from llamaserve.settings import Settings
 if TYPE_CHECKING:
     from llamaserve.registry.pool import ModelPool, ServedModel
 
-_EXAMPLES = """
+_EXAMPLES = """\b
 Examples:
-
-  llamaserve run                                    fetch the starter model and serve it
-
-  llamaserve run qwen3-4b --port 8080               a model of models.yaml, on another port
-
-  llamaserve run ~/models/my-model.gguf             a file
-
-  llamaserve run hf:Qwen/Qwen3-4B-GGUF:Q4_K_M       a model on the Hugging Face hub
-
-  llamaserve models                                 what there is
+  llamaserve run                                fetch the starter model and serve it
+  llamaserve run qwen3-4b --port 8080           a model of models.yaml, on another port
+  llamaserve run ~/models/my-model.gguf         a file
+  llamaserve run hf:Qwen/Qwen3-4B-GGUF:Q4_K_M   a model on the Hugging Face hub
+  llamaserve models                             what there is
 """
 
 app = typer.Typer(
@@ -50,6 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 out = Console()
 err = Console(stderr=True)

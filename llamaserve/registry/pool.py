@@ -15,8 +15,9 @@ from pathlib import Path
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import LoadParams
 from llamaserve.errors import ModelError, ModelFileMissing, ModelNotCapable, ModelNotFound, ModelNotLoaded
-from llamaserve.registry.gguf import GGUFHeader, check_loadable, read_header
+from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.hardware import performance_cores
+from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.sources import locate, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.worker.process import WorkerProcess

@@ -1,0 +1,56 @@
+# make run     install, fetch a model and serve it:  make run MODEL=qwen3-4b PORT=8080 HOST=0.0.0.0
+# make test    install and run the tests
+# make lint    check style and types
+# make format  put the code into the project's style
+# make bench   measure speed
+# make models  list the models there are
+# make clean   remove the virtual environment and caches
+#
+# The first install compiles llama.cpp. Ready-made binaries instead:  make run WHEELS=cpu    (or metal, cu124, vulkan, ...)
+# For an NVIDIA GPU:  make run CMAKE_ARGS=-DGGML_CUDA=on              Apple Silicon uses Metal by itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+MODEL ?=
+PORT ?=
+HOST ?=
+
+export WHEELS
+ifdef CMAKE_ARGS
+export CMAKE_ARGS
+endif
+
+.PHONY: run models install test lint format bench clean
+
+run: install
+	@$(BIN)/llamaserve run $(if $(MODEL),"$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+
+models: install
+	@$(BIN)/llamaserve models
+
+install:
+	@$(PYTHON) scripts/install.py fast
+
+.PHONY: install-dev
+install-dev:
+	@$(PYTHON) scripts/install.py fast dev
+
+test: install-dev
+	$(BIN)/pytest
+
+lint: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,133 @@
+"""Make ``.venv`` ready to run llamaserve, unless it is already. Needs nothing but Python's standard library.
+
+Called by the Makefile. The first install compiles llama.cpp, which takes minutes; this says so and shows that it goes on.
+From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling (cpu,
+metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "llamaserve-install.json"
+BINDING = "llama-cpp-python"
+WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
+METAL = "-DGGML_METAL=on"
+HEARTBEAT = 20  # seconds
+
+
+def cmake_args(environment: Mapping[str, str], system: str, machine: str) -> str:
+    """Return what llama.cpp is compiled with: the user's choice, else Metal on Apple Silicon."""
+    if "CMAKE_ARGS" in environment:
+        return environment["CMAKE_ARGS"]
+    return METAL if (system, machine) == ("Darwin", "arm64") else ""
+
+
+def binding_options(wheels: str, arguments: str) -> list[str]:
+    """Return pip's options that decide where the llama.cpp binding comes from."""
+    if wheels:
+        return ["--extra-index-url", WHEEL_INDEX + wheels, "--only-binary", BINDING]
+    if arguments:  # pip would reuse a wheel that was compiled with other arguments
+        return ["--no-binary", BINDING, "--no-cache-dir"]
+    return []
+
+
+def fingerprint(extras: Sequence[str], wheels: str, arguments: str) -> dict[str, str]:
+    """Return what an install depends on; as long as it is the same, there is nothing to do."""
+    project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    return {
+        "project": project,
+        "extras": ",".join(sorted(extras)),
+        "wheels": wheels,
+        "cmake_args": arguments,
+        "root": str(ROOT),
+        "python": platform.python_version(),
+    }
+
+
+def is_ready(wanted: Mapping[str, str]) -> bool:
+    """Tell whether the last install covers what is wanted; extras that are already there do no harm."""
+    try:
+        found = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return False
+    have, want = (set(each.get("extras", "").split(",")) for each in (found, wanted))
+    return want <= have and all(found.get(key) == value for key, value in wanted.items() if key != "extras")
+
+
+def check_compiler(wheels: str) -> None:
+    """Stop with advice when llama.cpp has to be compiled and there is no compiler."""
+    if wheels or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return
+    advice = "xcode-select --install" if sys.platform == "darwin" else "sudo apt install build-essential"
+    raise SystemExit(
+        f"error: llama.cpp has to be compiled, and there is no C++ compiler\n"
+        f"try:   {advice}\n"
+        f"or:    make run WHEELS=cpu        (ready-made binaries from {WHEEL_INDEX})"
+    )
+
+
+def run_visibly(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command, and say every while that it still goes on."""
+    start, done = time.monotonic(), threading.Event()
+
+    def heartbeat() -> None:
+        while not done.wait(HEARTBEAT):
+            minutes, seconds = divmod(int(time.monotonic() - start), 60)
+            say(f"... still installing after {minutes} min {seconds:02} s")
+
+    thread = threading.Thread(target=heartbeat, daemon=True)
+    thread.start()
+    try:
+        code = subprocess.run(command, env=dict(environment), check=False).returncode
+    finally:
+        done.set()
+        thread.join()
+    if code:
+        raise SystemExit(f"error: the installation failed (pip's exit status {code}); its last lines above say why")
+
+
+def say(line: str) -> None:
+    """Tell the user something at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def main(extras: Sequence[str]) -> None:
+    """Install llamaserve with these extras into the virtual environment."""
+    if sys.version_info < (3, 11):
+        raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
+    wheels = os.environ.get("WHEELS", "")
+    arguments = "" if wheels else cmake_args(os.environ, platform.system(), platform.machine())
+    wanted = fingerprint(extras, wheels, arguments)
+    if is_ready(wanted):
+        return
+    check_compiler(wheels)
+    if not (VENV / "bin" / "python").exists():
+        say(f"making a virtual environment in {VENV}")
+        venv.create(VENV, with_pip=True)
+    if not wheels:
+        say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    command += [*binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
+    environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
+    run_visibly(command, environment)
+    STAMP.write_text(json.dumps(wanted))
+    say("installed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

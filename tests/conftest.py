@@ -1,0 +1,61 @@
+"""What all tests share: the starter model, fetched once and cached outside the repository, and a server that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from running_server import RunningServer
+
+from llamaserve.engine.params import LoadParams
+from llamaserve.registry.sources import fetch, parse_source
+from llamaserve.registry.spec import load_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The GGUF file of the starter model, as `llamaserve pull` fetches it."""
+    registry = load_registry(ROOT / "models.yaml")
+    _, spec = registry.resolve("starter")
+    return fetch(parse_source(spec.source, ROOT), spec.sha256)
+
+
+@pytest.fixture(scope="session")
+def load_params(starter_model: Path) -> LoadParams:
+    """Small settings of the exact level: flash attention off, so that batching does not change a logit."""
+    return LoadParams(
+        path=str(starter_model),
+        context=1024,
+        parallel=4,
+        kv_cells=2048,
+        batch=256,
+        threads=2,
+        gpu_layers="none",
+        flash_attention="off",
+        key_type="f16",
+        value_type="f16",
+    )
+
+
+@pytest.fixture(scope="session")
+def server(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A real server with the starter model under its name and alias, in settings of the exact level."""
+    models = tmp_path_factory.mktemp("server") / "models.yaml"
+    models.write_text(
+        f"defaults: {{context: 2048, parallel: 4, flash_attention: off}}\n"
+        f"models:\n  smollm2-135m: {{source: 'file:{starter_model}'}}\n"
+        f"aliases: {{starter: smollm2-135m, org/starter: smollm2-135m}}\n"
+    )
+    with RunningServer("serve", "smollm2-135m", "--models-file", str(models)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """The openai SDK, pointed at the server; it does not repeat failed requests."""
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as sdk:
+        yield sdk

