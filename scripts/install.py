@@ -1,7 +1,7 @@
 """Make ``.venv`` ready to run llamaserve, unless it is already. Needs nothing but Python's standard library.
 
-Called by the Makefile. The first install compiles llama.cpp, which takes minutes; this says so and shows that it goes on.
-From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling (cpu,
+Called by the Makefile. The first install compiles llama.cpp, which takes minutes; this says so and shows that it goes
+on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling (cpu,
 metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
 """
 
@@ -108,7 +108,7 @@ def say(line: str) -> None:
 
 def main(extras: Sequence[str]) -> None:
     """Install llamaserve with these extras into the virtual environment."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script also has to run where the package can't
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
     wheels = os.environ.get("WHEELS", "")
     arguments = "" if wheels else cmake_args(os.environ, platform.system(), platform.machine())

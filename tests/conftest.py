@@ -1,4 +1,4 @@
-"""What all tests share: the starter model, fetched once and cached outside the repository, and a server that runs it."""
+"""What all tests share: the starter model, cached outside the repository, and a server that runs it."""
 
 from __future__ import annotations
 

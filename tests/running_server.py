@@ -1,4 +1,4 @@
-"""Starts the real server as a user does, in a process of its own on a free port, and ends it without leaving a trace."""
+"""Starts the real server as a user does, in its own process on a free port, and ends it without leaving a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STOP_LIMIT = 20
 
 
 class RunningServer:
-    """``llamaserve COMMAND ARGUMENTS...`` between ``with`` and its end. ``url`` has no path; ``lines`` is its output."""
+    """``llamaserve COMMAND ARGUMENTS...`` within a ``with`` block. ``url`` has no path; ``lines`` is its output."""
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", "llamaserve", *arguments, "--port", "0"]
