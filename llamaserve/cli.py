@@ -23,7 +23,8 @@ from rich.table import Table
 
 from llamaserve import __version__
 from llamaserve.errors import LlamaserveError, ModelFileMissing, RegistryError
-from llamaserve.registry.sources import fetch, locate, parse_source
+from llamaserve.registry.fetching import fetch, locate
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.settings import Settings
 

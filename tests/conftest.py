@@ -10,7 +10,8 @@ import pytest
 from running_server import RunningServer
 
 from llamaserve.engine.params import LoadParams
-from llamaserve.registry.sources import fetch, parse_source
+from llamaserve.registry.fetching import fetch
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import load_registry
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,11 @@ from pathlib import Path
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import LoadParams
 from llamaserve.errors import ModelError, ModelFileMissing, ModelNotCapable, ModelNotFound, ModelNotLoaded
+from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.hardware import performance_cores
 from llamaserve.registry.loadable import check_loadable
-from llamaserve.registry.sources import locate, parse_source
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.supervisor import Supervisor

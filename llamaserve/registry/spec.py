@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from llamaserve import errors
 from llamaserve.engine.params import FlashAttention, GpuLayers, KVType
-from llamaserve.registry import sources
+from llamaserve.registry import fetching, sources
 
 MAX_FILE: Final = 1024 * 1024  # bytes; a list of models that is larger is a mistake
 MAX_VALUES: Final = 20_000  # values after anchors are followed, so that no alias can multiply itself
@@ -55,14 +55,14 @@ def _on_off(value: object) -> object:
 
 class RunOptions(BaseModel):
     """How a model is run. ``context`` is the tokens of one request, ``parallel`` the requests evaluated together,
-    ``kv_cells`` the tokens that the key-value cache holds for all of them (None: chosen from the memory there is) and
+    ``kv_cells`` the tokens that the key-value cache holds for all of them (None: twice the context) and
     ``batch`` the tokens of one step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     context: Annotated[int, Field(strict=True, ge=64, le=1 << 24)] = 8192
-    parallel: Annotated[int, Field(strict=True, ge=1, le=64)] = 4
+    parallel: Annotated[int, Field(strict=True, ge=1, le=64)] = 8
     kv_cells: Annotated[int, Field(strict=True, ge=64, le=1 << 28)] | None = None
     batch: Annotated[int, Field(strict=True, ge=32, le=1 << 20)] = 512
     threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = "auto"
@@ -167,7 +167,7 @@ class Registry:
             source = sources.parse_source(text, Path.cwd())
         elif text.startswith(("file:", "~")) or "/" in text or text.lower().endswith(".gguf"):
             source = sources.parse_source("file:" + text.removeprefix("file:"), Path.cwd())
-            sources.fetch(source)  # downloads nothing: a file is there, or is missing
+            fetching.fetch(source)  # downloads nothing: a file is there, or is missing
         else:
             return self.resolve(text)
         options = self.defaults.model_dump(exclude={"model"})

