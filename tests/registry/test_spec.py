@@ -86,7 +86,7 @@ def test_a_models_own_value_wins_over_the_defaults(folder: Path) -> None:
 def test_unnamed_values_have_defaults(folder: Path) -> None:
     spec = load(folder, "models: {a: {source: 'hf:o/r'}}").models["a"]
     assert spec == ModelSpec(source="hf:o/r")
-    assert (spec.context, spec.parallel, spec.kv_cells, spec.batch) == (8192, 4, None, 512)
+    assert (spec.context, spec.parallel, spec.kv_cells, spec.batch) == (8192, 8, None, 512)
     assert (spec.threads, spec.gpu_layers, spec.flash_attention) == ("auto", "auto", "auto")
     assert (spec.key_type, spec.value_type, spec.task) == ("f16", "f16", "generation")
 
