@@ -51,6 +51,22 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve quantised GGUF models behind an OpenAI-compatible API."""
+
+
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1 and ::1]")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 5000]")]
 ModelsFile = Annotated[
@@ -121,12 +137,6 @@ def list_models(models_file: ModelsFile = None) -> None:
         table.add_row(*row, spec.description)
     out.print(table)
     out.print(f"\nfrom {registry.path}; serve one with: llamaserve run <model>", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    out.print(__version__, highlight=False)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Make ``.venv`` ready to run llamaserve, unless it is already. Needs nothing but Python's standard library.
 
 Called by the Makefile. The first install compiles llama.cpp, which takes minutes; this says so and shows that it goes
-on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling (cpu,
-metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
+on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling
+(cpu, metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
 """
 
 from __future__ import annotations
@@ -58,14 +58,25 @@ def fingerprint(extras: Sequence[str], wheels: str, arguments: str) -> dict[str,
     }
 
 
+def last_install() -> dict[str, str]:
+    """Return what the last install depended on; empty when there was none."""
+    try:
+        return dict(json.loads(STAMP.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
 def is_ready(wanted: Mapping[str, str]) -> bool:
     """Tell whether the last install covers what is wanted; extras that are already there do no harm."""
-    try:
-        found = json.loads(STAMP.read_text())
-    except (OSError, ValueError):
-        return False
+    found = last_install()
     have, want = (set(each.get("extras", "").split(",")) for each in (found, wanted))
     return want <= have and all(found.get(key) == value for key, value in wanted.items() if key != "extras")
+
+
+def is_other_binding(wanted: Mapping[str, str]) -> bool:
+    """Tell whether the installed binding was made another way, so that pip would wrongly take it for good."""
+    found = last_install()
+    return any(found.get(key, wanted[key]) != wanted[key] for key in ("wheels", "cmake_args"))
 
 
 def check_compiler(wheels: str) -> None:
@@ -121,8 +132,10 @@ def main(extras: Sequence[str]) -> None:
         venv.create(VENV, with_pip=True)
     if not wheels:
         say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    command += [*binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    if is_other_binding(wanted):
+        run_visibly([*pip, "uninstall", "--yes", BINDING], os.environ)
+    command = [*pip, "install", *binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
     environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
     run_visibly(command, environment)
     STAMP.write_text(json.dumps(wanted))

@@ -1,0 +1,76 @@
+"""The layers: imports point downward only, llama_cpp is in one module, and the API process never loads it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import llamaserve
+
+PACKAGE = Path(llamaserve.__file__).parent
+# Each layer may import from those below it. Modules beside the layers serve all of them.
+LAYERS = ["cli", "serving", "app", "api", "chat", "registry", "worker", "engine"]
+SHARED = {"errors", "frames", "settings", "__init__"}
+
+
+def modules() -> dict[str, Path]:
+    """Return all modules by dotted name without the package's own."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found[".".join(path.relative_to(PACKAGE).with_suffix("").parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return the dotted names that a module imports, wherever in it, except for type checkers."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_imports_point_downward() -> None:
+    for module, path in modules().items():
+        for name in imports(path):
+            if not name.startswith("llamaserve."):
+                continue
+            target = layer(name.removeprefix("llamaserve."))
+            if target in SHARED or target == "__version__" or layer(module) in ("__main__", layer(name[11:])):
+                continue
+            assert layer(module) in LAYERS, f"{module} imports {name}"
+            assert LAYERS.index(layer(module)) < LAYERS.index(target), f"{module} imports {name}"
+
+
+def test_shared_modules_stand_alone() -> None:
+    for module in SHARED - {"__init__"}:
+        assert not {n for n in imports(modules()[module]) if n.startswith("llamaserve") and "errors" not in n}
+
+
+def test_llama_cpp_is_imported_in_one_module() -> None:
+    users = {module for module, path in modules().items() if any(n.startswith("llama_cpp") for n in imports(path))}
+    assert users == {"engine.llama"}
+
+
+def test_the_engine_knows_nothing_of_the_web() -> None:
+    for module, path in modules().items():
+        if layer(module) == "engine":
+            assert not {n.split(".")[0] for n in imports(path)} & {"fastapi", "starlette", "pydantic", "json", "yaml"}
+
+
+def test_the_api_process_loads_neither_llama_cpp_nor_numpy_nor_jinja() -> None:
+    check = (
+        "import sys, llamaserve.cli, llamaserve.serving; "
+        "print([m for m in ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
