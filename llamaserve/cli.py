@@ -144,16 +144,12 @@ def main() -> None:
     try:
         app()
     except LlamaserveError as error:
-        err.print(f"[bold red]error:[/] {_escaped(error.message)}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         if error.hint:
-            err.print(f"[bold]try:[/]   {_escaped(error.hint)}", highlight=False, soft_wrap=True)
+            err.print(f"[bold]try:[/]   {escape(error.hint)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escaped(text: str) -> str:
-    return escape(text)
 
 
 def _settings(**flags: Any) -> Settings:
@@ -211,7 +207,8 @@ def _serve(settings: Settings, registry: Registry, references: Sequence[str]) ->
                 await model.worker()
         _print_ready(pool, url)
 
-    serve_forever(settings, pool, announce)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is meant to end
+        serve_forever(settings, pool, announce)
 
 
 @contextlib.contextmanager
@@ -235,13 +232,18 @@ async def _follow(model: ServedModel, show: Callable[[float], None]) -> None:
         await asyncio.sleep(0.1)
 
 
+def _described(model: ServedModel) -> str:
+    where = "GPU" if model.supervisor.gpu else "CPU"
+    return f"{model.name}, {model.header.quantisation}, {model.context} tokens of context, on the {where}"
+
+
 def _print_ready(pool: ModelPool, url: str) -> None:
-    names = ", ".join(f"{model.name} ({model.header.quantisation}, {model.context} tokens)" for model in pool.models)
-    lines = [f"[bold green]llamaserve {__version__} is ready:[/] {_escaped(names) or 'no model'}", ""]
+    names = "; ".join(_described(model) for model in pool.models) or "no model"
+    lines = [f"[bold green]llamaserve {__version__} is ready:[/] {escape(names)}", ""]
     lines.append(f"  base URL   {url}/v1")
     lines.append(f"  API docs   {url}/docs")
     if pool.models:
         body = '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
-        lines.append(f"  try it     curl -N {url}/v1/chat/completions -d {_escaped(shlex.quote(body))}")
+        lines.append(f"  try it     curl -N {url}/v1/chat/completions -d {escape(shlex.quote(body))}")
     out.print("\n".join(lines), highlight=False, soft_wrap=True)
     sys.stdout.flush()

@@ -106,7 +106,8 @@ async def model_info(services: UsesServices) -> dict[str, Any]:
         return {"model_name": "None", "lora_names": [], "loader": None}
     model = services.pool.get(None)
     info: dict[str, Any] = {"model_name": model.name, "lora_names": [], "loader": "llama.cpp"}
-    info |= {"status": model.supervisor.status.value, "capabilities": capabilities(model)}
+    info |= {"status": model.supervisor.status.value, "gpu": model.supervisor.gpu}
+    info["capabilities"] = capabilities(model)
     try:
         header, params = model.header, model.load_params()
     except LlamaserveError as error:

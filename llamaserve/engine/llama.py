@@ -28,7 +28,7 @@ _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 _ALL_LAYERS = -1
 _BYTE_COVERING_VOCABS = {1, 2}  # SPM and BPE: every byte of the text ends up in some token
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw its own
-_LOG_WARNING, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
+_LOG_ERROR, _LOG_CONTINUED = 4, 5
 
 _recent_errors: deque[str] = deque(maxlen=4)
 _last_level = 0
@@ -36,14 +36,18 @@ _last_level = 0
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: Any) -> None:
-    """Pass llama.cpp's warnings on to standard error and remember its errors; drop its running commentary."""
+    """Pass llama.cpp's errors on to standard error and remember them; drop the rest.
+
+    Its warnings are dropped too: the loudest ones are about settings that are meant, such as a cache that is larger
+    than the context of one sequence.
+    """
     global _last_level
     level = _last_level if level == _LOG_CONTINUED else level
     _last_level = level
-    if level in (_LOG_WARNING, _LOG_ERROR):
+    if level == _LOG_ERROR:
         line = text.decode("utf-8", "replace")
         sys.stderr.write(line)
-        if level == _LOG_ERROR and line.strip():
+        if line.strip():
             _recent_errors.append(line.strip())
 
 
@@ -73,6 +77,11 @@ def gpu_layer_count(setting: str | int) -> int:
             return 0
         case _:
             return int(setting)
+
+
+def uses_gpu(params: LoadParams) -> bool:
+    """Tell whether a model with these settings has layers on a GPU."""
+    return supports_gpu_offload() and gpu_layer_count(params.gpu_layers) != 0
 
 
 def model_params(params: LoadParams) -> Any:

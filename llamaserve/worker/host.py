@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Failed
-from llamaserve.engine.llama import start_backend, supports_gpu_offload
+from llamaserve.engine.llama import start_backend, uses_gpu
 from llamaserve.errors import LlamaserveError, to_value
 from llamaserve.frames import FrameSocket
 from llamaserve.worker.protocol import (
@@ -69,7 +69,7 @@ class Host:
         except LlamaserveError as error:
             self._send([LoadFailed(to_value(error))])
             return
-        self._send([Ready(engine.vocab.size, command.params.kv_cells, supports_gpu_offload())])
+        self._send([Ready(gpu=uses_gpu(command.params))])
         threading.Thread(target=self._read_commands, args=(engine,), name="commands", daemon=True).start()
         self._run_engine(engine)
 

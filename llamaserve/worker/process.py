@@ -110,6 +110,7 @@ class WorkerProcess:
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
         self.occupancy = Occupancy()
+        self.gpu = False  # whether layers of the model are on a GPU; known once it is loaded
         self.ended = asyncio.Event()
 
     @classmethod
@@ -222,7 +223,8 @@ class WorkerProcess:
                 match event:
                     case Loading(fraction):
                         on_progress(fraction)
-                    case Ready():
+                    case Ready(gpu):
+                        self.gpu = gpu
                         return
                     case LoadFailed(error):
                         raise from_value(error)

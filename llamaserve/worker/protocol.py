@@ -67,11 +67,9 @@ class Loading(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The model is loaded."""
+    """The model is loaded. ``gpu``: whether layers of it are on a GPU."""
 
-    vocabulary: int
-    cells: int
-    gpu_offload: bool
+    gpu: bool
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -70,6 +70,11 @@ class Supervisor:
         return self._worker.occupancy if self._worker else Occupancy()
 
     @property
+    def gpu(self) -> bool | None:
+        """Whether layers of the model are on a GPU, if it is loaded."""
+        return self._live_worker.gpu if self._live_worker else None
+
+    @property
     def pid(self) -> int | None:
         """Process id of the child, if it is loaded."""
         return self._live_worker.pid if self._live_worker else None
@@ -144,7 +149,7 @@ class Supervisor:
         self._failure = None
         self._worker = worker
         self._watcher = asyncio.create_task(self._watch(worker))
-        logger.info("%s is loaded (process %d)", self._name, worker.pid)
+        logger.info("%s is loaded on the %s (process %d)", self._name, "GPU" if worker.gpu else "CPU", worker.pid)
         return worker
 
     def _on_progress(self, fraction: float) -> None:
