@@ -1,0 +1,47 @@
+"""Servers with settings of their own, for what the shared one can't show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running_server import RunningServer
+
+
+def write_models_file(folder: Path, weights: Path, defaults: str, fields: str = "") -> Path:
+    """Write a models.yaml with one model and return its path."""
+    path = folder / "models.yaml"
+    path.write_text(
+        f"defaults: {{{defaults}, flash_attention: off}}\n"
+        f"models:\n  smollm2-135m: {{source: 'file:{weights}'{fields}}}\n"
+        "aliases: {starter: smollm2-135m}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_server(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One sequence at a time with a context of 96 tokens; streams that wait say so five times a second."""
+    folder = tmp_path_factory.mktemp("small")
+    path = write_models_file(folder, starter_model, "context: 96, parallel: 1")
+    environment = {"LLAMASERVE_HEARTBEAT": "0.2"}
+    with RunningServer("serve", "smollm2-135m", "--models-file", str(path), environment=environment) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh_server(starter_model: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    """A server for one test alone, in settings of the exact level, whose weights are a copy in ``tmp_path``."""
+    weights = tmp_path / "weights.gguf"
+    weights.write_bytes(starter_model.read_bytes())
+    path = write_models_file(tmp_path, weights, "context: 2048, parallel: 4")
+    with RunningServer("serve", "smollm2-135m", "--models-file", str(path)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def empty_server() -> Iterator[RunningServer]:
+    """A server without any model."""
+    with RunningServer("serve") as running:
+        yield running

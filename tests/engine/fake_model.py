@@ -1,0 +1,174 @@
+"""A model that says what the test tells it to, one byte a token: doubles at the seams ``Runner`` and ``Memory``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence as TokenSequence
+
+from fake_memory import FakeMemory
+
+from llamaserve.engine.engine import Engine
+from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
+from llamaserve.engine.llama import OutOfCells
+from llamaserve.engine.params import Generation, Sampling
+from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.scheduler import Chunk
+from llamaserve.engine.sequence import Sequence
+from llamaserve.errors import EngineError, InvalidRequest
+
+END = 256  # the end-of-generation token
+SAMPLING = Sampling(seed=0)
+
+
+class ByteVocab:
+    """Tokens 0 to 255 are bytes, 256 ends the answer."""
+
+    size = 257
+
+    def check(self, tokens: Iterable[int], param: str) -> None:
+        """See ``Vocab``."""
+        for token in tokens:
+            if not 0 <= token < self.size:
+                raise InvalidRequest(f"token id {token}", param=param)
+
+    def fewest_tokens(self, text: str) -> int:
+        """See ``Vocab``."""
+        return len(text)
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """See ``Vocab``."""
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        """See ``Vocab``."""
+        return b"" if token == END else bytes([token])
+
+    def is_end_of_generation(self, token: int) -> bool:
+        """See ``Vocab``."""
+        return token == END
+
+
+class FakeSampler:
+    """Counts how many samplers are open."""
+
+    open = 0
+
+    def __init__(self) -> None:
+        FakeSampler.open += 1
+        self.closed = False
+
+    def close(self) -> None:
+        """See ``Sampler``."""
+        assert not self.closed
+        self.closed = True
+        FakeSampler.open -= 1
+
+
+class ScriptedRunner:
+    """Says ``answers[request, index]`` byte by byte, then the end token; '.' for ever where there is no answer.
+
+    ``fail`` is asked before each step and may return an error to raise; ``spoil`` may replace a sampled token.
+    ``cells`` is what the cache really holds, if that is less than the engine believes.
+    """
+
+    def __init__(self, memory: FakeMemory, answers: dict[tuple[int, int], bytes], cells: int | None) -> None:
+        self.memory = memory
+        self.answers = answers
+        self.cells = cells
+        self.steps = 0
+        self.fail: Callable[[TokenSequence[Chunk]], EngineError | None] = lambda chunks: None
+        self.spoil: Callable[[Sequence], EngineError | None] = lambda sequence: None
+
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
+        """See ``Runner``."""
+        self.steps += 1
+        if (error := self.fail(chunks)) is not None:
+            raise error
+        if self.cells is not None and self.memory.used + sum(chunk.length for chunk in chunks) > self.cells:
+            raise OutOfCells("the key-value cache is full")
+        outcomes: list[int | EngineError] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.slot is not None
+            tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
+            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
+            if chunk.completes:
+                if sequence.sampler is None:
+                    sequence.sampler = FakeSampler()
+                outcomes.append(self.spoil(sequence) or self._next(sequence))
+        return outcomes
+
+    def _next(self, sequence: Sequence) -> int:
+        answer = self.answers.get((sequence.request, sequence.index))
+        if answer is None:
+            return ord(".")
+        return (*answer, END)[sequence.generated]
+
+
+class FakeModel:
+    """An engine on these doubles, and what it has reported."""
+
+    def __init__(
+        self,
+        answers: dict[tuple[int, int], bytes] | None = None,
+        *,
+        slots: int = 4,
+        cells: int = 200,
+        real_cells: int | None = None,
+        batch: int = 16,
+        context: int = 60,
+    ) -> None:
+        self.memory = FakeMemory()
+        self.runner = ScriptedRunner(self.memory, answers or {}, real_cells)
+        self.cache = PrefixCache(self.memory, slots, cells)
+        self.engine = Engine(
+            self.runner,
+            self.cache,
+            ByteVocab(),  # type: ignore[arg-type]  # has what the engine uses of a Vocab
+            batch=batch,
+            context=context,
+        )
+        self.events: list[EngineEvent] = []
+
+    def submit(
+        self,
+        request: int,
+        *prompts: str,
+        choices: int = 1,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        stream: bool = False,
+    ) -> None:
+        """Encode and submit."""
+        generation = Generation(sampling=SAMPLING, choices=choices, max_tokens=max_tokens, stop=stop, stream=stream)
+        self.engine.submit(request, [self.engine.encode(prompt) for prompt in prompts], generation)
+
+    def step(self, times: int = 1) -> None:
+        """Take steps while there is something to do."""
+        for _ in range(times):
+            if not self.engine.idle:
+                self.events += self.engine.step()
+
+    def run(self, limit: int = 2000) -> None:
+        """Take steps until there is nothing to do; ``limit`` catches an engine that makes no progress."""
+        self.step(limit)
+        assert self.engine.idle, f"not finished after {limit} steps"
+
+    def of(self, request: int, index: int = 0) -> list[EngineEvent]:
+        """Return the events of one sequence, or of its request's failure."""
+        return [
+            event
+            for event in self.events
+            if (isinstance(event, Failed) and event.request == request)
+            or (isinstance(event, Delta | Finished) and (event.request, event.index) == (request, index))
+        ]
+
+    def finished(self, request: int, index: int = 0) -> Finished:
+        """Return a sequence's last event, checking that it is the only one of its kind."""
+        *before, last = self.of(request, index)
+        assert isinstance(last, Finished)
+        assert all(isinstance(event, Delta) for event in before)
+        return last
+
+    def text(self, request: int, index: int = 0) -> str:
+        """Return all text of a sequence, however it was sent."""
+        return "".join(event.text for event in self.of(request, index) if isinstance(event, Delta | Finished))

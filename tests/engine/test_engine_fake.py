@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_model import END, SAMPLING, FakeModel, FakeSampler
+from hypothesis import given, strategies as st
+
+from llamaserve import errors
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.params import Generation, Sampling
+from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest
+
+_stops = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3).map(tuple)
+_answers = st.lists(st.sampled_from([b"a", b"b", "é".encode(), b"\xc3", b"\xff"]), max_size=15).map(b"".join)
+
+
+@pytest.fixture(autouse=True)
+def _no_sampler_stays_open() -> Iterator[None]:
+    FakeSampler.open = 0
+    yield
+    assert FakeSampler.open == 0
+
+
+def _expected(answer: bytes, stops: tuple[str, ...]) -> str:
+    text = answer.decode("utf-8", "replace")
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text
+
+
+def test_an_answer_that_is_not_streamed_comes_whole_with_its_counts() -> None:
+    model = FakeModel({(7, 0): b"Hello"})
+    model.submit(7, "abc")
+    model.run()
+    assert model.events == [Finished(7, 0, "Hello", "stop", 3, 5, 0)]
+
+
+def test_a_streamed_answer_comes_token_by_token() -> None:
+    model = FakeModel({(7, 0): b"Hi!"})
+    model.submit(7, "abc", stream=True)
+    model.run()
+    assert model.events == [*(Delta(7, 0, text) for text in "Hi!"), Finished(7, 0, "", "stop", 3, 3, 0)]
+
+
+@given(_answers, _stops, st.integers(1, 20))
+def test_streamed_is_the_same_as_whole(answer: bytes, stops: tuple[str, ...], max_tokens: int) -> None:
+    model = FakeModel({(1, 0): answer, (2, 0): answer})
+    model.submit(1, "p", stop=stops, max_tokens=max_tokens, stream=True)
+    model.submit(2, "p", stop=stops, max_tokens=max_tokens)
+    model.run()
+    streamed, whole = model.finished(1), model.finished(2)
+    assert model.text(1) == model.text(2) == whole.text == _expected(answer[:max_tokens], stops)
+    assert (streamed.reason, streamed.completion_tokens) == (whole.reason, whole.completion_tokens)
+    assert whole.completion_tokens <= max_tokens
+
+
+def test_no_delta_is_empty() -> None:
+    model = FakeModel({(1, 0): "é€😀".encode()})
+    model.submit(1, "p", stream=True)
+    model.run()
+    assert [event.text for event in model.of(1)] == ["é", "€", "😀", ""]
+
+
+def test_prompts_and_choices_have_their_own_index() -> None:
+    answers = {(1, index): f"answer {index}".encode() for index in range(6)}
+    model = FakeModel(answers)
+    model.submit(1, "a", "bc", choices=3)
+    model.run()
+    assert {index: model.finished(1, index).text for index in range(6)} == {i: f"answer {i}" for i in range(6)}
+    assert [model.finished(1, index).prompt_tokens for index in range(6)] == [1, 1, 1, 2, 2, 2]
+
+
+def test_max_tokens_ends_the_answer_with_length() -> None:
+    model = FakeModel()
+    model.submit(1, "p", max_tokens=3)
+    model.run()
+    assert model.events == [Finished(1, 0, "...", "length", 1, 3, 0)]
+
+
+def test_an_answer_that_ends_just_at_max_tokens_reports_length() -> None:
+    model = FakeModel({(1, 0): b"abc", (2, 0): b"abc"})
+    model.submit(1, "p", max_tokens=3)
+    model.submit(2, "p", max_tokens=4)
+    model.run()
+    assert model.finished(1).reason == "length"
+    assert model.finished(2) == Finished(2, 0, "abc", "stop", 1, 3, 0)
+
+
+def test_a_stop_string_that_ends_at_max_tokens_is_a_stop() -> None:
+    model = FakeModel({(1, 0): b"abcdef"})
+    model.submit(1, "p", max_tokens=3, stop=("c",))
+    model.run()
+    assert model.events == [Finished(1, 0, "ab", "stop", 1, 3, 0)]
+
+
+def test_without_max_tokens_the_context_ends_the_answer() -> None:
+    model = FakeModel(context=10)
+    model.submit(1, "pppp")
+    model.run()
+    assert model.events == [Finished(1, 0, "......", "length", 4, 6, 0)]
+
+
+def test_a_prompt_that_leaves_room_for_one_token_gets_it() -> None:
+    model = FakeModel(context=10)
+    model.submit(1, "p" * 9)
+    model.run()
+    assert model.events == [Finished(1, 0, ".", "length", 9, 1, 0)]
+
+
+def test_an_answer_that_ends_at_once_is_empty() -> None:
+    model = FakeModel({(1, 0): b""})
+    model.submit(1, "p", stream=True)
+    model.run()
+    assert model.events == [Finished(1, 0, "", "stop", 1, 0, 0)]
+
+
+def test_text_held_for_a_stop_string_is_released_at_the_end() -> None:
+    model = FakeModel({(1, 0): b"one ##"})
+    model.submit(1, "p", stop=("###",), stream=True)
+    model.run()
+    assert model.text(1) == "one ##"
+
+
+def test_a_second_turn_reports_what_was_reused() -> None:
+    model = FakeModel({(1, 0): b"ok", (2, 0): b"yes"})
+    model.submit(1, "abc")
+    model.run()
+    model.submit(2, "abcok?")
+    model.run()
+    assert model.finished(2).cached_tokens == 5
+    assert model.memory.evaluated == 5 + len("?yes")
+
+
+def test_being_preempted_changes_neither_text_nor_counts() -> None:
+    answers = {(request, 0): f"this is answer {request}".encode() for request in range(4)}
+    model = FakeModel(answers, cells=40)
+    for request in answers:
+        model.submit(request[0], f"prompt {request[0]}", stream=request[0] % 2 == 0)
+    model.run()
+    for (request, _), answer in answers.items():
+        assert model.text(request) == answer.decode()
+        last = model.finished(request)
+        assert (last.prompt_tokens, last.completion_tokens, last.cached_tokens) == (8, len(answer), 0)
+    assert model.memory.evaluated > sum(8 + len(answer) for answer in answers.values())
+
+
+# Cancel and stop
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_cancelled_request_is_never_heard_of_again(steps: int) -> None:
+    model = FakeModel({(2, 0): b"fine"}, batch=4)
+    model.submit(1, "p" * 10, "q", choices=2, stream=True)
+    model.submit(2, "other")
+    model.step(steps)
+    model.engine.cancel(1)
+    heard = len(model.events)
+    model.run()
+    assert all(event.request == 2 for event in model.events[heard:])
+    assert model.text(2) == "fine"
+    assert model.engine.occupancy() is None  # back to nothing, as it was first reported
+
+
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stopped_request_finishes_with_its_text_so_far(steps: int, stream: bool) -> None:
+    model = FakeModel(batch=4)
+    model.submit(1, "p" * 10, stream=stream)
+    model.step(steps)
+    model.events += model.engine.stop(1)
+    assert model.engine.idle
+    generated = max(0, steps - 2)  # the prompt takes three steps, the last of which gives a token
+    last = model.finished(1)
+    assert (model.text(1), last.reason) == ("." * generated, "stop")
+    assert (last.prompt_tokens, last.completion_tokens) == (10, generated)
+
+
+def test_stop_without_a_number_ends_all_requests() -> None:
+    model = FakeModel(slots=2)
+    for request in (1, 2, 3):
+        model.submit(request, "p")
+    model.step(2)
+    model.events += model.engine.stop()
+    assert model.engine.idle
+    assert [model.text(request) for request in (1, 2, 3)] == ["..", "..", ""]
+
+
+def test_stopping_releases_what_was_held_back() -> None:
+    model = FakeModel({(1, 0): b"ab#\xc3"})
+    model.submit(1, "p", stop=("##",), stream=True)
+    model.step(4)
+    model.events += model.engine.stop(1)
+    assert model.text(1) == "ab#\ufffd"
+
+
+def test_unknown_requests_can_be_cancelled_and_stopped() -> None:
+    model = FakeModel()
+    model.engine.cancel(99)
+    assert model.engine.stop(99) == []
+    assert model.engine.idle
+
+
+# Errors
+
+
+def test_a_failed_step_fails_the_whole_requests_in_it_and_no_others() -> None:
+    model = FakeModel({(1, 0): b"x", (3, 0): b"fine"}, slots=2)
+    model.submit(1, "a", "b", "c", stream=True)  # two run, one waits
+    model.submit(3, "d")
+    model.step()
+    model.runner.fail = lambda chunks: EngineError("broken") if chunks[0].sequence.request == 1 else None
+    model.run()
+    failures = [event for event in model.events if isinstance(event, Failed)]
+    assert [(event.request, event.error.name, event.error.message) for event in failures] == [
+        (1, "EngineError", "broken")
+    ]
+    assert model.text(3) == "fine"
+
+
+def test_after_a_failed_step_its_cells_are_not_reused() -> None:
+    model = FakeModel({(2, 0): b"fine"})
+    model.submit(1, "abcdef")
+    model.step(3)
+    model.runner.fail = lambda chunks: EngineError("broken")
+    model.step()
+    model.runner.fail = lambda chunks: None
+    assert model.memory.used == 0
+    model.submit(2, "abcdef")
+    model.run()
+    assert model.finished(2) == Finished(2, 0, "fine", "stop", 6, 4, 0)
+
+
+def test_one_sequence_with_bad_logits_fails_its_request_only() -> None:
+    model = FakeModel({(1, 0): b"long answer", (1, 1): b"long answer", (2, 0): b"fine"})
+    model.submit(1, "p", choices=2, stream=True)
+    model.submit(2, "q")
+    model.runner.spoil = lambda s: EngineError("NaN") if (s.request, s.index, s.generated) == (1, 0, 2) else None
+    model.run()
+    assert [event for event in model.events if isinstance(event, Failed) and event.request == 1]
+    index = next(i for i, event in enumerate(model.events) if isinstance(event, Failed))
+    assert all(event.request == 2 for event in model.events[index + 1 :])
+    assert model.finished(2).text == "fine"
+
+
+def test_bad_logits_in_two_choices_are_reported_once() -> None:
+    model = FakeModel()
+    model.submit(1, "p", choices=3)
+    model.runner.spoil = lambda sequence: EngineError("NaN")
+    model.run()
+    assert [type(event) for event in model.events] == [Failed]
+
+
+def test_when_memory_falls_short_idle_prefixes_go_and_the_step_is_repeated() -> None:
+    model = FakeModel({(1, 0): b"one", (2, 0): b"two"}, cells=200, real_cells=12)
+    model.submit(1, "pppp")
+    model.run()
+    model.submit(2, "qqqqqq")
+    model.run()
+    assert (model.text(1), model.text(2)) == ("one", "two")
+
+
+def test_when_memory_falls_short_requests_still_finish_one_after_another() -> None:
+    """llama.cpp may have fewer cells than the engine counts with; then the newest waits, and both are answered."""
+    model = FakeModel({(1, 0): b"first one", (2, 0): b"second"}, cells=200, real_cells=16)
+    model.submit(1, "pppp")
+    model.submit(2, "qqqq")
+    model.run()
+    assert (model.text(1), model.text(2)) == ("first one", "second")
+
+
+def test_a_request_that_alone_is_too_much_for_the_memory_fails() -> None:
+    model = FakeModel({(2, 0): b"fine"}, cells=200, real_cells=8)
+    model.submit(1, "pppp")
+    model.run()
+    (failed,) = model.of(1)
+    assert isinstance(failed, Failed)
+    assert "key-value cache" in failed.error.message
+    model.submit(2, "q")
+    model.run()
+    assert model.text(2) == "fine"
+
+
+def test_a_request_that_outgrows_all_cells_ends() -> None:
+    """With fewer cells than the context has tokens, a sequence may be alone and still too long."""
+    model = FakeModel({(2, 0): b"fine"}, cells=20, context=60)
+    model.submit(1, "p" * 30)
+    model.submit(2, "q")
+    model.run()
+    assert model.of(1)
+    assert model.text(2) == "fine"
+
+
+def test_a_failure_for_want_of_cells_is_an_engine_error_for_the_api_process_too() -> None:
+    """That process never imports the module of OutOfCells, and turns a name it does not know into the base class."""
+    model = FakeModel(real_cells=2)
+    model.submit(1, "pppp")
+    model.run()
+    (failed,) = model.of(1)
+    assert isinstance(failed, Failed)
+    known = getattr(errors, failed.error.name, None)
+    assert known is not None, f"errors.py has no {failed.error.name}"
+    assert issubclass(known, EngineError)
+
+
+# Prompts
+
+
+def test_a_prompt_that_can_never_fit_is_refused_with_both_numbers() -> None:
+    engine = FakeModel(context=10).engine
+    assert len(engine.encode("p" * 9)) == 9
+    for prompt in ("p" * 10, [1] * 10):
+        with pytest.raises(ContextLengthExceeded, match=r"\b10 tokens.*\b10 tokens"):
+            engine.encode(prompt)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    engine = FakeModel().engine
+    for prompt in ("", []):
+        with pytest.raises(InvalidRequest, match="empty"):
+            engine.encode(prompt)
+
+
+@pytest.mark.parametrize("token", [-1, 257, 2**31, 2**64])
+def test_token_ids_outside_the_vocabulary_are_refused(token: int) -> None:
+    engine = FakeModel().engine
+    with pytest.raises(InvalidRequest) as caught:
+        engine.encode([1, token])
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequest) as caught:
+        engine.check(Generation(sampling=Sampling(seed=0, logit_bias={token: 1.0})))
+    assert caught.value.param == "logit_bias"
+
+
+def test_the_caller_may_change_its_prompt_afterwards() -> None:
+    model = FakeModel({(1, 0): b"x"})
+    prompt = [1, 2, 3]
+    model.engine.submit(1, [model.engine.encode(prompt)], Generation(sampling=SAMPLING))
+    prompt.clear()
+    model.run()
+    assert model.finished(1).prompt_tokens == 3
+
+
+def test_an_end_token_inside_a_prompt_is_no_end() -> None:
+    model = FakeModel({(1, 0): b"x"})
+    model.engine.submit(1, [[END, END]], Generation(sampling=SAMPLING))
+    model.run()
+    assert model.text(1) == "x"
+
+
+# Occupancy
+
+
+def test_occupancy_is_told_when_it_changes() -> None:
+    model = FakeModel(slots=2)
+    assert model.engine.occupancy() is None
+    for request in (1, 2, 3):
+        model.submit(request, "pp", max_tokens=3)
+    assert model.engine.occupancy() == Occupancy(0, 3, 0)
+    model.step()
+    assert model.engine.occupancy() == Occupancy(2, 1, 4)
+    model.step()
+    assert model.engine.occupancy() is None
+    model.run()
+    last = model.engine.occupancy()
+    assert last is not None
+    assert (last.running, last.waiting) == (0, 0)
+
+
+# A random life
+
+
+@given(
+    choices=st.lists(st.lists(_answers, min_size=1, max_size=3), min_size=1, max_size=6),
+    waits=st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    slots=st.integers(1, 3),
+    cells=st.integers(40, 90),
+)
+def test_any_mix_of_requests_gets_each_its_own_answer(
+    choices: list[list[bytes]], waits: list[int], slots: int, cells: int
+) -> None:
+    answers = {(r, index): answer for r, each in enumerate(choices) for index, answer in enumerate(each)}
+    model = FakeModel(answers, slots=slots, cells=cells, context=40)
+    for request, each in enumerate(choices):
+        model.submit(request, "p" * (1 + request), choices=len(each), stream=request % 2 == 0)
+        model.step(waits[request])
+    model.run()
+    for (request, index), answer in answers.items():
+        assert model.text(request, index) == answer.decode("utf-8", "replace")
+        assert model.finished(request, index).completion_tokens == len(answer)

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from fake_memory import FakeMemory
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llamaserve.engine.params import Generation, Sampling
+from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.scheduler import PREFILL_BESIDE_DECODE, Chunk, Scheduler
+from llamaserve.engine.sequence import Sequence, State
+
+_SAMPLING = Sampling(seed=0)
+
+
+def _next_token(sequence: Sequence) -> int:
+    """What the "model" says: it depends on all tokens so far, so that any loss or mix-up shows."""
+    return 100 + hash(tuple(sequence.tokens)) % 1000
+
+
+def _whole_text(prompt: list[int], length: int) -> list[int]:
+    sequence = Sequence(0, 0, prompt, Generation(sampling=_SAMPLING))
+    for _ in range(length):
+        sequence.tokens.append(_next_token(sequence))
+    return sequence.tokens
+
+
+class ScheduledModel(RuleBasedStateMachine):
+    """A scheduler whose plans are carried out on a fake memory, while requests come and go at random."""
+
+    cuttable = True
+
+    @initialize(slots=st.integers(1, 4), cells=st.integers(12, 40), batch=st.integers(0, 8), context=st.integers(8, 12))
+    def start(self, slots: int, cells: int, batch: int, context: int) -> None:
+        self.slots, self.cells, self.batch, self.context = slots, cells, slots + batch, context
+        self.memory = FakeMemory(cuttable=self.cuttable)
+        self.cache = PrefixCache(self.memory, slots, cells)
+        self.scheduler = Scheduler(self.cache, batch=self.batch)
+        self.numbers = count()
+        self.expected: dict[int, list[int]] = {}
+        self.alive: dict[int, Sequence] = {}
+
+    @rule(family=st.integers(0, 2), prompt=st.lists(st.integers(0, 1), max_size=6), answer=st.integers(1, 12))
+    def submit(self, family: int, prompt: list[int], answer: int) -> None:
+        number = next(self.numbers)
+        prompt = [family, *prompt]
+        answer = min(answer, self.context - len(prompt))
+        sequence = Sequence(number, 0, prompt, Generation(sampling=_SAMPLING, max_tokens=answer))
+        self.expected[number] = _whole_text(prompt, answer)
+        self.alive[number] = sequence
+        self.scheduler.submit(sequence)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.alive)))
+        self.finish(self.alive[number])
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def shed(self) -> None:
+        before = self.memory.used
+        running = [s for s in self.alive.values() if s.state is State.RUNNING]
+        newest_had = running[-1].evaluated if running else 0
+        idle = before > sum(s.evaluated for s in running)
+        gave = self.scheduler.shed()
+        assert gave == (idle or len(running) > 1)
+        if idle:
+            assert self.memory.used == sum(s.evaluated for s in running)
+        elif gave:
+            assert running[-1].state is State.WAITING
+            assert self.memory.used == before - newest_had
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def step(self) -> None:
+        chunks = self.scheduler.plan()
+        self.check_plan(chunks)
+        completed = [chunk.sequence for chunk in chunks if chunk.completes]
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.slot is not None
+            tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
+            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
+            sequence.evaluated += chunk.length
+        assert self.memory.used <= self.cells
+        for sequence in completed:
+            sequence.tokens.append(_next_token(sequence))
+            if sequence.generated == sequence.generation.max_tokens:
+                assert sequence.tokens == self.expected[sequence.request]
+                self.finish(sequence)
+
+    def check_plan(self, chunks: list[Chunk]) -> None:
+        assert chunks, "nothing is planned although there is something to do"
+        planned = [chunk.sequence for chunk in chunks]
+        assert len(set(map(id, planned))) == len(planned)
+        assert all(sequence.state is State.RUNNING for sequence in planned)
+        assert all(1 <= chunk.length <= chunk.sequence.pending for chunk in chunks)
+        tokens = sum(chunk.length for chunk in chunks)
+        assert tokens <= self.batch
+        assert self.memory.used + tokens <= self.cells
+        running = [s for s in self.alive.values() if s.state is State.RUNNING]
+        assert {s.request for s in running if s.decoding} <= {s.request for s in planned}
+        assert running[0] in planned, "the oldest sequence stands still"
+        prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
+        assert [c.sequence.request for c in prefilling] == sorted(c.sequence.request for c in prefilling)
+        assert all(chunk.completes for chunk in prefilling[:-1]), "a prompt begins before an older one is whole"
+        if tokens < self.batch:
+            assert {s.request for s in planned} == {s.request for s in running}
+
+    def finish(self, sequence: Sequence) -> None:
+        del self.alive[sequence.request]
+        self.scheduler.finish(sequence)
+        assert sequence.state is State.FINISHED
+        assert sequence.slot is None
+
+    @invariant()
+    def books_are_in_order(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        assert self.cache.used_cells == self.memory.used <= self.cells
+        in_order = self.scheduler.sequences
+        assert [s.request for s in in_order] == sorted(self.alive), "not in order of arrival"
+        running = [s for s in in_order if s.state is State.RUNNING]
+        assert in_order[: len(running)] == running
+        slots = [s.slot for s in running]
+        assert None not in slots
+        assert len(set(slots)) == len(slots) <= self.slots
+        for sequence in running:
+            assert self.memory.resident(sequence.slot or 0) == sequence.tokens[: sequence.evaluated]
+        for sequence in in_order[len(running) :]:
+            assert (sequence.slot, sequence.evaluated) == (None, 0)
+        assert self.cache.has_idle_slot == (len(running) < self.slots)
+        assert self.scheduler.idle == (not in_order)
+        occupancy = self.scheduler.occupancy
+        assert (occupancy.running, occupancy.waiting) == (len(running), len(in_order) - len(running))
+
+    def teardown(self) -> None:
+        """Whatever has happened, all that is left finishes, and no slot is lost."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(sum(map(len, self.expected.values())) * 2):
+            if not self.alive:
+                break
+            self.step()
+            self.books_are_in_order()
+        assert not self.alive, "sequences never finish"
+        for _ in range(self.slots):
+            assert self.cache.has_idle_slot
+            self.cache.acquire(Sequence(0, 0, [0], Generation(sampling=_SAMPLING)))
+        assert not self.cache.has_idle_slot
+
+
+class ScheduledRecurrentModel(ScheduledModel):
+    cuttable = False
+
+
+TestScheduledModel = ScheduledModel.TestCase
+TestScheduledRecurrentModel = ScheduledRecurrentModel.TestCase
+TestScheduledModel.settings = TestScheduledRecurrentModel.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None
+)
+
+
+class _Rig:
+    """A scheduler on a fake memory whose steps are carried out."""
+
+    def __init__(self, *, slots: int, cells: int, batch: int, cuttable: bool = True) -> None:
+        self.memory = FakeMemory(cuttable=cuttable)
+        self.cache = PrefixCache(self.memory, slots, cells)
+        self.scheduler = Scheduler(self.cache, batch=batch)
+        self.numbers = count(1)
+
+    def submit(self, length: int) -> Sequence:
+        number = next(self.numbers)
+        sequence = Sequence(number, 0, [number] * length, Generation(sampling=_SAMPLING))
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def step(self) -> dict[int, int]:
+        """Evaluate one plan and return how many tokens of each request were in it."""
+        chunks = self.scheduler.plan()
+        completed = [chunk.sequence for chunk in chunks if chunk.completes]
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.slot is not None
+            tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
+            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
+            sequence.evaluated += chunk.length
+        for sequence in completed:
+            sequence.tokens.append(_next_token(sequence))
+        return {chunk.sequence.request: chunk.length for chunk in chunks}
+
+
+def test_a_long_prompt_takes_small_steps_beside_running_streams() -> None:
+    rig = _Rig(slots=3, cells=10_000, batch=512)
+    rig.submit(4)
+    assert rig.step() == {1: 4}
+    rig.submit(1000)
+    assert rig.step() == {1: 1, 2: PREFILL_BESIDE_DECODE}
+    assert rig.step() == {1: 1, 2: PREFILL_BESIDE_DECODE}
+
+
+def test_a_long_prompt_alone_takes_the_whole_batch() -> None:
+    rig = _Rig(slots=3, cells=10_000, batch=512)
+    rig.submit(700)
+    rig.submit(700)
+    assert rig.step() == {1: 512}
+    assert rig.step() == {1: 188, 2: 324}
+
+
+def test_a_short_prompt_waits_behind_a_long_one_that_came_first() -> None:
+    rig = _Rig(slots=2, cells=10_000, batch=8)
+    rig.submit(20)
+    rig.submit(2)
+    assert [rig.step() for _ in range(3)] == [{1: 8}, {1: 8}, {1: 4, 2: 2}]
+
+
+def test_no_more_sequences_run_than_there_are_slots() -> None:
+    rig = _Rig(slots=2, cells=100, batch=32)
+    first = rig.submit(2)
+    rig.submit(2)
+    rig.submit(2)
+    assert rig.step() == {1: 2, 2: 2}
+    rig.scheduler.finish(first)
+    assert rig.step() == {2: 1, 3: 2}
+
+
+def test_when_cells_run_out_only_the_newest_goes_back_and_keeps_its_tokens() -> None:
+    rig = _Rig(slots=2, cells=10, batch=32)
+    old, new = rig.submit(3), rig.submit(3)
+    rig.step()
+    rig.step()
+    rig.step()
+    assert (old.evaluated, new.evaluated) == (5, 5)
+    tokens = list(new.tokens)
+    assert rig.step() == {1: 1}
+    assert (new.state, new.tokens) == (State.WAITING, tokens)
+    for _ in range(4):
+        assert rig.step() == {1: 1}
+    rig.scheduler.finish(old)
+    assert rig.step() == {2: len(tokens) - new.cached} if new.cached else {2: len(tokens)}
+    assert new.tokens[: len(tokens)] == tokens
+
+
+def test_idle_prefixes_are_evicted_before_a_running_sequence_is_disturbed() -> None:
+    rig = _Rig(slots=3, cells=12, batch=32)
+    done = rig.submit(6)
+    rig.step()
+    rig.scheduler.finish(done)
+    rig.submit(3)
+    rig.submit(3)
+    assert rig.step() == {2: 3, 3: 3}
+    assert rig.memory.used == 12
+    assert rig.step() == {2: 1, 3: 1}
+    assert rig.memory.used == 8
+
+
+def test_one_that_does_not_fit_now_waits_without_being_overtaken() -> None:
+    rig = _Rig(slots=3, cells=20, batch=32)
+    rig.submit(8)
+    rig.submit(15)
+    rig.submit(1)
+    assert rig.step() == {1: 8}
+    assert rig.step() == {1: 1}
+
+
+def test_shed_gives_idle_prefixes_first_then_the_newest_then_nothing() -> None:
+    rig = _Rig(slots=3, cells=100, batch=32)
+    done = rig.submit(5)
+    rig.step()
+    rig.scheduler.finish(done)
+    old, new = rig.submit(4), rig.submit(4)
+    rig.step()
+    assert rig.memory.used == 13
+    assert rig.scheduler.shed()
+    assert rig.memory.used == 8
+    assert (old.state, new.state) == (State.RUNNING, State.RUNNING)
+    assert rig.scheduler.shed()
+    assert rig.memory.used == 4
+    assert (old.state, new.state) == (State.RUNNING, State.WAITING)
+    assert not rig.scheduler.shed()
+    assert old.state is State.RUNNING
+
+
+@pytest.mark.parametrize("cuttable", [True, False])
+def test_a_cancelled_prompt_leaves_no_wrong_prefix(cuttable: bool) -> None:
+    rig = _Rig(slots=1, cells=100, batch=4, cuttable=cuttable)
+    first = rig.submit(10)
+    rig.step()
+    rig.scheduler.finish(first)
+    again = Sequence(9, 0, [1] * 10, Generation(sampling=_SAMPLING))
+    rig.scheduler.submit(again)
+    assert rig.step() == {9: 4}
+    assert again.cached == 4
+    assert rig.memory.resident(0) == [1] * 8

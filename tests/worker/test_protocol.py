@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.params import Generation, LoadParams, Sampling
+from llamaserve.errors import ErrorValue
+from llamaserve.worker import protocol
+
+_GENERATION = Generation(
+    sampling=Sampling(seed=-(2**63), logit_bias={0: -100.0, 2**31 - 1: 100.0}),
+    choices=128,
+    stop=("\0", "😀"),
+    stream=True,
+)
+_LOAD = LoadParams(
+    path="/tmp/ä.gguf",
+    context=1,
+    parallel=2,
+    kv_cells=3,
+    batch=4,
+    threads=5,
+    gpu_layers=6,
+    flash_attention="auto",
+    key_type="f16",
+    value_type="bf16",
+)
+_COMMANDS = [
+    protocol.Load(_LOAD),
+    protocol.Generate(1, ["text", [1, 2, 3], "", []], _GENERATION),
+    protocol.Cancel(2**40),
+    protocol.Stop(None),
+    protocol.Stop(3),
+    protocol.Tokenize(4, "\0", True, False),
+    protocol.Detokenize(5, [-1, 2**40], True),
+]
+_EVENTS = [
+    protocol.Loading(0.5),
+    protocol.Ready(True),
+    protocol.LoadFailed(ErrorValue("ModelLoadFailed", "why", None, "hint", 1.5)),
+    protocol.Accepted(1, [2, 3]),
+    protocol.Tokens(1, []),
+    protocol.Text(1, "\ufffd"),
+    Occupancy(1, 2, 3),
+    Delta(1, 2, "text"),
+    Finished(1, 2, "text", "length", 3, 4, 5),
+    Failed(1, ErrorValue("Gone", "why")),
+]
+
+
+@pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: type(command).__name__)
+def test_commands_cross_unchanged(command: protocol.Command) -> None:
+    assert protocol.decode_command(protocol.encode_command(command)) == command
+
+
+def test_events_cross_unchanged_and_in_order() -> None:
+    assert protocol.decode_events(protocol.encode_events(_EVENTS)) == _EVENTS
