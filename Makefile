@@ -12,19 +12,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-MODEL ?=
-PORT ?=
-HOST ?=
+# Only what is given to make counts: shells and package managers export HOST and the like for purposes of their own.
+given = $(if $(filter command line,$(origin $(1))),$($(1)))
 
 export WHEELS
-ifdef CMAKE_ARGS
-export CMAKE_ARGS
-endif
 
 .PHONY: run models install test lint format bench clean
 
 run: install
-	@$(BIN)/llamaserve run $(if $(MODEL),"$(MODEL)") $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+	@$(BIN)/llamaserve run $(if $(call given,MODEL),"$(MODEL)") $(addprefix --port ,$(call given,PORT)) \
+		$(addprefix --host ,$(call given,HOST))
 
 models: install
 	@$(BIN)/llamaserve models

@@ -24,7 +24,6 @@ from rich.table import Table
 from llamaserve import __version__
 from llamaserve.errors import LlamaserveError, ModelFileMissing, RegistryError
 from llamaserve.registry.fetching import fetch, locate
-from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.settings import Settings
 
@@ -144,12 +143,16 @@ def main() -> None:
     try:
         app()
     except LlamaserveError as error:
-        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-        if error.hint:
-            err.print(f"[bold]try:[/]   {escape(error.hint)}", highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_error(error: LlamaserveError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    hint = error.hint or "llamaserve models (lists the models there are), llamaserve run --help"
+    err.print(f"[bold]try:[/]   {escape(hint)}", highlight=False, soft_wrap=True)
 
 
 def _settings(**flags: Any) -> Settings:
@@ -170,7 +173,7 @@ def _registry(settings: Settings) -> Registry:
 
 def _is_here(registry: Registry, spec: ModelSpec) -> bool:
     try:
-        return locate(parse_source(spec.source, registry.path.parent)) is not None
+        return locate(registry.source(spec)) is not None
     except LlamaserveError:
         return False
 
@@ -178,7 +181,7 @@ def _is_here(registry: Registry, spec: ModelSpec) -> bool:
 def _pull(registry: Registry, reference: str) -> Path:
     """Fetch a model unless it is here, with a progress bar, and return its file."""
     name, spec = registry.resolve_reference(reference)
-    source = parse_source(spec.source, registry.path.parent)
+    source = registry.source(spec)
     if (path := locate(source, spec.sha256)) is not None:
         return path
     err.print(f"fetching {name} ({spec.size or 'size unknown'}) from {spec.source}", highlight=False, soft_wrap=True)
@@ -190,7 +193,7 @@ def _pull(registry: Registry, reference: str) -> Path:
 
 def _require_local(registry: Registry, reference: str) -> None:
     name, spec = registry.resolve_reference(reference)
-    if locate(parse_source(spec.source, registry.path.parent)) is None:
+    if locate(registry.source(spec)) is None:
         raise ModelFileMissing(f"{name} is not on this machine", hint=f"llamaserve pull {reference}")
 
 
@@ -202,9 +205,17 @@ def _serve(settings: Settings, registry: Registry, references: Sequence[str]) ->
     pool = ModelPool.of(registry, references)
 
     async def announce(url: str) -> None:
+        failures: list[LlamaserveError] = []
         for model in pool.models:
-            with _loading_bar(model):
-                await model.worker()
+            try:
+                with _loading_bar(model):
+                    await model.worker()
+            except LlamaserveError as error:
+                failures.append(error)
+        if failures and len(failures) == len(pool.models):
+            raise failures[0]
+        for failure in failures:
+            _print_error(failure)
         _print_ready(pool, url)
 
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is meant to end
@@ -238,7 +249,8 @@ def _described(model: ServedModel) -> str:
 
 
 def _print_ready(pool: ModelPool, url: str) -> None:
-    names = "; ".join(_described(model) for model in pool.models) or "no model"
+    loaded = [model for model in pool.models if model.supervisor.pid is not None]
+    names = "; ".join(_described(model) for model in loaded) or "no model"
     lines = [f"[bold green]llamaserve {__version__} is ready:[/] {escape(names)}", ""]
     lines.append(f"  base URL   {url}/v1")
     lines.append(f"  API docs   {url}/docs")

@@ -15,6 +15,7 @@ The tree::
     │   ├── EngineCrashed           503 server_error            engine_crashed
     │   └── ModelQuarantined        503 server_error            model_quarantined
     ├── EngineError                 500 server_error            engine_error
+    │   └── OutOfCells              500 server_error            engine_error
     └── ModelError                  500 server_error            model_error
         ├── RegistryError           500 server_error            registry_error        models.yaml is wrong
         ├── SourceError             500 server_error            model_source_error    the weights could not be fetched
@@ -131,6 +132,10 @@ class EngineError(LlamaserveError):
     """llama.cpp reported a failure, or produced logits that are no numbers."""
 
     code = "engine_error"
+
+
+class OutOfCells(EngineError):
+    """The key-value cache has no room for what is to be evaluated; nothing was."""
 
 
 class ModelError(LlamaserveError):

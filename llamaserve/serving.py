@@ -18,6 +18,7 @@ from llamaserve.settings import Settings
 logger = logging.getLogger(__name__)
 
 _LOOPBACK = ("127.0.0.1", "::1")  # both, since `localhost` means the one to some clients and the other to others
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a machine without IPv6
 _BACKLOG = 2048
 _STOP_LIMIT = 5  # seconds for answers under way when the server stops
 
@@ -67,9 +68,13 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
         try:
             sockets.append(_listen_on(address, sockets[0].getsockname()[1] if sockets else port))
         except OSError as error:
-            if sockets:
-                logger.debug("not listening on %s: %s", address, error)  # a machine without IPv6
+            if sockets and error.errno in _NO_SUCH_ADDRESS:
+                logger.debug("not listening on %s: %s", address, error)
                 continue
+            for sock in sockets:
+                sock.close()
+            if sockets and port == 0:
+                return listen(host, port)  # the free port of one address is taken on the other
             raise _cannot_listen(address, port, error) from error
     return sockets
 

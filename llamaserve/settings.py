@@ -25,9 +25,7 @@ class Settings(BaseSettings):
         None, description="models.yaml to use instead of ./models.yaml or the shipped one."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
-    heartbeat: float = Field(
-        10.0, gt=0, description="Seconds between comment lines in a stream that has nothing to say."
-    )
+    heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
     cors_origins: list[str] = Field(
         ["*"], description="Origins of web pages that may call the API, never with credentials."

@@ -8,6 +8,7 @@ on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-py
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +35,27 @@ def cmake_args(environment: Mapping[str, str], system: str, machine: str) -> str
     if "CMAKE_ARGS" in environment:
         return environment["CMAKE_ARGS"]
     return METAL if (system, machine) == ("Darwin", "arm64") else ""
+
+
+def wanted_binding(environment: Mapping[str, str], system: str, machine: str) -> tuple[str, str]:
+    """Return the ready-made wheels and the compilation's arguments: what is asked for, else what is installed."""
+    if environment.get("WHEELS"):
+        return environment["WHEELS"], ""
+    found = last_install()
+    if found and "CMAKE_ARGS" not in environment:
+        return found.get("wheels", ""), found.get("cmake_args", "")
+    return "", cmake_args(environment, system, machine)
+
+
+def make_environment() -> None:
+    """Make the virtual environment, also where an earlier attempt left half of one."""
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SystemExit("error: this Python can't make virtual environments\ntry:   sudo apt install python3-venv")
+    python = VENV / "bin" / "python"
+    if python.exists() and subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    say(f"making a virtual environment in {VENV}")
+    venv.create(VENV, with_pip=True, clear=True)
 
 
 def binding_options(wheels: str, arguments: str) -> list[str]:
@@ -121,19 +143,18 @@ def main(extras: Sequence[str]) -> None:
     """Install llamaserve with these extras into the virtual environment."""
     if sys.version_info < (3, 11):  # noqa: UP036 - this script also has to run where the package can't
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
-    wheels = os.environ.get("WHEELS", "")
-    arguments = "" if wheels else cmake_args(os.environ, platform.system(), platform.machine())
+    wheels, arguments = wanted_binding(os.environ, platform.system(), platform.machine())
     wanted = fingerprint(extras, wheels, arguments)
     if is_ready(wanted):
         return
     check_compiler(wheels)
-    if not (VENV / "bin" / "python").exists():
-        say(f"making a virtual environment in {VENV}")
-        venv.create(VENV, with_pip=True)
+    replace = is_other_binding(wanted)
+    make_environment()
+    STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
     if not wheels:
         say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    if is_other_binding(wanted):
+    if replace:
         run_visibly([*pip, "uninstall", "--yes", BINDING], os.environ)
     command = [*pip, "install", *binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
     environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ

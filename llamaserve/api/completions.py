@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
-from llamaserve.api.options import GenerationOptions, check_text
+from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions, check_text
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import FinishReason
 from llamaserve.worker.protocol import Prompt
@@ -19,6 +19,7 @@ from llamaserve.worker.protocol import Prompt
 router = APIRouter(tags=["generation"])
 
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_TOKENS = 1024 * 1024  # of all prompts together; more could not fit, and looking at each takes time
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -31,14 +32,18 @@ _PROMPT_SCHEMA = {
 
 def _prompts(value: Any) -> list[Prompt]:
     """Take a string, a list of strings, one list of token ids, or a list of such lists."""
-    if isinstance(value, list) and value and all(_is_token(item) for item in value):
+    if isinstance(value, list) and value and isinstance(value[0], int):
         value = [value]
     prompts = value if isinstance(value, list) else [value]
     if not prompts:
         raise ValueError("the list is empty; it needs at least one prompt")
+    if len(prompts) > MAX_SEQUENCES:
+        raise ValueError(f"there are {len(prompts)} prompts; at most {MAX_SEQUENCES} are taken")
+    if sum(len(prompt) for prompt in prompts if isinstance(prompt, list)) > _MAX_TOKENS:
+        raise ValueError(f"there are more than {_MAX_TOKENS} token ids")
     for prompt in prompts:
         if isinstance(prompt, str):
-            check_text(prompt, "prompt")
+            check_text(prompt)
         elif not isinstance(prompt, list) or not all(_is_token(token) for token in prompt):
             raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
     return prompts
@@ -65,7 +70,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         return body.prompt
 
     generation = body.generation(len(body.prompt))
-    job = Job(new_id("cmpl"), services.pool.get(body.model), generation, prompts)
+    job = Job(new_id("cmpl"), services.pool.get(body.model), generation, prompts, param="prompt")
     headers = body.ignored_header()
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:

@@ -19,6 +19,7 @@ from llamaserve.api.services import Services
 from llamaserve.api.sse import EventStream
 from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.engine.params import Generation
+from llamaserve.errors import InvalidRequest
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.process import GenerationStream
 from llamaserve.worker.protocol import Prompt
@@ -38,6 +39,7 @@ class Job:
     model: ServedModel
     generation: Generation
     prompts: Callable[[], Awaitable[Sequence[Prompt]]]
+    param: str  # the request field that the prompts come from
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
 
@@ -54,8 +56,10 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
     services.running[job.id] = stream
     try:
         job.prompt_tokens = await stream.accepted()
-    except BaseException:
+    except BaseException as error:
         close_generation(services, job, stream)
+        if isinstance(error, InvalidRequest) and error.param == "prompt":
+            error.param = job.param
         raise
     return stream
 

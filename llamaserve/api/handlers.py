@@ -36,10 +36,18 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
+def error_body(path: str, error: LlamaserveError) -> dict[str, Any]:
+    """Return the JSON of an error for a request to this path."""
+    return error.body() | ({"detail": error.message} if path.startswith("/v1/internal/") else {})
+
+
+def server_bug() -> LlamaserveError:
+    """Return what a client is told of a bug."""
+    return LlamaserveError("the server failed to answer; its log has the details")
+
+
 def _respond(request: Request, error: LlamaserveError, status: int | None = None) -> JSONResponse:
-    body = error.body()
-    if request.url.path.startswith("/v1/internal/"):
-        body["detail"] = error.message
+    body = error_body(request.url.path, error)
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     return JSONResponse(body, status or error.status, headers)
 
@@ -55,7 +63,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     message = "; ".join(problems[:_SHOWN_PROBLEMS])
     if len(problems) > _SHOWN_PROBLEMS:
         message += f"; and {len(problems) - _SHOWN_PROBLEMS} more"
-    return _respond(request, InvalidRequest(message, param=_field(error.errors()[0]["loc"])))
+    first = error.errors()[0]
+    return _respond(
+        request, InvalidRequest(message, param=None if first["type"] == "json_invalid" else _field(first["loc"]))
+    )
 
 
 def _field(location: Sequence[str | int]) -> str | None:
@@ -71,7 +82,9 @@ def _describe(problem: dict[str, Any]) -> str:
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
     field = _field(problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{field}: {message}" if field else f"the body must be a JSON object: {message}"
+    if field:
+        return f"{field}: {message}"
+    return "there is no body; it must be a JSON object" if problem["type"] == "missing" else f"the body: {message}"
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -87,4 +100,4 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _respond(request, LlamaserveError("the server failed to answer; its log has the details"))
+    return _respond(request, server_bug())

@@ -19,7 +19,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 
 def _text(value: str) -> str:
-    check_text(value, "text")
+    check_text(value)
     return value
 
 
@@ -100,7 +100,7 @@ async def internal_health(services: UsesServices) -> dict[str, Any]:
 
 
 @router.get("/v1/internal/model/info", summary="What is loaded?")
-async def model_info(services: UsesServices) -> dict[str, Any]:
+def model_info(services: UsesServices) -> dict[str, Any]:
     """Describe the first model; ``"None"``, as a word, is the name when there is none."""
     if not services.pool.models:
         return {"model_name": "None", "lora_names": [], "loader": None}

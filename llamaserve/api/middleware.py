@@ -8,6 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llamaserve.api.handlers import error_body
 from llamaserve.errors import BodyTooLarge
 
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
@@ -32,12 +33,12 @@ class RequestGate:
             headers["content-type"] = "application/json"
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body:
-            await self._refuse(receive, send)
+            await self._refuse(scope["path"], receive, send)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
         await self._app(scope, _Counted(receive, self._max_body), send)
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, path: str, receive: Receive, send: Send) -> None:
         left = self._max_body * _DRAIN_FACTOR
         while left > 0:
             message = await receive()
@@ -45,7 +46,7 @@ class RequestGate:
             if message["type"] != "http.request" or not message.get("more_body"):
                 break
         error = _too_large(self._max_body)
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error_body(path, error)).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

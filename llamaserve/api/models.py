@@ -1,7 +1,8 @@
 """``GET /v1/models`` and ``GET /v1/models/{id}``: what is served, with the facts that clients look for.
 
 Clients read a model's context under three names, and its abilities and state as llama-server, LM Studio or OpenRouter
-spell them; one record has them all.
+spell them; one record has them all. The endpoints are plain functions, which run in a thread, because a model's file
+may have to be read first.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List the served models")
-async def list_models(services: UsesServices) -> dict[str, Any]:
+def list_models(services: UsesServices) -> dict[str, Any]:
     """Return all served models, loaded ones first."""
     return {"object": "list", "data": [describe(services.pool, model) for model in services.pool.models]}
 
 
 @router.get("/v1/models/{model_id:path}", summary="Describe one model")
-async def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
+def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
     """Return one model by name or alias; names may contain slashes."""
     return describe(services.pool, services.pool.get(model_id))
 

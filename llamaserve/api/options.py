@@ -10,7 +10,7 @@ import random
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from llamaserve.engine.params import Generation, Sampling
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
@@ -37,6 +37,14 @@ _NOT_OFFERED = {
     "suffix": "filling in the middle is not offered yet",
     "modalities": "only text is offered",
     "audio": "only text is offered",
+    "response_format": "only text is offered yet",
+}
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+# Other values of the above that ask for nothing but what is offered.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    **dict.fromkeys(("logprobs", "top_logprobs"), (False,)),
 }
 
 
@@ -46,6 +54,14 @@ def _stops(value: Any) -> Any:
         return []
     values = [value] if isinstance(value, str) else value
     return [stop for stop in values if stop != ""] if isinstance(values, list) else values
+
+
+def _check_stops(stops: list[str]) -> list[str]:
+    if sum(map(len, stops)) > _MAX_STOP_CHARACTERS:
+        raise ValueError(f"the strings have more than {_MAX_STOP_CHARACTERS} characters together")
+    for stop in stops:
+        check_text(stop)
+    return stops
 
 
 def _or_default(default: float) -> BeforeValidator:
@@ -67,7 +83,7 @@ class GenerationOptions(BaseModel):
     model: str | None = Field(None, max_length=512, description="A served model's name or alias; default: the first.")
     max_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Null or -1: until the context ends.")
     max_completion_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Newer name of max_tokens.")
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field([], max_length=_MAX_STOPS)
+    stop: Annotated[list[str], BeforeValidator(_stops), AfterValidator(_check_stops)] = Field([], max_length=_MAX_STOPS)
     n: Annotated[int, _or_default(1)] = Field(1, ge=1, le=MAX_SEQUENCES)
     stream: Annotated[bool, _or_default(default=False)] = False
     stream_options: StreamOptions | None = None
@@ -83,14 +99,6 @@ class GenerationOptions(BaseModel):
     logit_bias: dict[Annotated[int, Field(ge=0, le=_INT32)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=65536
     )
-
-    @model_validator(mode="after")
-    def _check_stops(self) -> GenerationOptions:
-        if sum(map(len, self.stop)) > _MAX_STOP_CHARACTERS:
-            raise ValueError(f"stop: the strings have more than {_MAX_STOP_CHARACTERS} characters together")
-        for stop in self.stop:
-            check_text(stop, "stop")
-        return self
 
     @property
     def include_usage(self) -> bool:
@@ -140,22 +148,17 @@ class GenerationOptions(BaseModel):
 
     def _refuse_what_is_not_offered(self) -> None:
         extra = self.model_extra or {}
-        for name, value in extra.items():
+        for name, why in _NOT_OFFERED.items():
+            value = extra.get(name)
             if name == "tools" and extra.get("tool_choice") == "none":
                 continue  # an answer without tools is what is asked for
-            if name in _NOT_OFFERED and value:
-                raise UnsupportedParameter(f"{name}: {_NOT_OFFERED[name]}", param=name)
-            if name == "response_format" and value and not _is_plain_text(value):
-                raise UnsupportedParameter("response_format: only text is offered yet", param=name)
+            if not any(type(value) is type(plain) and value == plain for plain in (*_EMPTY, *_PLAIN.get(name, ()))):
+                raise UnsupportedParameter(f"{name}: {why}", param=name)
 
 
-def _is_plain_text(response_format: Any) -> bool:
-    return isinstance(response_format, dict) and response_format.get("type") == "text"
-
-
-def check_text(text: str, place: str) -> None:
+def check_text(text: str) -> None:
     """Refuse text that is no Unicode: half of a surrogate pair can't be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: character {error.start} is half of a surrogate pair, which is no text") from None
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None

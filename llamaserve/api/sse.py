@@ -1,9 +1,11 @@
 """Server-sent events as OpenAI's clients expect them: one JSON object an event, errors in-band, ``[DONE]`` at the end,
-and comment lines while there is nothing to say. Knows nothing of what the events mean.
+and comment lines that keep the connection alive. A bug becomes a logged error event, never a bare disconnect. Knows
+nothing of what the events mean.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -11,7 +13,10 @@ import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
+from llamaserve.api.handlers import server_bug
 from llamaserve.errors import LlamaserveError
+
+logger = logging.getLogger(__name__)
 
 _json = msgspec.json.Encoder()
 
@@ -26,6 +31,9 @@ async def _stream(chunks: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[byt
             yield _event(chunk)
     except LlamaserveError as error:
         yield _event(error.body())
+    except Exception:
+        logger.exception("a stream failed")
+        yield _event(server_bug().body())
     yield b"data: [DONE]\n\n"
 
 

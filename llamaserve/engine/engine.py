@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence as TokenSequence
 
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy
-from llamaserve.engine.llama import Batch, Context, Model, OutOfCells, Vocab, close_all
+from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
-from llamaserve.engine.scheduler import Scheduler
-from llamaserve.engine.sequence import Sequence, State
-from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest, LlamaserveError, to_value
+from llamaserve.engine.scheduler import Chunk, Scheduler
+from llamaserve.engine.sequence import Sequence
+from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest, LlamaserveError, OutOfCells, to_value
+
+MAX_TEXT = 2 * 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
+MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 
 
 class Engine:
@@ -28,6 +31,7 @@ class Engine:
         self._scheduler = Scheduler(cache, batch=batch)
         self._context = context
         self._reported = Occupancy()
+        self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
 
     @property
     def idle(self) -> bool:
@@ -37,23 +41,38 @@ class Engine:
     def encode(self, prompt: str | TokenSequence[int]) -> list[int]:
         """Return a prompt's tokens, or raise why it can't be answered. Thread-safe, and quick for absurd lengths."""
         if isinstance(prompt, str):
-            self._check_room(self.vocab.fewest_tokens(prompt), exact=False)
+            if len(prompt) > MAX_TEXT:
+                raise self._too_long(f"{len(prompt)} characters, which is more than is tokenised ({MAX_TEXT})")
             tokens = self.vocab.tokenize(prompt, add_bos=True, parse_special=True)
         else:
             tokens = list(prompt)
             self.vocab.check(tokens, "prompt")
         if not tokens:
-            raise InvalidRequest("the prompt is empty; the model needs at least one token to start from")
-        self._check_room(len(tokens), exact=True)
+            raise InvalidRequest(
+                "the prompt is empty; the model needs at least one token to start from", param="prompt"
+            )
+        if len(tokens) + 1 > self._context:
+            raise self._too_long(f"{len(tokens)} tokens, and the answer needs at least one more")
         return tokens
 
-    def _check_room(self, tokens: int, *, exact: bool) -> None:
-        if tokens + 1 > self._context:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self._context} tokens, but the prompt has "
-                f"{'' if exact else 'at least '}{tokens} tokens, and the answer needs at least one more. "
-                "Shorten the prompt, or raise `context` for this model in models.yaml."
-            )
+    def _too_long(self, size: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self._context} tokens, but the prompt has {size}. "
+            "Shorten the prompt, or raise `context` for this model in models.yaml.",
+            param="prompt",
+        )
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the tokens of any text within ``MAX_TEXT``. Thread-safe."""
+        if len(text) > MAX_TEXT:
+            raise InvalidRequest(f"the text has {len(text)} characters; at most {MAX_TEXT} are tokenised", param="text")
+        return self.vocab.tokenize(text, add_bos=add_bos, parse_special=parse_special)
+
+    def detokenize(self, tokens: TokenSequence[int], *, special: bool) -> str:
+        """Return the text of at most ``MAX_TOKENS`` tokens. Thread-safe."""
+        if len(tokens) > MAX_TOKENS:
+            raise InvalidRequest(f"there are {len(tokens)} token ids; at most {MAX_TOKENS} are taken", param="tokens")
+        return self.vocab.detokenize(tokens, special=special)
 
     def check(self, generation: Generation) -> None:
         """Refuse sampling options that name tokens the model does not have. Thread-safe."""
@@ -75,25 +94,37 @@ class Engine:
         """End one request, or all of them, as if each had stopped by itself."""
         return [self._finish(sequence, "stop", "") for sequence in self._of(request)]
 
+    def interrupt(self, request: int | None) -> None:
+        """Give up the step under way if it evaluates a prompt of this request, or of any for None, so that a ``cancel``
+        or ``stop`` that follows need not wait for a long step. From any thread.
+        """
+        if request in self._evaluating or (request is None and self._evaluating):
+            self._runner.interrupt()
+
     def step(self) -> list[EngineEvent]:
         """Evaluate one batch and report what came of it."""
-        chunks = self._scheduler.plan()
+        chunks: list[Chunk] = []
         try:
-            outcomes = iter(self._runner.evaluate(chunks))
+            chunks = self._scheduler.plan()
+            self._evaluating = frozenset(chunk.sequence.request for chunk in chunks if chunk.length > 1)
+            tokens = iter(self._runner.evaluate(chunks))
+        except Interrupted:
+            for chunk in chunks:
+                self._cache.rewind(chunk.sequence)
+            return []
         except OutOfCells as error:
-            return [] if self._scheduler.shed() else self._fail_all([chunk.sequence for chunk in chunks], error)
+            return [] if chunks and self._scheduler.shed(chunks) else self._fail_running(error)
         except EngineError as error:
-            return self._fail_all([chunk.sequence for chunk in chunks], error)
-        sampled: list[tuple[Sequence, int | EngineError]] = []
+            return self._fail_running(error)
+        finally:
+            self._evaluating = frozenset()
+        sampled: list[tuple[Sequence, int]] = []
         for chunk in chunks:
             completes = chunk.completes
             chunk.sequence.evaluated += chunk.length
             if completes:
-                sampled.append((chunk.sequence, next(outcomes)))
-        events: list[EngineEvent] = []
-        for sequence, outcome in sampled:
-            events += self._accept(sequence, outcome)
-        return events
+                sampled.append((chunk.sequence, next(tokens)))
+        return [event for sequence, token in sampled for event in self._accept(sequence, token)]
 
     def occupancy(self) -> Occupancy | None:
         """Return how busy the engine is when that has changed since the last call, else None."""
@@ -106,16 +137,12 @@ class Engine:
     def _of(self, request: int | None) -> list[Sequence]:
         return [s for s in self._scheduler.sequences if request is None or s.request == request]
 
-    def _accept(self, sequence: Sequence, outcome: int | EngineError) -> list[EngineEvent]:
+    def _accept(self, sequence: Sequence, token: int) -> list[EngineEvent]:
         """Take a sampled token into its sequence and return what there is to report of it."""
-        if sequence.state is State.FINISHED:  # a sibling failed in this very step
-            return []
-        if isinstance(outcome, EngineError):
-            return self._fail_all([sequence], outcome)
-        if self.vocab.is_end_of_generation(outcome):
+        if self.vocab.is_end_of_generation(token):
             return [self._finish(sequence, "stop", "")]
-        sequence.tokens.append(outcome)
-        text = sequence.text.push(self.vocab.piece(outcome))
+        sequence.tokens.append(token)
+        text = sequence.text.push(self.vocab.piece(token))
         if sequence.text.stopped:
             return [self._finish(sequence, "stop", text)]
         if sequence.generated == sequence.generation.max_tokens or len(sequence.tokens) >= self._context:
@@ -135,12 +162,10 @@ class Engine:
             sequence.request, sequence.index, text, reason, sequence.prompt_length, generated, sequence.cached or 0
         )
 
-    def _fail_all(self, sequences: list[Sequence], error: LlamaserveError) -> list[EngineEvent]:
-        """End the whole requests of these sequences; what the cache holds of them is not trusted any more."""
-        for sequence in sequences:
-            if sequence.state is State.RUNNING:
-                self._cache.forget(sequence)
-        requests = dict.fromkeys(sequence.request for sequence in sequences)
+    def _fail_running(self, error: LlamaserveError) -> list[EngineEvent]:
+        """End all requests that have a running sequence; nothing that the cache holds is trusted any more."""
+        self._cache.forget_all()
+        requests = dict.fromkeys(sequence.request for sequence in self._scheduler.running)
         for request in requests:
             self.cancel(request)
         return [Failed(request, to_value(error)) for request in requests]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llamaserve.engine.params import LoadParams
-from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed
+from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 # ggml_type, from ggml.h
 _KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 _ALL_LAYERS = -1
-_BYTE_COVERING_VOCABS = {1, 2}  # SPM and BPE: every byte of the text ends up in some token
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw its own
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 / φ: the multiplier of Fibonacci hashing
 _LOG_ERROR, _LOG_CONTINUED = 4, 5
 
 _recent_errors: deque[str] = deque(maxlen=4)
@@ -51,8 +51,8 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
             _recent_errors.append(line.strip())
 
 
-class OutOfCells(EngineError):
-    """The key-value cache has no room for this batch; nothing was evaluated."""
+class Interrupted(Exception):
+    """The evaluation was given up on request; what it had written is undone by truncating its sequences."""
 
 
 def start_backend() -> None:
@@ -104,7 +104,7 @@ def context_params(params: LoadParams) -> Any:
     native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]
     native.type_k = _KV_TYPES[params.key_type]
     native.type_v = _KV_TYPES[params.value_type]
-    native.kv_unified = True  # sequences of any length share all cells, and later whole prefixes
+    native.kv_unified = params.kv_unified
     native.swa_full = False
     native.no_perf = True
     return native
@@ -118,7 +118,7 @@ class Vocab:
         self.size: int = lib.llama_vocab_n_tokens(self._vocab)
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[tuple[int, bool], bytes] = {}
 
     @property
     def handle(self) -> Any:
@@ -135,7 +135,10 @@ class Vocab:
         """Turn text into token ids. ``add_bos`` puts the begin token first where the model wants one and the text does
         not already start with it; ``parse_special`` reads the names of control tokens as those tokens.
         """
-        data = text.encode()
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"character {error.start} of the text is half of a surrogate pair") from error
         room = len(data) + 2
         buffer = (lib.llama_token * room)()
         count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
@@ -150,26 +153,15 @@ class Vocab:
             tokens.insert(0, self.bos)
         return list(tokens)
 
-    def fewest_tokens(self, text: str) -> int:
-        """Return a number that ``tokenize`` can't fall below, without tokenising; 0 when nothing can be said."""
-        if lib.llama_vocab_type(self._vocab) not in _BYTE_COVERING_VOCABS:
-            return 0
-        return len(text) // self._longest_piece
-
-    @cached_property
-    def _longest_piece(self) -> int:
-        return max(1, *(len(self.piece(token, special=True)) for token in range(self.size)))
-
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes that a token stands for, which need not be whole characters.
 
         Control tokens are empty unless ``special``.
         """
-        key = ~token if special else token
-        found = self._pieces.get(key)
+        found = self._pieces.get((token, special))
         if found is None:
             self.check((token,), "tokens")
-            found = self._pieces[key] = self._read_piece(token, special)
+            found = self._pieces[token, special] = self._read_piece(token, special)
         return found
 
     def _read_piece(self, token: int, special: bool) -> bytes:
@@ -203,7 +195,7 @@ class Model:
 
         native.progress_callback = callback = lib.llama_progress_callback(report)
         _recent_errors.clear()
-        self.handle = lib.llama_model_load_from_file(params.path.encode(), native)
+        self.handle = lib.llama_model_load_from_file(os.fsencode(params.path), native)
         del callback  # kept alive until the load returned
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp can't load {params.path}: {_why()}")
@@ -238,14 +230,25 @@ class Context:
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp can't make a context of {params.kv_cells} tokens: {_why()}")
         self._memory = lib.llama_get_memory(self.handle)
+        self._interrupted = False
+        self._abort = lib.ggml_abort_callback(lambda _user_data: self._interrupted)
+        self._no_abort = lib.ggml_abort_callback()
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
 
-    def evaluate(self, batch: Batch) -> None:
-        """Run the batch through the model; logits are then there for the rows that asked for them."""
+    def evaluate(self, batch: Batch, *, interruptible: bool = False) -> None:
+        """Run the batch through the model; logits are then there for the rows that asked for them.
+
+        Only an ``interruptible`` one can be ended by ``interrupt``: being asked at every node of the graph whether to
+        go on costs a few milliseconds, too much for the short steps of decoding. CUDA does not ask at all.
+        """
+        self._interrupted = False
+        lib.llama_set_abort_callback(self.handle, self._abort if interruptible else self._no_abort, None)
         code = lib.llama_decode(self.handle, batch.native)
         if code == 1:
             raise OutOfCells("the key-value cache is full")
+        if code == 2:
+            raise Interrupted
         if code != 0:
             raise EngineError(f"llama.cpp failed to evaluate a batch of {batch.native.n_tokens} tokens (code {code})")
 
@@ -268,9 +271,15 @@ class Context:
         lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return 0
 
+    def interrupt(self) -> None:
+        """Have the evaluation under way, if it can be, raise ``Interrupted``. The one method for other threads."""
+        self._interrupted = True
+
     def clear(self) -> None:
-        """Forget all sequences."""
-        lib.llama_memory_clear(self._memory, False)
+        """Forget all sequences and overwrite their cells: a value that is no number would spoil those evaluated next,
+        since attention multiplies also what it masks.
+        """
+        lib.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
         """Free the cache and the buffers."""
@@ -362,8 +371,8 @@ class SamplerChain:
         self._add(lib.llama_sampler_init_greedy())
 
     def add_distribution(self, seed: int) -> None:
-        """Pick at random by probability. The same 32-bit seed gives the same choices."""
-        seed = (seed ^ seed >> 32) & 0xFFFFFFFF
+        """Pick at random by probability. The same seed, of 64 bits, gives the same choices."""
+        seed = (seed * _GOLDEN_RATIO >> 32) & 0xFFFFFFFF  # all bits count, and neighbouring seeds stay apart
         self._add(lib.llama_sampler_init_dist(seed if seed != _RANDOM_SEED else 0))
 
     def sample(self, context: Context, row: int) -> int:

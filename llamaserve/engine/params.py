@@ -15,14 +15,16 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a GGUF model is loaded.
 
     ``context`` is the largest number of tokens (prompt and answer) of one request, ``parallel`` the number of sequences
-    evaluated at once, ``kv_cells`` the number of tokens that the key-value cache holds for all sequences together and
-    ``batch`` the largest number of tokens in one step.
+    evaluated at once, and ``batch`` the largest number of tokens in one step. ``kv_cells`` is the number of tokens that
+    the key-value cache holds for all sequences together. ``kv_unified`` says that any sequence may use any cell;
+    otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``.
     """
 
     path: str
     context: int
     parallel: int
     kv_cells: int
+    kv_unified: bool
     batch: int
     threads: int
     gpu_layers: GpuLayers

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from llamaserve.engine.sequence import Sequence
 
+FAIR_SHARE = 0.2  # of a prefix: enough to be the same conversation, whose answer is asked for once more
 _BLOCK = 256  # tokens compared at once: comparing list slices is far faster than comparing tokens
 
 
@@ -21,6 +22,9 @@ class Memory(Protocol):
 
     def truncate(self, sequence: int, length: int) -> int:
         """Keep the first ``length`` tokens of a slot; return how many were kept, which is that or 0."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
 def common_prefix(one: TokenSequence[int], other: TokenSequence[int]) -> int:
@@ -67,14 +71,20 @@ class PrefixCache:
         return any(slot.owner is None for slot in self._slots)
 
     def acquire(self, sequence: Sequence) -> None:
-        """Give the sequence the idle slot that holds the longest beginning of its tokens, else the one unused longest.
+        """Give the sequence the idle slot that holds the longest beginning of its tokens.
 
-        At least one token stays to be evaluated, because sampling needs its logits.
+        A slot counts only if a fair share of what it holds is shared: all chats begin alike, and the prefix of another
+        conversation is worth more than its first few tokens. Without one, an empty slot is taken, or the one unused
+        longest. At least one token stays to be evaluated, because sampling needs its logits.
         """
         idle = [slot for slot in self._slots if slot.owner is None]
         wanted = sequence.tokens[:-1]
         shared = {slot.number: common_prefix(slot.prefix, wanted) for slot in idle}
-        slot = max(idle, key=lambda slot: (shared[slot.number], -slot.last_used))
+        own = [slot for slot in idle if shared[slot.number] and shared[slot.number] >= FAIR_SHARE * len(slot.prefix)]
+        if own:
+            slot = max(own, key=lambda slot: (shared[slot.number], slot.last_used))
+        else:
+            slot = min(idle, key=lambda slot: slot.last_used if slot.prefix else 0)
         sequence.evaluated = self._truncate(slot, shared[slot.number])
         slot.owner = sequence
         slot.prefix = []
@@ -90,11 +100,18 @@ class PrefixCache:
         sequence.slot = None
         sequence.evaluated = 0
 
-    def forget(self, sequence: Sequence) -> None:
-        """Drop what the cache holds of a running sequence, because it may be wrong."""
+    def rewind(self, sequence: Sequence) -> None:
+        """Drop what a step that was given up has written beyond the sequence's evaluated tokens."""
         assert sequence.slot is not None
-        self._memory.truncate(sequence.slot, 0)
-        sequence.evaluated = 0
+        sequence.evaluated = self._memory.truncate(sequence.slot, sequence.evaluated)
+
+    def forget_all(self) -> None:
+        """Drop all that the cache holds, because it may be wrong. Running sequences begin again."""
+        self._memory.clear()
+        for slot in self._slots:
+            slot.prefix = []
+            if slot.owner is not None:
+                slot.owner.evaluated = 0
 
     def make_room(self, cells: int) -> bool:
         """Evict idle prefixes, the longest unused first, until so many cells are free; False when that's not enough."""

@@ -16,8 +16,15 @@ from llamaserve.errors import EngineError
 class Runner(Protocol):
     """The seam between deciding and executing; tests put a double here."""
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
-        """Evaluate the chunks and return, for each that completes its sequence, the next token or what went wrong."""
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+        """Evaluate the chunks and return the next token of each that completes its sequence.
+
+        Raises ``OutOfCells`` when nothing was evaluated for want of cells, ``Interrupted``, or ``EngineError`` when
+        what was evaluated can't be trusted.
+        """
+
+    def interrupt(self) -> None:
+        """Have the evaluation under way raise ``Interrupted`` if it evaluates prompts; from any thread."""
 
 
 class LlamaRunner:
@@ -29,8 +36,8 @@ class LlamaRunner:
         self._batch = Batch(batch)
         self._max_tokens = max_tokens  # of one sequence, prompt included
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
-        """See ``Runner``. Raises ``OutOfCells`` when nothing was evaluated for want of cells."""
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+        """See ``Runner``."""
         batch = self._batch
         batch.clear()
         rows: list[tuple[Sequence, int]] = []
@@ -43,13 +50,17 @@ class LlamaRunner:
             row = batch.add(tokens, start, sequence.slot, logits=completes)
             if completes:
                 rows.append((sequence, row))
-        self._context.evaluate(batch)
+        self._context.evaluate(batch, interruptible=any(chunk.length > 1 for chunk in chunks))
         return [self._sample(sequence, row) for sequence, row in rows]
 
-    def _sample(self, sequence: Sequence, row: int) -> int | EngineError:
+    def interrupt(self) -> None:
+        """See ``Runner``."""
+        self._context.interrupt()
+
+    def _sample(self, sequence: Sequence, row: int) -> int:
         # max() is NaN as soon as one logit is: such a model would stream noise, or trip an assertion in a sampler.
         if not math.isfinite(self._context.logits(row).max()):
-            return EngineError("the model computed logits that are not numbers; its file is probably damaged")
+            raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
         if sequence.sampler is None:
             sequence.sampler = build_chain(
                 sequence.generation.sampling,

@@ -12,6 +12,7 @@ from llamaserve.engine.llama import SamplerChain, Vocab
 from llamaserve.engine.params import Sampling
 
 _WHOLE_TEXT = 0  # our repetition_penalty_range for "all tokens"
+_GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
 
 
 def build_chain(sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int) -> SamplerChain:
@@ -27,7 +28,7 @@ def build_chain(sampling: Sampling, vocab: Vocab, *, history: Sequence[int], con
         chain.add_penalties(
             vocab, window, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
         )
-    if sampling.temperature <= 0:
+    if sampling.temperature < _GREEDY_BELOW:
         chain.add_greedy()
     else:
         _add_random_draw(chain, sampling, choice)
@@ -40,7 +41,8 @@ def _penalty_window(sampling: Sampling, context: int) -> int:
     """Return how many last tokens the penalties look at; 0 when all three are neutral."""
     if (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.0, 0.0, 0.0):
         return 0
-    return context if sampling.repetition_penalty_range == _WHOLE_TEXT else sampling.repetition_penalty_range
+    wanted = sampling.repetition_penalty_range
+    return context if wanted == _WHOLE_TEXT else min(wanted, context)  # llama.cpp allocates what it is told
 
 
 def _add_random_draw(chain: SamplerChain, sampling: Sampling, choice: int) -> None:

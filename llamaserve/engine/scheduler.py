@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.sequence import Sequence, State
+from llamaserve.errors import OutOfCells
 
 PREFILL_BESIDE_DECODE = 128  # prompt tokens a step while others decode: bounds the gap in their streams
 
@@ -31,6 +32,11 @@ class Chunk:
         return self.length == self.sequence.pending
 
 
+def tokens_of(chunks: list[Chunk]) -> int:
+    """Return the number of tokens in a step."""
+    return sum(chunk.length for chunk in chunks)
+
+
 class Scheduler:
     """The waiting and the running sequences of one model."""
 
@@ -44,6 +50,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._running and not self._waiting
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot, in order of arrival."""
+        return list(self._running)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -69,22 +80,26 @@ class Scheduler:
         sequence.state = State.FINISHED
 
     def plan(self) -> list[Chunk]:
-        """Decide the next step. Empty only when there is nothing to do."""
+        """Decide the next step. Empty only when there is nothing to do.
+
+        Raises ``OutOfCells`` when the one running sequence has outgrown the cache.
+        """
         self._admit()
         chunks = self._chunks()
-        while not self._cache.make_room(sum(chunk.length for chunk in chunks)):
+        while not self._cache.make_room(tokens_of(chunks)):
+            if len(self._running) == 1:
+                raise OutOfCells("the request has outgrown the key-value cache")
             self._preempt_newest()
             chunks = self._chunks()
         return chunks
 
-    def shed(self) -> bool:
-        """Give back cells after llama.cpp found none for a planned step; False when there is nothing left to give."""
+    def shed(self, chunks: list[Chunk]) -> bool:
+        """Make the next plan smaller after llama.cpp found no cells for this one; False when that is not possible."""
         if self._cache.used_cells > sum(sequence.evaluated for sequence in self._running):
-            self._cache.make_room(self._cache.cells)
+            self._cache.make_room(self._cache.cells)  # drops all idle prefixes
             return True
-        if len(self._running) > 1:
-            self._preempt_newest()
-            self._cache.make_room(self._cache.cells)
+        if len(self._running) > 1:  # there are fewer cells than were counted on; the next plan preempts
+            self._cache.cells = self._cache.used_cells + tokens_of(chunks) - 1
             return True
         return False
 
@@ -114,7 +129,7 @@ class Scheduler:
                 length = min(sequence.pending, budget)
                 chunks.append(Chunk(sequence, length))
                 budget -= length
-        return chunks
+        return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
 
     def _preempt_newest(self) -> None:
         sequence = self._running.pop()

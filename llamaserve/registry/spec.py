@@ -55,7 +55,7 @@ def _on_off(value: object) -> object:
 
 class RunOptions(BaseModel):
     """How a model is run. ``context`` is the tokens of one request, ``parallel`` the requests evaluated together,
-    ``kv_cells`` the tokens that the key-value cache holds for all of them (None: twice the context) and
+    ``kv_cells`` the tokens that the key-value cache holds for all of them (None: as many as one context) and
     ``batch`` the tokens of one step.
     """
 
@@ -78,6 +78,14 @@ class RunOptions(BaseModel):
         if kv_cells is not None and context is not None and kv_cells < context:
             raise ValueError(f"{kv_cells} cells cannot hold one request of context {context}")
         return kv_cells
+
+    @field_validator("flash_attention")
+    @classmethod
+    def _shares_its_cells(cls, flash_attention: FlashAttention, info: ValidationInfo) -> FlashAttention:
+        """Without flash attention every sequence has its own cells."""
+        if flash_attention == "off" and info.data.get("kv_cells") is not None:
+            raise ValueError("off gives each request the cells of a whole context; leave out kv_cells")
+        return flash_attention
 
     @field_validator("value_type")
     @classmethod

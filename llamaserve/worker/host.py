@@ -1,8 +1,8 @@
 """The child process: loads one model, takes commands from the API process and reports events back.
 
-The main thread owns llama.cpp's context and runs the engine; a second thread reads commands. Whatever only needs the
-vocabulary (tokenising, checking a prompt) is answered in that second thread, without waiting for a step. The process
-ends when the socket closes, so it never outlives the API process. Knows nothing of HTTP.
+The main thread owns llama.cpp's context and runs the engine. A second thread reads commands. A third does whatever only
+needs the vocabulary (tokenising, checking a prompt), without waiting for a step, and without holding up a cancel. The
+process ends when the socket closes, so it never outlives the API process. Knows nothing of HTTP.
 
 Run as ``python -m llamaserve.worker.host FD`` with a connected socket at that file descriptor.
 """
@@ -26,7 +26,6 @@ from llamaserve.frames import FrameSocket
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
-    Command,
     Detokenize,
     Event,
     Generate,
@@ -44,8 +43,13 @@ from llamaserve.worker.protocol import (
 
 _PROGRESS_STEP = 0.01  # report loading a percent at a time
 
-# What the reader thread hands to the engine's thread: a request whose prompts are encoded, or a command about requests.
+# Some tokenisers recurse once a character where letters repeat: with the default 8 MB a text of 25,000 spaces ends the
+# process. This is address space, not memory, and enough for ``MAX_TEXT``.
+_VOCABULARY_STACK = 1 << 30
+
+# What reaches the engine's thread: a request whose prompts are encoded, or a command about requests.
 _Job = tuple[Generate, list[list[int]]] | Cancel | Stop
+_VocabularyJob = Generate | Tokenize | Detokenize
 
 
 class Host:
@@ -54,6 +58,9 @@ class Host:
     def __init__(self, link: FrameSocket) -> None:
         self._link = link
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._vocabulary_jobs: queue.SimpleQueue[_VocabularyJob] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._encoding: dict[int, Cancel | Stop | None] = {}  # requests being encoded, and what came for them meanwhile
 
     def run(self) -> None:
         """Load the model, then serve commands until the socket closes."""
@@ -70,7 +77,9 @@ class Host:
             self._send([LoadFailed(to_value(error))])
             return
         self._send([Ready(gpu=uses_gpu(command.params))])
-        threading.Thread(target=self._read_commands, args=(engine,), name="commands", daemon=True).start()
+        threading.Thread(target=_or_die, args=(self._read_commands, engine), name="commands", daemon=True).start()
+        threading.stack_size(_VOCABULARY_STACK)
+        threading.Thread(target=_or_die, args=(self._use_vocabulary, engine), name="vocabulary", daemon=True).start()
         self._run_engine(engine)
 
     def _send(self, events: list[Event]) -> None:
@@ -106,38 +115,71 @@ class Host:
         return []
 
     def _read_commands(self, engine: Engine) -> None:
-        """Answer or pass on commands until the API process is gone, which ends this one at once."""
-        try:
+        """Pass commands on until the API process is gone, which ends this one at once."""
+        with contextlib.suppress(ConnectionError):  # it died in the middle of a frame
             while (frame := self._link.read()) is not None:
-                self._answer(engine, decode_command(frame))
-        except ConnectionError:
-            os._exit(0)  # the API process died in the middle of a frame
-        finally:
-            error = sys.exc_info()
-            if error[0] is not None:
-                sys.excepthook(*error)  # a bug: without this thread the process would be deaf, so it ends loudly
-            os._exit(0 if error[0] is None else 1)
+                command = decode_command(frame)
+                assert not isinstance(command, Load)
+                if isinstance(command, Cancel | Stop):
+                    self._end_requests(engine, command)
+                    continue
+                if isinstance(command, Generate):
+                    with self._lock:
+                        self._encoding[command.request] = None
+                self._vocabulary_jobs.put(command)
+        os._exit(0)
 
-    def _answer(self, engine: Engine, command: Command) -> None:
-        if isinstance(command, Cancel | Stop):
+    def _end_requests(self, engine: Engine, command: Cancel | Stop) -> None:
+        """Let a cancel or stop reach its requests wherever they are; it does not wait for a long prompt's step."""
+        with self._lock:
+            for request in self._encoding if command.request is None else {command.request} & self._encoding.keys():
+                self._encoding[request] = command
             self._jobs.put(command)
-            return
-        assert not isinstance(command, Load)
-        try:
-            match command:
-                case Generate(request, prompts, generation):
-                    engine.check(generation)
-                    encoded = [engine.encode(prompt) for prompt in prompts]
-                    self._send([Accepted(request, [len(tokens) for tokens in encoded])])
-                    self._jobs.put((command, encoded))
-                case Tokenize(request, text, add_bos, parse_special):
-                    self._send(
-                        [Tokens(request, engine.vocab.tokenize(text, add_bos=add_bos, parse_special=parse_special))]
-                    )
-                case Detokenize(request, tokens, special):
-                    self._send([Text(request, engine.vocab.detokenize(tokens, special=special))])
-        except LlamaserveError as error:
-            self._send([Failed(command.request, to_value(error))])
+        engine.interrupt(command.request)
+
+    def _use_vocabulary(self, engine: Engine) -> None:
+        while True:
+            job = self._vocabulary_jobs.get()
+            try:
+                self._answer(engine, job)
+            except LlamaserveError as error:
+                with self._lock:
+                    self._encoding.pop(job.request, None)
+                self._send([Failed(job.request, to_value(error))])
+
+    def _answer(self, engine: Engine, job: _VocabularyJob) -> None:
+        match job:
+            case Generate(request, prompts, generation):
+                engine.check(generation)
+                self._start(job, [engine.encode(prompt) for prompt in prompts])
+            case Tokenize(request, text, add_bos, parse_special):
+                tokens = engine.tokenize(text, add_bos=add_bos, parse_special=parse_special)
+                self._send([Tokens(request, tokens)])
+            case Detokenize(request, tokens, special):
+                self._send([Text(request, engine.detokenize(tokens, special=special))])
+
+    def _start(self, command: Generate, prompts: list[list[int]]) -> None:
+        """Hand an encoded request to the engine, with what came for it meanwhile."""
+        with self._lock:
+            ending = self._encoding.pop(command.request)
+            if isinstance(ending, Cancel):
+                return
+            self._send([Accepted(command.request, [len(tokens) for tokens in prompts])])
+            self._jobs.put((command, prompts))
+            if ending is not None:
+                self._jobs.put(Stop(command.request))
+
+
+def _or_die(work: Callable[[Engine], None], engine: Engine) -> None:
+    """Run a thread's work; a bug in it ends the process loudly, since without the thread it would be deaf."""
+    try:
+        work(engine)
+    except ConnectionError:
+        os._exit(0)  # the API process is gone
+    finally:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class _ProgressReporter:

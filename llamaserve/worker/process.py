@@ -16,6 +16,8 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.errors import EngineCrashed, from_value, to_value
@@ -44,7 +46,8 @@ from llamaserve.worker.protocol import (
 logger = logging.getLogger(__name__)
 
 _EXIT_GRACE = 5.0  # seconds between closing the socket and SIGKILL
-_LONGEST_LINE = 1024 * 1024  # bytes of standard error
+_LONGEST_LINE = 64 * 1024  # bytes of standard error
+_LONGEST_WORD = 500  # characters of one line that explains an end
 _LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
 
 # Threads that meet at a barrier spin for about 50 µs and then sleep: as fast as OpenMP's default on a quiet machine,
@@ -59,9 +62,8 @@ class GenerationStream:
         self._worker = worker
         self._request = worker.next_request()
         self._open = len(prompts) * generation.choices
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        worker.open_request(self._request, self._events)
-        worker.send_soon(Generate(self._request, prompts, generation))
+        frame = encode_command(Generate(self._request, prompts, generation))
+        self._events = worker.open_request(self._request, frame)
 
     async def accepted(self) -> list[int]:
         """Wait until all prompts are found to fit, and return their lengths in tokens; raises why they don't."""
@@ -115,27 +117,24 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, name: str, params: LoadParams, on_progress: Callable[[float], None]) -> WorkerProcess:
-        """Start a child and load the model in it. Raises ``ModelLoadFailed``, or ``EngineCrashed`` when the
-        child ends without a word.
+        """Start a child and load the model in it. Raises ``ModelLoadFailed``, or ``EngineCrashed`` when the child ends
+        without a word. When it is cancelled, no child is left.
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "llamaserve.worker.host", str(theirs.fileno())),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_LONGEST_LINE,
-                env=_CHILD_ENVIRONMENT | dict(os.environ),
-            )
-        worker = cls(name, process, await FrameStream.open(ours))
+            link = await FrameStream.open(ours)
+            try:
+                process = await _spawn(theirs)
+            except BaseException:
+                link.close()
+                raise
+        worker = cls(name, process, link)
         worker._tasks.append(asyncio.create_task(worker._read_standard_error()))
         try:
-            await worker.send(Load(params))
+            link.write(encode_command(Load(params)))
             await worker._wait_until_ready(on_progress)
         except BaseException:
-            await worker.aclose()
+            await asyncio.shield(worker.aclose())
             raise
         worker._tasks.append(asyncio.create_task(worker._dispatch()))
         return worker
@@ -172,7 +171,7 @@ class WorkerProcess:
         try:
             await asyncio.wait_for(self._process.wait(), _EXIT_GRACE)
         except TimeoutError:
-            self._process.kill()
+            self._kill()
             await self._process.wait()
         await asyncio.gather(*self._tasks)
 
@@ -182,23 +181,17 @@ class WorkerProcess:
         """Return a number that no other request of this child has."""
         return next(self._numbers)
 
-    def open_request(self, request: int, events: asyncio.Queue[Event]) -> None:
-        """Put the request's events into a queue from now on."""
+    def open_request(self, request: int, frame: bytes) -> asyncio.Queue[Event]:
+        """Send a request's command, and return the queue into which its events come."""
         if self.ended.is_set():
             raise self._crash()
-        self._requests[request] = events
+        events = self._requests[request] = asyncio.Queue()
+        self._link.write(frame)
+        return events
 
     def close_request(self, request: int) -> None:
         """Drop events of the request that still arrive."""
         self._requests.pop(request, None)
-
-    async def send(self, command: Command) -> None:
-        """Send a command, waiting while the child is slow to read."""
-        self.send_soon(command)
-        try:
-            await self._link.drain()
-        except ConnectionError:
-            logger.debug("%s ended before it took a command", self._name)
 
     def send_soon(self, command: Command) -> None:
         """Queue a command; one to a child that has ended is dropped, since its requests fail anyway."""
@@ -206,10 +199,8 @@ class WorkerProcess:
             self._link.write(encode_command(command))
 
     async def _ask(self, command: Tokenize | Detokenize) -> Event:
-        answer: asyncio.Queue[Event] = asyncio.Queue()
-        self.open_request(command.request, answer)
+        answer = self.open_request(command.request, encode_command(command))
         try:
-            await self.send(command)
             event = await answer.get()
         finally:
             self.close_request(command.request)
@@ -232,15 +223,18 @@ class WorkerProcess:
 
     async def _read_events(self) -> list[Event] | None:
         """Return the events of the next frame, or None once the child has ended and its last words are read."""
+        frame = None
         try:
             frame = await self._link.read()
-        except ConnectionError:
-            frame = None
-        if frame is None:
-            await self._process.wait()
-            await self._tasks[0]
-            return None
-        return decode_events(frame)
+            if frame is not None:
+                return decode_events(frame)
+        except (ConnectionError, msgspec.MsgspecError) as error:
+            if not self._closing:
+                logger.error("%s: the process sent what can't be read: %s", self._name, error)
+                self._kill()
+        await self._process.wait()
+        await self._tasks[0]
+        return None
 
     async def _dispatch(self) -> None:
         """Hand out events until the child ends, then fail what is left."""
@@ -260,16 +254,30 @@ class WorkerProcess:
             queue.put_nowait(Failed(request, to_value(crash)))
 
     async def _read_standard_error(self) -> None:
+        """Log what the child says, line by line; an endless line is cut into pieces."""
         assert self._process.stderr is not None
-        while line := await self._process.stderr.readline():
-            text = line.decode("utf-8", "replace").rstrip()
-            self._last_words.append(text)
+        rest = b""
+        while chunk := await self._process.stderr.read(_LONGEST_LINE):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) >= _LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._hear(line)
+        self._hear(rest)
+
+    def _hear(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").rstrip()
+        if text:
+            self._last_words.append(text[:_LONGEST_WORD])
             logger.warning("%s: %s", self._name, text)
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
 
     def _crash(self) -> EngineCrashed:
         return EngineCrashed(
-            f"the process that ran {self._name} {self._end()}; the model is loaded again on the next request",
-            retry_after=1,
+            f"the process that ran {self._name} {self._end()}; the request was not finished", retry_after=1
         )
 
     def _end(self) -> str:
@@ -280,3 +288,15 @@ class WorkerProcess:
         elif code:
             how = f"ended with exit code {code}"
         return f"{how} ({'; '.join(self._last_words)})" if self._last_words else how
+
+
+async def _spawn(socket_for_child: socket.socket) -> asyncio.subprocess.Process:
+    descriptor = socket_for_child.fileno()
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "llamaserve.worker.host", str(descriptor)),
+        pass_fds=(descriptor,),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env=_CHILD_ENVIRONMENT | dict(os.environ),
+    )

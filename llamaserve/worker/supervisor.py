@@ -1,6 +1,6 @@
 """Keeps one model's child process available: starts it when it is needed, once, and again after a crash.
 
-After a crash the next request starts a new child; after a second one only when a pause is over; after a third within
+After a crash the next request starts a new child; after a second one it waits out a pause first; after a third within
 ten minutes the model is quarantined. A model that could not be loaded is not tried again at once. Knows nothing of
 where models come from.
 """
@@ -86,10 +86,16 @@ class Supervisor:
         if (worker := self._live_worker) is not None:
             return worker
         if self._loading is None:
-            self._refuse_too_early()
-            self._loading = asyncio.create_task(self._load())
+            self._refuse_in_vain()
+            self._loading = asyncio.create_task(self._load(self._pause()))
             self._loading.add_done_callback(_mark_retrieved)
-        return await asyncio.shield(self._loading)
+        loading = self._loading
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            if loading.cancelled():  # not the caller was, but the load: the supervisor is closed
+                raise Unavailable(f"{self._name} is being unloaded") from None
+            raise
 
     def stop_all(self) -> None:
         """End all requests with a normal finish."""
@@ -101,6 +107,7 @@ class Supervisor:
         if self._loading:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
+            self._loading = None
         if self._watcher:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -113,26 +120,32 @@ class Supervisor:
         return self._worker if self._worker and not self._worker.ended.is_set() else None
 
     @property
-    def _quarantined(self) -> bool:
-        recent = [crash for crash in self._crashes if self._clock() - crash < CRASH_WINDOW]
-        return len(recent) >= CRASHES_TO_QUARANTINE
+    def _recent_crashes(self) -> list[float]:
+        return [crash for crash in self._crashes if self._clock() - crash < CRASH_WINDOW]
 
-    def _refuse_too_early(self) -> None:
-        now = self._clock()
+    @property
+    def _quarantined(self) -> bool:
+        return len(self._recent_crashes) >= CRASHES_TO_QUARANTINE
+
+    def _pause(self) -> float:
+        """Return the seconds to wait before the next start."""
+        recent = self._recent_crashes
+        return max(0.0, recent[-1] + _PAUSES[len(recent) - 1] - self._clock()) if recent else 0.0
+
+    def _refuse_in_vain(self) -> None:
+        """Refuse a start that would not help."""
         if self._quarantined:
             raise ModelQuarantined(
                 f"{self._name} crashed {CRASHES_TO_QUARANTINE} times within {CRASH_WINDOW / 60:.0f} minutes and is not "
                 "started again; the server's log has the reasons. Restart the server to try once more."
             )
-        recent = [crash for crash in self._crashes if now - crash < CRASH_WINDOW]
-        if recent and (left := recent[-1] + _PAUSES[len(recent) - 1] - now) > 0:
-            raise Unavailable(f"{self._name} crashed and is started again in {left:.0f} s", retry_after=left)
-        if self._failure and now < self._failure[0]:
+        if self._failure and self._clock() < self._failure[0]:
             raise from_value(to_value(self._failure[1]))
 
-    async def _load(self) -> WorkerProcess:
+    async def _load(self, pause: float) -> WorkerProcess:
         self.progress = 0.0
         try:
+            await asyncio.sleep(pause)
             params = await asyncio.to_thread(self._prepare)
             logger.info("loading %s from %s", self._name, params.path)
             worker = await WorkerProcess.start(self._name, params, self._on_progress)

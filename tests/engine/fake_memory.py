@@ -39,3 +39,7 @@ class FakeMemory:
         kept = length if self.cuttable or length == len(resident) else 0
         del resident[kept:]
         return kept
+
+    def clear(self) -> None:
+        """See ``Memory``."""
+        self.tokens.clear()

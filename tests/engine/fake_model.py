@@ -8,12 +8,12 @@ from fake_memory import FakeMemory
 
 from llamaserve.engine.engine import Engine
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
-from llamaserve.engine.llama import OutOfCells
+from llamaserve.engine.llama import Interrupted
 from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
-from llamaserve.errors import EngineError, InvalidRequest
+from llamaserve.errors import EngineError, InvalidRequest, OutOfCells
 
 END = 256  # the end-of-generation token
 SAMPLING = Sampling(seed=0)
@@ -29,10 +29,6 @@ class ByteVocab:
         for token in tokens:
             if not 0 <= token < self.size:
                 raise InvalidRequest(f"token id {token}", param=param)
-
-    def fewest_tokens(self, text: str) -> int:
-        """See ``Vocab``."""
-        return len(text)
 
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """See ``Vocab``."""
@@ -66,7 +62,8 @@ class FakeSampler:
 class ScriptedRunner:
     """Says ``answers[request, index]`` byte by byte, then the end token; '.' for ever where there is no answer.
 
-    ``fail`` is asked before each step and may return an error to raise; ``spoil`` may replace a sampled token.
+    ``fail`` is asked before each step and may return an error to raise, ``spoil`` for each token; ``during`` runs
+    within a step.
     ``cells`` is what the cache really holds, if that is less than the engine believes.
     """
 
@@ -77,15 +74,23 @@ class ScriptedRunner:
         self.steps = 0
         self.fail: Callable[[TokenSequence[Chunk]], EngineError | None] = lambda chunks: None
         self.spoil: Callable[[Sequence], EngineError | None] = lambda sequence: None
+        self.during: Callable[[], None] = lambda: None
+        self._interrupted = False
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int | EngineError]:
+    def interrupt(self) -> None:
+        """See ``Runner``."""
+        self._interrupted = True
+
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
         """See ``Runner``."""
         self.steps += 1
         if (error := self.fail(chunks)) is not None:
             raise error
         if self.cells is not None and self.memory.used + sum(chunk.length for chunk in chunks) > self.cells:
             raise OutOfCells("the key-value cache is full")
-        outcomes: list[int | EngineError] = []
+        self._interrupted = False
+        self.during()
+        outcomes: list[int] = []
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.slot is not None
@@ -94,7 +99,11 @@ class ScriptedRunner:
             if chunk.completes:
                 if sequence.sampler is None:
                     sequence.sampler = FakeSampler()
-                outcomes.append(self.spoil(sequence) or self._next(sequence))
+                if (error := self.spoil(sequence)) is not None:
+                    raise error
+                outcomes.append(self._next(sequence))
+            if self._interrupted:
+                raise Interrupted
         return outcomes
 
     def _next(self, sequence: Sequence) -> int:

@@ -206,7 +206,7 @@ def test_unknown_requests_can_be_cancelled_and_stopped() -> None:
 # Errors
 
 
-def test_a_failed_step_fails_the_whole_requests_in_it_and_no_others() -> None:
+def test_a_failed_step_fails_the_running_requests_whole_and_no_others() -> None:
     model = FakeModel({(1, 0): b"x", (3, 0): b"fine"}, slots=2)
     model.submit(1, "a", "b", "c", stream=True)  # two run, one waits
     model.submit(3, "d")
@@ -233,16 +233,41 @@ def test_after_a_failed_step_its_cells_are_not_reused() -> None:
     assert model.finished(2) == Finished(2, 0, "fine", "stop", 6, 4, 0)
 
 
-def test_one_sequence_with_bad_logits_fails_its_request_only() -> None:
-    model = FakeModel({(1, 0): b"long answer", (1, 1): b"long answer", (2, 0): b"fine"})
-    model.submit(1, "p", choices=2, stream=True)
-    model.submit(2, "q")
-    model.runner.spoil = lambda s: EngineError("NaN") if (s.request, s.index, s.generated) == (1, 0, 2) else None
+def test_bad_logits_fail_all_that_runs_beside_them_and_nothing_later() -> None:
+    """What is no number in the cache spoils the neighbours, so nothing of it is kept."""
+    model = FakeModel({(1, 0): b"long answer", (2, 0): b"other answer", (3, 0): b"fine"})
+    model.submit(1, "p")
+    model.submit(2, "q", stream=True)
+    model.runner.spoil = lambda s: EngineError("NaN") if (s.request, s.generated) == (1, 2) else None
     model.run()
-    assert [event for event in model.events if isinstance(event, Failed) and event.request == 1]
-    index = next(i for i, event in enumerate(model.events) if isinstance(event, Failed))
-    assert all(event.request == 2 for event in model.events[index + 1 :])
-    assert model.finished(2).text == "fine"
+    assert sorted(event.request for event in model.events if isinstance(event, Failed)) == [1, 2]
+    assert model.memory.used == model.cache.used_cells == 0
+    model.submit(3, "p")
+    model.run()
+    assert model.finished(3).text == "fine"
+
+
+def test_a_prompt_under_evaluation_is_given_up_when_its_request_ends() -> None:
+    model = FakeModel({(1, 0): b"one", (2, 0): b"two"}, batch=16)
+    model.submit(2, "q" * 20)
+    model.step()  # the first 16 tokens
+    model.submit(1, "p" * 20)
+    model.runner.during = lambda: model.engine.interrupt(1)
+    model.step()
+    assert model.events == []
+    assert model.memory.used == model.cache.used_cells == 16  # as before the step
+    model.runner.during = lambda: None
+    model.engine.cancel(1)
+    model.run()
+    assert model.text(2) == "two"
+
+
+def test_the_end_of_another_request_gives_up_no_step() -> None:
+    model = FakeModel({(1, 0): b"one"})
+    model.submit(1, "p" * 20)
+    model.runner.during = lambda: model.engine.interrupt(2)
+    model.run()
+    assert model.text(1) == "one"
 
 
 def test_bad_logits_in_two_choices_are_reported_once() -> None:
@@ -294,7 +319,7 @@ def test_a_request_that_outgrows_all_cells_ends() -> None:
 
 
 def test_a_failure_for_want_of_cells_is_an_engine_error_for_the_api_process_too() -> None:
-    """That process never imports the module of OutOfCells, and turns a name it does not know into the base class."""
+    """That process turns a name it does not know into the base class."""
     model = FakeModel(real_cells=2)
     model.submit(1, "pppp")
     model.run()

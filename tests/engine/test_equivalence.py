@@ -312,3 +312,24 @@ def test_cached_parts_from_uncached_only_at_near_ties(
         assert answer.finished is not None
         assert (answer.finished.cached_tokens > 80) == (number > 0)
         _assert_parts_only_at_a_near_tie(margin, prompt, one, answer.tokens)
+
+
+def test_the_starter_model_answers_the_same_alone_and_beside_others(load_params: LoadParams) -> None:
+    """The exact level on quantised weights: without flash attention each sequence has cells of its own."""
+    assert not load_params.kv_unified
+    model = Model(load_params, lambda fraction: True)
+    running = RunningEngine(model, load_params)
+    try:
+        prompts = [f"{i}. A story about {what}: once" for i, what in enumerate(("a fox", "the old grey sea", "bread"))]
+        for sampling in (Sampling(seed=3, temperature=0.0), Sampling(seed=3, temperature=1.0)):
+            generation = Generation(sampling=sampling, max_tokens=24)
+            alone = [running.alone(prompt, generation)[0].tokens for prompt in prompts]
+            running.forget()
+            for request, prompt in enumerate(prompts):
+                running.submit(request, prompt, generation)
+                running.step(request)  # arrivals at different times
+            running.run()
+            assert [running.answers[request, 0].tokens for request in range(len(prompts))] == alone
+    finally:
+        running.close()
+        model.close()

