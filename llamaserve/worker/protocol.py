@@ -9,7 +9,7 @@ import msgspec
 
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
 from llamaserve.engine.params import Generation, LoadParams
-from llamaserve.errors import ErrorValue
+from llamaserve.errors import ErrorValue, InvalidRequest
 
 Prompt = str | list[int]
 
@@ -108,8 +108,11 @@ _events_decoder: msgspec.msgpack.Decoder[list[Event]] = msgspec.msgpack.Decoder(
 
 
 def encode_command(command: Command) -> bytes:
-    """Return a command's frame."""
-    return _encoder.encode(command)
+    """Return a command's frame. Raises ``InvalidRequest`` for half a surrogate pair or an integer over 64 bits."""
+    try:
+        return _encoder.encode(command)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InvalidRequest(f"the request can't be passed on to the model: {error}") from error
 
 
 def decode_command(frame: bytes) -> Command:

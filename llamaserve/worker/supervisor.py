@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 
 from llamaserve.engine.events import Occupancy
@@ -43,11 +43,16 @@ class Supervisor:
     """
 
     def __init__(
-        self, name: str, prepare: Callable[[], LoadParams], clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        prepare: Callable[[], LoadParams],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._name = name
         self._prepare = prepare
         self._clock = clock
+        self._sleep = sleep
         self._worker: WorkerProcess | None = None
         self._loading: asyncio.Task[WorkerProcess] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -145,7 +150,7 @@ class Supervisor:
     async def _load(self, pause: float) -> WorkerProcess:
         self.progress = 0.0
         try:
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
             params = await asyncio.to_thread(self._prepare)
             logger.info("loading %s from %s", self._name, params.path)
             worker = await WorkerProcess.start(self._name, params, self._on_progress)
