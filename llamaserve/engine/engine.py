@@ -19,6 +19,8 @@ from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest
 
 MAX_TEXT = 2 * 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
+_PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
+_TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
 class Engine:
@@ -43,6 +45,10 @@ class Engine:
         if isinstance(prompt, str):
             if len(prompt) > MAX_TEXT:
                 raise self._too_long(f"{len(prompt)} characters, which is more than is tokenised ({MAX_TEXT})")
+            if len(prompt) > _PROBE * self._context:
+                part = self.vocab.tokenize(prompt[: _PROBE * self._context], add_bos=True, parse_special=True)
+                if len(part) > self._context + _TOKENS_CUT:
+                    raise self._too_long(f"at least {len(part)} tokens")
             tokens = self.vocab.tokenize(prompt, add_bos=True, parse_special=True)
         else:
             tokens = list(prompt)

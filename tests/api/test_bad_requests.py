@@ -241,7 +241,8 @@ def test_a_body_of_50_megabytes_in_chunks(server: RunningServer, path: str) -> N
 )
 def test_a_prompt_over_the_context(server: RunningServer, path: str, body: Any) -> None:
     begin = time.monotonic()
-    message = assert_error(server.post(path, body), 400, "context_length_exceeded")
+    field = "messages" if "messages" in body else "prompt"
+    message = assert_error(server.post(path, body), 400, "context_length_exceeded", field)
     assert time.monotonic() - begin < 5
     assert "2048 tokens" in message
     number = int(message.partition("the prompt has ")[2].removeprefix("at least ").split()[0])

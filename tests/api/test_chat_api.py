@@ -114,7 +114,7 @@ def test_a_conversation_over_the_context_is_refused(small_server: RunningServer)
     messages = [{"role": "user", "content": "word " * 200}]
     for extra in ({}, {"stream": True}):
         response = small_server.post(CHAT, {"messages": messages, **extra})
-        message = assert_error(response, 400, "context_length_exceeded")
+        message = assert_error(response, 400, "context_length_exceeded", "messages")
         assert "96 tokens" in message
         assert "the prompt has 23" in message
 

@@ -223,7 +223,9 @@ def test_without_a_limit_the_context_is_the_limit(small_server: RunningServer, l
 def test_the_longest_prompt_that_fits_gets_one_token(small_server: RunningServer) -> None:
     answer = small_server.post(COMPLETIONS, {"prompt": [504] * 95, "logit_bias": END_TOKENS}).json()
     assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (95, 1)
-    message = assert_error(small_server.post(COMPLETIONS, {"prompt": [504] * 96}), 400, "context_length_exceeded")
+    message = assert_error(
+        small_server.post(COMPLETIONS, {"prompt": [504] * 96}), 400, "context_length_exceeded", "prompt"
+    )
     assert "maximum context length is 96 tokens" in message
     assert "96 tokens, and the answer" in message
 

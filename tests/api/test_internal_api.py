@@ -169,21 +169,32 @@ def test_a_client_that_hangs_up_during_a_long_prompt_frees_its_sequence(server: 
 
 
 def test_a_long_text_to_count_does_not_hold_up_others(server: RunningServer) -> None:
-    """Tokenising megabytes takes seconds; short requests must be answered meanwhile."""
+    """Tokenising megabytes takes seconds; what runs must go on, and be stopped, meanwhile."""
 
     def count() -> float:
         begin = time.monotonic()
-        assert length_of(server, "x" * 6_000_000) > 0
+        assert length_of(server, "x" * 2_000_000) > 0
         return time.monotonic() - begin
 
-    longest = 0.0
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
+        running = threads.submit(server.post, "/v1/completions", {"prompt": "Once", "max_tokens": 2000, "seed": 1})
+        wait_until(lambda: server.running == 1)
         counting = threads.submit(count)
-        while not counting.done():
-            begin = time.monotonic()
-            assert_alive(server)
-            longest = max(longest, time.monotonic() - begin)
-    assert longest < counting.result() / 2
+        wait_until(lambda: counting.running())
+        assert server.post("/v1/internal/stop-generation", {}).json() == "OK"
+        assert running.result().json()["choices"][0]["finish_reason"] == "stop"
+        assert not counting.done()
+        assert counting.result() > 0
+
+
+def test_a_text_that_is_too_long_to_tokenise_is_refused(server: RunningServer) -> None:
+    for path in ("encode", "token-count"):
+        answer = server.post(f"/v1/internal/{path}", {"text": "x" * 2_200_000})
+        assert answer.status_code == 400
+        assert "2097152" in answer.json()["error"]["message"]
+    answer = server.post("/v1/internal/decode", {"tokens": [1] * 300_000})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tokens"
 
 
 def test_a_long_penalty_range_costs_no_memory(server: RunningServer) -> None:
