@@ -267,11 +267,6 @@ class GGUFHeader:
         return sum(tensor.elements for tensor in self.tensors)
 
     @property
-    def tensor_bytes(self) -> int:
-        """Return the bytes that all tensors take in the file."""
-        return sum(tensor.size for tensor in self.tensors)
-
-    @property
     def quantisation(self) -> str:
         """Return the label of the file's quantisation, such as ``Q4_K_M``; ``unknown`` when it names none."""
         file_type = self.integer("general.file_type")
@@ -328,19 +323,6 @@ class GGUFHeader:
             return []
         data = _read_back(self, array)
         return [data[start:end] for start, end in _spans(data, array.count, self.path)]
-
-    def contains_token(self, text: str) -> bool:
-        """Return whether the vocabulary has exactly this text as one token."""
-        tokens = _string_array(self, "tokenizer.ggml.tokens")
-        if tokens is None:
-            return False
-        wanted = text.encode(errors="surrogateescape")
-        data = _read_back(self, tokens)
-        if _U64.pack(len(wanted)) + wanted not in data:  # the fast answer, and the usual one
-            return False
-        length = len(wanted)
-        spans = _spans(data, tokens.count, self.path)
-        return any(end - start == length and data.startswith(wanted, start) for start, end in spans)
 
     def read_array(self, key: str, limit: int | None = None) -> list[Scalar]:
         """Read an array's first ``limit`` elements from the file; all of them without a limit.

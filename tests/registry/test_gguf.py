@@ -32,7 +32,6 @@ from gguf_writer import (
     Raw,
     Tensor,
     Value,
-    string,
     tiny_llama,
     tiny_llama_metadata,
     tiny_llama_tensors,
@@ -65,17 +64,6 @@ def refused(path: Path) -> str:
     return caught.value.message
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """The best of three, as other processes may be busy."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(3))
-
-
 # ---- the real file
 
 
@@ -90,8 +78,7 @@ def test_starter_model_values(starter: GGUFHeader) -> None:
     assert starter.name == "Smollm2 135M 8k Lc100K Mix1 Ep2"
     assert (starter.context_length, starter.block_count, starter.embedding_length) == (8192, 30, 576)
     assert starter.parameter_count == 134_515_008
-    assert starter.tensor_bytes == 96_576_768
-    assert starter.data_offset + starter.tensor_bytes == starter.file_size
+    assert starter.data_offset + sum(tensor.size for tensor in starter.tensors) == starter.file_size
     assert starter.quantisation == "Q4_1"
     assert (starter.split_count, starter.pooling_type, starter.is_embedding_model) == (1, None, False)
     assert len(starter.tensors) == 272
@@ -104,17 +91,13 @@ def test_starter_model_vocabulary(starter: GGUFHeader) -> None:
     assert (starter.bos_token, starter.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert starter.token_text(0) == "<|endoftext|>"
     assert starter.token_text(49152) is None
-    assert starter.contains_token("<|im_end|>")
-    assert not starter.contains_token("<|im_en")
-    assert not starter.contains_token("<think>")
     assert starter.read_array("tokenizer.ggml.tokens", 3) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert starter.chat_template is not None
     assert "<|im_start|>" in starter.chat_template
 
 
-def test_starter_model_is_loadable_and_quick_to_read(starter_model: Path, starter: GGUFHeader) -> None:
+def test_starter_model_is_loadable(starter: GGUFHeader) -> None:
     check_loadable(starter)
-    assert seconds(lambda: read_header(starter_model)) < 0.1  # 18 ms on a quiet core
 
 
 def test_reading_keeps_no_vocabulary_in_memory(starter_model: Path) -> None:
@@ -174,7 +157,6 @@ def test_absent_values_are_none(write: Write) -> None:
     assert header.chat_template is None
     assert header.quantisation == "unknown"
     assert (header.bos_token, header.eos_token, header.vocabulary_size) == ("", "", 0)
-    assert not header.contains_token("a")
 
 
 @pytest.mark.parametrize(
@@ -197,13 +179,6 @@ def test_embedding_models(write: Write, architecture: str, pooling: int | None, 
     assert header.pooling_type == pooling
 
 
-def test_contains_token_is_exact_even_for_tokens_with_nuls(write: Write) -> None:
-    inner = string("<think>")  # a token that holds what looks like another token's entry
-    header = read_header(write(File(MINIMAL | {"tokenizer.ggml.tokens": Array(STRING, [b"x" + inner, "y"])}).bytes()))
-    assert not header.contains_token("<think>")
-    assert header.contains_token("y")
-
-
 def test_tensor_sizes(write: Write) -> None:
     tensors = [Tensor("a", (64, 3), Q4_0), Tensor("b", (5,), F16), Tensor("c", (), F32), Tensor("d", (32, 2, 2), Q8_0)]
     header = read_header(write(File(MINIMAL, tensors).bytes()))
@@ -224,7 +199,6 @@ def test_large_vocabulary_is_read_quickly(write: Write) -> None:
     metadata = MINIMAL | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": [f"{t} x" for t in tokens]}
     path = write(File(metadata).bytes())
     assert read_header(path).token_text(249_999) == "token249999"
-    assert seconds(lambda: read_header(path)) < 0.4  # about 90 ms on a quiet core
 
 
 def test_ggml_agrees_on_block_sizes() -> None:
@@ -423,7 +397,7 @@ def test_any_damage_is_an_error_of_ours(write: Write, length: int, flips: list[t
         with contextlib.suppress(LlamaserveError):
             header = read_header(path)
             assert len(header.bos_token) + len(header.quantisation) < 1000
-            header.contains_token("a")
+            header.tokens()
             check_loadable(header)
     finally:
         _, peak = tracemalloc.get_traced_memory()
