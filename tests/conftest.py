@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import openai
 import pytest
 from running_server import RunningServer
@@ -14,7 +16,18 @@ from llamaserve.registry.fetching import fetch
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import load_registry
 
+hypothesis.settings.register_profile("no files", database=None)
+hypothesis.settings.load_profile("no files")
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionfinish() -> None:
+    """Close what llama_cpp opens when it is imported and never closes, which would be warned of after the last line."""
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if utils is not None:
+            getattr(utils, name).close()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +73,28 @@ def test_a_binding_that_was_made_another_way_is_replaced(install: ModuleType) ->
     assert install.is_other_binding(install.fingerprint(["fast"], "", "-DGGML_CUDA=on"))
     assert install.is_other_binding(install.fingerprint(["fast"], "cpu", ""))
     assert not install.is_other_binding(install.fingerprint(["fast", "dev"], "", ""))
+
+
+def test_what_is_installed_stays_until_something_else_is_asked_for(install: ModuleType) -> None:
+    assert install.wanted_binding({}, "Darwin", "arm64") == ("", "-DGGML_METAL=on")
+    install.STAMP.write_text(json.dumps(install.fingerprint(["fast"], "cpu", "")))
+    assert install.wanted_binding({}, "Linux", "x86_64") == ("cpu", "")
+    assert install.wanted_binding({"WHEELS": ""}, "Linux", "x86_64") == ("cpu", "")
+    assert install.wanted_binding({"WHEELS": "cu124"}, "Linux", "x86_64") == ("cu124", "")
+    assert install.wanted_binding({"CMAKE_ARGS": ""}, "Linux", "x86_64") == ("", "")
+    install.STAMP.write_text(json.dumps(install.fingerprint(["fast"], "", "-DGGML_CUDA=on")))
+    assert install.wanted_binding({}, "Linux", "x86_64") == ("", "-DGGML_CUDA=on")
+
+
+def test_half_an_environment_is_made_anew(install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(install, "VENV", tmp_path / "venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    install.make_environment()
+    python = tmp_path / "venv" / "bin" / "python"
+    assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=True).stdout
+    (tmp_path / "venv" / "kept").touch()
+    install.make_environment()
+    assert (tmp_path / "venv" / "kept").exists()
 
 
 def test_a_missing_compiler_is_named_with_advice(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

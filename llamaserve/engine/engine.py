@@ -15,9 +15,17 @@ from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.scheduler import Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence
-from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest, LlamaserveError, OutOfCells, to_value
+from llamaserve.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    LlamaserveError,
+    ModelLoadFailed,
+    OutOfCells,
+    to_value,
+)
 
-MAX_TEXT = 2 * 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
+MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
@@ -190,6 +198,8 @@ class LoadedEngine(Engine):
         """Load the weights; ``on_progress`` gets fractions from 0 to 1 and says whether to go on. Raises
         ``ModelLoadFailed``.
         """
+        if params.kv_cells // (1 if params.kv_unified else params.parallel) < params.context:
+            raise ModelLoadFailed(f"{params.kv_cells} cells can't hold a request of {params.context} tokens")
         self._model = Model(params, on_progress)
         self._native: Context | None = None
         try:

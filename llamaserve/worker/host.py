@@ -45,7 +45,7 @@ _PROGRESS_STEP = 0.01  # report loading a percent at a time
 
 # Some tokenisers recurse once a character where letters repeat: with the default 8 MB a text of 25,000 spaces ends the
 # process. This is address space, not memory, and enough for ``MAX_TEXT``.
-_VOCABULARY_STACK = 1 << 30
+_VOCABULARY_STACK = 512 << 20
 
 # What reaches the engine's thread: a request whose prompts are encoded, or a command about requests.
 _Job = tuple[Generate, list[list[int]]] | Cancel | Stop

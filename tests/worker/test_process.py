@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from gguf_writer import tiny_llama
 
-from llamaserve.engine.engine import LoadedEngine
+from llamaserve.engine.engine import MAX_TEXT, LoadedEngine
 from llamaserve.engine.events import Delta, Finished
 from llamaserve.engine.llama import start_backend
 from llamaserve.engine.params import Generation, LoadParams, Sampling
@@ -37,7 +37,7 @@ _ENDLESS = Generation(sampling=Sampling(seed=1, logit_bias={0: -100.0, 2: -100.0
 
 @pytest.fixture(scope="module")
 def params(load_params: LoadParams) -> LoadParams:
-    return msgspec.structs.replace(load_params, kv_cells=1024, parallel=4)
+    return msgspec.structs.replace(load_params, kv_cells=1024, kv_unified=True, parallel=4)
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +189,34 @@ def test_a_prompt_that_no_message_can_carry_is_a_bad_request(params: LoadParams,
             await _answer(worker.generate([prompt], _GREEDY))
 
     _with_worker(params, test)
+
+
+@pytest.mark.parametrize("splitter", ["gpt-4o", "tekken", "default"])
+def test_a_long_run_of_one_character_is_tokenised(params: LoadParams, tmp_path: Path, splitter: str) -> None:
+    """For these vocabularies llama.cpp splits text by a recursive regular expression, which needs much stack."""
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ"]
+    tokens = ["<s>", "</s>", *letters, *(f"<{i}>" for i in range(261 - 2 - len(letters)))]
+    path = tmp_path / "bpe.gguf"
+    path.write_bytes(
+        tiny_llama(
+            tokenizer__ggml__model="gpt2",
+            tokenizer__ggml__pre=splitter,
+            tokenizer__ggml__tokens=tokens,
+            tokenizer__ggml__token_type=[3, 3, *[1] * 259],
+            tokenizer__ggml__merges=["a b"],
+            tokenizer__ggml__scores=None,
+            tokenizer__ggml__bos_token_id=0,
+            tokenizer__ggml__eos_token_id=1,
+        )
+    )
+
+    async def test(worker: WorkerProcess) -> None:
+        for character in (" ", "a", "1", "!", "\n"):
+            length = len(await worker.tokenize(character * MAX_TEXT, add_bos=False, parse_special=True))
+            assert length == MAX_TEXT
+
+    tiny = msgspec.structs.replace(params, path=str(path), context=64, kv_cells=256)
+    _with_worker(tiny, test)
 
 
 def test_a_bias_of_no_token_is_refused(params: LoadParams) -> None:

@@ -76,7 +76,7 @@ class Rig:
 
 @pytest.fixture(scope="module")
 def params(load_params: LoadParams) -> LoadParams:
-    return msgspec.structs.replace(load_params, kv_cells=256, context=256)
+    return msgspec.structs.replace(load_params, kv_cells=256, kv_unified=True, context=256)
 
 
 def _run(params: LoadParams, test: Callable[[Rig], Awaitable[None]]) -> None:
