@@ -7,6 +7,7 @@ reason; then every open request gets ``EngineCrashed``. Whether to start another
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -21,7 +22,7 @@ import msgspec
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.errors import EngineCrashed, from_value, to_value
-from llamaserve.frames import FrameStream
+from llamaserve.frames import FrameError, FrameStream
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
@@ -228,10 +229,11 @@ class WorkerProcess:
             frame = await self._link.read()
             if frame is not None:
                 return decode_events(frame)
-        except (ConnectionError, msgspec.MsgspecError) as error:
-            if not self._closing:
-                logger.error("%s: the process sent what can't be read: %s", self._name, error)
-                self._kill()
+        except (FrameError, msgspec.MsgspecError) as error:
+            logger.error("%s: the process sent what can't be read: %s", self._name, error)
+            self._kill()
+        except ConnectionError:
+            logger.debug("%s: the process is gone", self._name)
         await self._process.wait()
         await self._tasks[0]
         return None
@@ -272,8 +274,12 @@ class WorkerProcess:
             logger.warning("%s: %s", self._name, text)
 
     def _kill(self) -> None:
+        """End the child by force. Not by ``Process.kill``, which may reap a child that has just died, and then its exit
+        status is lost to asyncio.
+        """
         if self._process.returncode is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     def _crash(self) -> EngineCrashed:
         return EngineCrashed(

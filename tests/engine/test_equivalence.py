@@ -62,7 +62,7 @@ _requests = st.builds(
 def params(load_params: LoadParams, tmp_path_factory: pytest.TempPathFactory) -> LoadParams:
     path = tmp_path_factory.mktemp("models") / "loud.gguf"
     write_loud_model(path)
-    return msgspec.structs.replace(load_params, path=str(path), kv_cells=256, context=100, parallel=4, batch=24)
+    return msgspec.structs.replace(load_params, path=str(path), kv_cells=256, kv_unified=True, context=100, batch=24)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,8 @@ def test_the_loaded_engine_says_the_same(backend: None, params: LoadParams, expe
 
 @pytest.fixture(scope="module", params=["auto", "off"])
 def margin(request: pytest.FixtureRequest, load_params: LoadParams, model: Model) -> Iterator[RunningEngine]:
-    params = msgspec.structs.replace(load_params, flash_attention=request.param, batch=128)
+    unified = request.param == "auto"  # as the registry decides
+    params = msgspec.structs.replace(load_params, flash_attention=request.param, kv_unified=unified, batch=128)
     engine = RunningEngine(model, params)
     yield engine
     engine.close()
