@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import hypothesis.configuration
 import openai
 import pytest
 from running_server import RunningServer
@@ -18,6 +20,8 @@ from llamaserve.registry.spec import load_registry
 
 hypothesis.settings.register_profile("no files", database=None)
 hypothesis.settings.load_profile("no files")
+_hypothesis_home = tempfile.TemporaryDirectory(prefix="llamaserve-hypothesis-")  # it keeps more than its database
+hypothesis.configuration.set_hypothesis_home_dir(_hypothesis_home.name)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +32,7 @@ def pytest_sessionfinish() -> None:
     for name in ("outnull_file", "errnull_file"):
         if utils is not None:
             getattr(utils, name).close()
+    _hypothesis_home.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -145,6 +145,15 @@ def test_a_signal_ends_the_server_with_streams_under_way(how: signal.Signals, st
             server.stop(how)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 def test_both_loopback_addresses_answer(server: RunningServer) -> None:
     port = httpx.URL(server.url).port
     assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
