@@ -128,12 +128,16 @@ def list_models(models_file: ModelsFile = None) -> None:
     aliases: dict[str, list[str]] = {}
     for alias, name in registry.aliases.items():
         aliases.setdefault(name, []).append(alias)
-    table = Table("model", "here", "size", "licence", "task", "also called", "what it is", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "here", "size", "licence"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is")
     for name, spec in registry.models.items():
         here = "yes" if _is_here(registry, spec) else "no"
         default = " (default)" if name == registry.default_model else ""
-        row = (name + default, here, spec.size, spec.licence, spec.task, ", ".join(aliases.get(name, [])))
-        table.add_row(*row, spec.description)
+        task = "" if spec.task == "generation" else f"{spec.task}; "
+        also = f" (also: {', '.join(aliases[name])})" if name in aliases else ""
+        table.add_row(name + default, here, spec.size, spec.licence, f"{task}{spec.description or ''}{also}")
     out.print(table)
     out.print(f"\nfrom {registry.path}; serve one with: llamaserve run <model>", highlight=False, soft_wrap=True)
 
