@@ -150,12 +150,12 @@ def main(extras: Sequence[str]) -> None:
     check_compiler(wheels)
     replace = is_other_binding(wanted)
     make_environment()
-    STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
     if not wheels:
         say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     if replace:
         run_visibly([*pip, "uninstall", "--yes", BINDING], os.environ)
+    STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
     command = [*pip, "install", *binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
     environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
     run_visibly(command, environment)

@@ -44,7 +44,8 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-    **dict.fromkeys(("logprobs", "top_logprobs"), (False,)),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
 }
 
 
@@ -150,7 +151,7 @@ class GenerationOptions(BaseModel):
         extra = self.model_extra or {}
         for name, why in _NOT_OFFERED.items():
             value = extra.get(name)
-            if name == "tools" and extra.get("tool_choice") == "none":
+            if (name, "none") in (("tools", extra.get("tool_choice")), ("functions", extra.get("function_call"))):
                 continue  # an answer without tools is what is asked for
             if not any(type(value) is type(plain) and value == plain for plain in (*_EMPTY, *_PLAIN.get(name, ()))):
                 raise UnsupportedParameter(f"{name}: {why}", param=name)

@@ -32,6 +32,7 @@ _LOG_ERROR, _LOG_CONTINUED = 4, 5
 
 _recent_errors: deque[str] = deque(maxlen=4)
 _last_level = 0
+_interrupting = False  # while a step is given up on request, which llama.cpp logs as a failure
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
@@ -44,7 +45,7 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
     global _last_level
     level = _last_level if level == _LOG_CONTINUED else level
     _last_level = level
-    if level == _LOG_ERROR:
+    if level == _LOG_ERROR and not _interrupting:
         line = text.decode("utf-8", "replace")
         sys.stderr.write(line)
         if line.strip():
@@ -230,8 +231,7 @@ class Context:
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp can't make a context of {params.kv_cells} tokens: {_why()}")
         self._memory = lib.llama_get_memory(self.handle)
-        self._interrupted = False
-        self._abort = lib.ggml_abort_callback(lambda _user_data: self._interrupted)
+        self._abort = lib.ggml_abort_callback(lambda _user_data: _interrupting)
         self._no_abort = lib.ggml_abort_callback()
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
@@ -242,9 +242,10 @@ class Context:
         Only an ``interruptible`` one can be ended by ``interrupt``: being asked at every node of the graph whether to
         go on costs a few milliseconds, too much for the short steps of decoding. CUDA does not ask at all.
         """
-        self._interrupted = False
+        global _interrupting
         lib.llama_set_abort_callback(self.handle, self._abort if interruptible else self._no_abort, None)
         code = lib.llama_decode(self.handle, batch.native)
+        _interrupting = False  # not before: it may have been asked for while the batch was being filled
         if code == 1:
             raise OutOfCells("the key-value cache is full")
         if code == 2:
@@ -273,7 +274,8 @@ class Context:
 
     def interrupt(self) -> None:
         """Have the evaluation under way, if it can be, raise ``Interrupted``. The one method for other threads."""
-        self._interrupted = True
+        global _interrupting
+        _interrupting = True
 
     def clear(self) -> None:
         """Forget all sequences and overwrite their cells: a value that is no number would spoil those evaluated next,

@@ -42,6 +42,7 @@ class Scheduler:
 
     def __init__(self, cache: PrefixCache, *, batch: int) -> None:
         self._cache = cache
+        self._cells = cache.cells
         self._batch = batch
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
@@ -78,6 +79,8 @@ class Scheduler:
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.FINISHED
+        if self.idle:
+            self._cache.cells = self._cells  # what ``shed`` had taken away
 
     def plan(self) -> list[Chunk]:
         """Decide the next step. Empty only when there is nothing to do.

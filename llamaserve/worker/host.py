@@ -47,8 +47,9 @@ _PROGRESS_STEP = 0.01  # report loading a percent at a time
 # process. This is address space, not memory, and enough for ``MAX_TEXT``.
 _VOCABULARY_STACK = 512 << 20
 
-# What reaches the engine's thread: a request whose prompts are encoded, or a command about requests.
-_Job = tuple[Generate, list[list[int]]] | Cancel | Stop
+# What reaches the engine's thread: a request whose prompts are encoded and whether it was stopped meanwhile, or a
+# command about requests.
+_Job = tuple[Generate, list[list[int]], bool] | Cancel | Stop
 _VocabularyJob = Generate | Tokenize | Detokenize
 
 
@@ -95,7 +96,7 @@ class Host:
                 events += self._take(engine, self._jobs.get())
                 if (changed := engine.occupancy()) is not None:
                     events.append(changed)
-                if events and engine.idle:
+                if events:  # nobody's end waits for another's step
                     self._send(events)
                     events = []
             events += engine.step()
@@ -106,8 +107,10 @@ class Host:
 
     def _take(self, engine: Engine, job: _Job) -> list[Event]:
         match job:
-            case (Generate(request, _, generation), prompts):
+            case (Generate(request, _, generation), prompts, stopped):
                 engine.submit(request, prompts, generation)
+                if stopped:
+                    return list(engine.stop(request))
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):
@@ -133,7 +136,8 @@ class Host:
         """Let a cancel or stop reach its requests wherever they are; it does not wait for a long prompt's step."""
         with self._lock:
             for request in self._encoding if command.request is None else {command.request} & self._encoding.keys():
-                self._encoding[request] = command
+                if not isinstance(self._encoding[request], Cancel):
+                    self._encoding[request] = command
             self._jobs.put(command)
         engine.interrupt(command.request)
 
@@ -165,9 +169,7 @@ class Host:
             if isinstance(ending, Cancel):
                 return
             self._send([Accepted(command.request, [len(tokens) for tokens in prompts])])
-            self._jobs.put((command, prompts))
-            if ending is not None:
-                self._jobs.put(Stop(command.request))
+            self._jobs.put((command, prompts, ending is not None))
 
 
 def _or_die(work: Callable[[Engine], None], engine: Engine) -> None:

@@ -186,8 +186,8 @@ class WorkerProcess:
         """Send a request's command, and return the queue into which its events come."""
         if self.ended.is_set():
             raise self._crash()
-        events = self._requests[request] = asyncio.Queue()
         self._link.write(frame)
+        events = self._requests[request] = asyncio.Queue()
         return events
 
     def close_request(self, request: int) -> None:
@@ -290,7 +290,8 @@ class WorkerProcess:
         code = self._process.returncode
         how = "ended"
         if code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
+            names = {each.value: each.name for each in signal.Signals}
+            how = f"was ended by {names.get(-code, f'signal {-code}')}"
         elif code:
             how = f"ended with exit code {code}"
         return f"{how} ({'; '.join(self._last_words)})" if self._last_words else how

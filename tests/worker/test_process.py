@@ -460,3 +460,19 @@ def test_a_child_does_not_outlive_its_parent(params: LoadParams, activity: str) 
             assert ended, "the child is still there"
         finally:
             os.close(child)
+
+
+def test_a_cancel_in_a_long_prompt_is_no_error_in_the_log(params: LoadParams, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        for _ in range(3):
+            stream = worker.generate([[5] * 1000], _ENDLESS)
+            await stream.accepted()
+            while worker.occupancy.running == 0:  # noqa: ASYNC110 - it is a plain value
+                await asyncio.sleep(0)
+            stream.close()
+            while worker.occupancy.running:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert (await _answer(worker.generate([_PROMPTS[0]], _GREEDY)))[1].completion_tokens == 12
+
+    _with_worker(params, test)
+    assert not [record for record in caplog.records if "starter:" in record.getMessage()]
