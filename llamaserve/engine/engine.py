@@ -34,11 +34,20 @@ _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 class Engine:
     """One model's sequences, from submission to their last event."""
 
-    def __init__(self, runner: Runner, cache: PrefixCache, vocab: Vocab, *, batch: int, context: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        cache: PrefixCache,
+        vocab: Vocab,
+        *,
+        batch: int,
+        context: int,
+        one_prompt_a_step: bool = False,
+    ) -> None:
         self.vocab = vocab
         self._runner = runner
         self._cache = cache
-        self._scheduler = Scheduler(cache, batch=batch)
+        self._scheduler = Scheduler(cache, batch=batch, one_prompt_a_step=one_prompt_a_step)
         self._context = context
         self._reported = Occupancy()
         self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
@@ -209,9 +218,12 @@ class LoadedEngine(Engine):
             self.close()
             raise
         vocab = self._model.vocab
-        runner = LlamaRunner(self._native, vocab, batch=params.batch, max_tokens=params.context)
-        cache = PrefixCache(self._native, params.parallel, self._native.cells)
-        super().__init__(runner, cache, vocab, batch=params.batch, context=params.context)
+        apart = not params.kv_unified
+        runner = LlamaRunner(self._native, vocab, batch=params.batch, max_tokens=params.context, prompts_apart=apart)
+        # A token by itself goes through other kernels than one among several, and its logits differ a little: where
+        # answers shall not depend on what was cached, two are evaluated.
+        cache = PrefixCache(self._native, params.parallel, self._native.cells, kept_back=2 if apart else 1)
+        super().__init__(runner, cache, vocab, batch=params.batch, context=params.context, one_prompt_a_step=apart)
 
     def close(self) -> None:
         """Free the context and the weights."""

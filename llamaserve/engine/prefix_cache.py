@@ -54,7 +54,9 @@ class _Slot:
 class PrefixCache:
     """The slots of one context."""
 
-    def __init__(self, memory: Memory, slots: int, cells: int) -> None:
+    def __init__(self, memory: Memory, slots: int, cells: int, *, kept_back: int = 1) -> None:
+        """``kept_back`` is the number of a prompt's last tokens that are always evaluated, at least 1."""
+        self._kept_back = kept_back
         self._memory = memory
         self._slots = [_Slot(number) for number in range(slots)]
         self._clock = count(1)
@@ -78,7 +80,7 @@ class PrefixCache:
         longest. At least one token stays to be evaluated, because sampling needs its logits.
         """
         idle = [slot for slot in self._slots if slot.owner is None]
-        wanted = sequence.tokens[:-1]
+        wanted = sequence.tokens[: -self._kept_back]
         shared = {slot.number: common_prefix(slot.prefix, wanted) for slot in idle}
         own = [slot for slot in idle if shared[slot.number] and shared[slot.number] >= FAIR_SHARE * len(slot.prefix)]
         if own:

@@ -30,7 +30,14 @@ class Runner(Protocol):
 class LlamaRunner:
     """Runs chunks on one llama.cpp context."""
 
-    def __init__(self, context: Context, vocab: Vocab, *, batch: int, max_tokens: int) -> None:
+    def __init__(
+        self, context: Context, vocab: Vocab, *, batch: int, max_tokens: int, prompts_apart: bool = False
+    ) -> None:
+        """With ``prompts_apart`` a prompt never shares a batch with decoding sequences, which would cut it to pieces
+        that depend on them: in a split cache llama.cpp evaluates equal lengths together. The scheduler must not plan
+        more than one prompt a step then.
+        """
+        self._prompts_apart = prompts_apart
         self._context = context
         self._vocab = vocab
         self._batch = Batch(batch)
@@ -38,6 +45,17 @@ class LlamaRunner:
 
     def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
         """See ``Runner``."""
+        if not self._prompts_apart:
+            return self._evaluate(chunks)
+        # The prompt first: it may be interrupted, and then nothing has been sampled yet.
+        groups = [chunk for chunk in chunks if chunk.length > 1], [chunk for chunk in chunks if chunk.length == 1]
+        tokens: dict[int | None, int] = {}
+        for group in filter(None, groups):
+            completed = [chunk.sequence.slot for chunk in group if chunk.completes]
+            tokens |= zip(completed, self._evaluate(group), strict=True)
+        return [tokens[chunk.sequence.slot] for chunk in chunks if chunk.completes]
+
+    def _evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
         batch = self._batch
         batch.clear()
         rows: list[tuple[Sequence, int]] = []

@@ -40,8 +40,9 @@ def tokens_of(chunks: list[Chunk]) -> int:
 class Scheduler:
     """The waiting and the running sequences of one model."""
 
-    def __init__(self, cache: PrefixCache, *, batch: int) -> None:
+    def __init__(self, cache: PrefixCache, *, batch: int, one_prompt_a_step: bool = False) -> None:
         self._cache = cache
+        self._one_prompt_a_step = one_prompt_a_step
         self._cells = cache.cells
         self._batch = batch
         self._waiting: deque[Sequence] = deque()
@@ -130,8 +131,10 @@ class Scheduler:
                 break
             if not sequence.decoding:
                 length = min(sequence.pending, budget)
+                if self._one_prompt_a_step and sequence.pending - length == 1 and length > 2:
+                    length -= 1  # a last token by itself goes through other kernels than one among several
                 chunks.append(Chunk(sequence, length))
-                budget -= length
+                budget = 0 if self._one_prompt_a_step else budget - length
         return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
 
     def _preempt_newest(self) -> None:

@@ -257,3 +257,17 @@ def test_a_waiting_stream_says_so(small_server: RunningServer) -> None:
     contents = [number for number, line in enumerate(lines) if '"content":"' in line and '"content":""' not in line]
     assert lines.index(": working") < contents[0]
     assert lines[-1] == "data: [DONE]"
+
+
+def test_answers_depend_neither_on_neighbours_nor_on_what_is_cached(server: RunningServer) -> None:
+    questions = ["Name three rivers and say where they end.", "What is 7 times 8?", "List five birds.", "Hi"]
+
+    def ask(question: str) -> str:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
+        return str(server.post(CHAT, body).json()["choices"][0]["message"]["content"])
+
+    alone = [ask(question) for question in questions]
+    for _ in range(2):
+        with ThreadPoolExecutor(len(questions)) as threads:
+            assert list(threads.map(ask, questions)) == alone
+    assert [ask(question) for question in reversed(questions)] == alone[::-1]
