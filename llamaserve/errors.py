@@ -13,7 +13,9 @@ The tree::
     ├── Unavailable                 503 server_error            unavailable
     │   ├── ModelNotLoaded          503 server_error            model_not_loaded
     │   ├── EngineCrashed           503 server_error            engine_crashed
-    │   └── ModelQuarantined        503 server_error            model_quarantined
+    │   ├── ModelQuarantined        503 server_error            model_quarantined
+    │   ├── QueueFull               429 rate_limit_error        queue_full
+    │   └── TimeLimitExceeded       504 server_error            time_limit_exceeded
     ├── EngineError                 500 server_error            engine_error
     │   └── OutOfCells              500 server_error            engine_error
     └── ModelError                  500 server_error            model_error
@@ -126,6 +128,21 @@ class ModelQuarantined(Unavailable):
     """The model crashed too often to be started again by a mere request."""
 
     code = "model_quarantined"
+
+
+class QueueFull(Unavailable):
+    """As many requests as may wait for the model do so already."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class TimeLimitExceeded(Unavailable):
+    """The request's time was up before its answer had begun."""
+
+    status = 504
+    code = "time_limit_exceeded"
 
 
 class EngineError(LlamaserveError):

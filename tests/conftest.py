@@ -18,7 +18,7 @@ from llamaserve.registry.fetching import fetch
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import load_registry
 
-hypothesis.settings.register_profile("no files", database=None)
+hypothesis.settings.register_profile("no files", database=None, deadline=None)
 hypothesis.settings.load_profile("no files")
 _hypothesis_home = tempfile.TemporaryDirectory(prefix="llamaserve-hypothesis-")  # it keeps more than its database
 hypothesis.configuration.set_hypothesis_home_dir(_hypothesis_home.name)
@@ -58,6 +58,8 @@ def load_params(starter_model: Path) -> LoadParams:
         flash_attention="off",
         key_type="f16",
         value_type="f16",
+        prefix_cache=True,
+        speculation=True,
     )
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence as TokenSequence
+from collections.abc import Callable, Sequence as TokenSequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from llamaserve.engine.engine import Engine
+from llamaserve.engine.engine import ContextEngine
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
 from llamaserve.engine.llama import Batch, Context, Model
 from llamaserve.engine.params import Generation, LoadParams
-from llamaserve.engine.prefix_cache import PrefixCache
-from llamaserve.engine.runner import LlamaRunner
+from llamaserve.engine.runner import Runner
 from llamaserve.engine.scheduler import Chunk
+from llamaserve.engine.speculation import Drafter, PromptLookup
 
 Key = tuple[int, int]  # request and index
 
@@ -33,13 +33,13 @@ class Answer:
 class RecordingRunner:
     """A real runner that remembers each sampled token, and how often a sequence had to be evaluated again."""
 
-    def __init__(self, inner: LlamaRunner, answers: dict[Key, Answer]) -> None:
+    def __init__(self, inner: Runner, answers: dict[Key, Answer]) -> None:
         self.inner = inner
         self.answers = answers
         self.preemptions = 0
         self.largest_step = 0
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """See ``Runner``."""
         self.largest_step = max(self.largest_step, len(chunks))
         for chunk in chunks:
@@ -49,7 +49,7 @@ class RecordingRunner:
         outcomes = self.inner.evaluate(chunks)
         completed = [chunk.sequence for chunk in chunks if chunk.completes]
         for sequence, outcome in zip(completed, outcomes, strict=True):
-            self.answers[sequence.request, sequence.index].tokens.append(outcome)
+            self.answers[sequence.request, sequence.index].tokens.extend(outcome)
         return outcomes
 
     def interrupt(self) -> None:
@@ -65,6 +65,7 @@ class RunningEngine:
         self.params = params
         self.context = Context(model, params)
         self.answers: dict[Key, Answer] = defaultdict(Answer)
+        self.drafter: Callable[[list[int]], Drafter] = PromptLookup  # of what begins anew
         self.forget(cells)
 
     def forget(self, cells: int | None = None) -> None:
@@ -72,10 +73,13 @@ class RunningEngine:
         params = self.params
         self.context.clear()
         self.answers.clear()
-        inner = LlamaRunner(self.context, self.model.vocab, batch=params.batch, max_tokens=params.context)
-        self.runner = RecordingRunner(inner, self.answers)
-        cache = PrefixCache(self.context, params.parallel, cells or self.context.cells)
-        self.engine = Engine(self.runner, cache, self.model.vocab, batch=params.batch, context=params.context)
+        self.engine = ContextEngine(
+            self.model, self.context, params, cells=cells, drafter=self.drafter, observe=self._observe
+        )
+
+    def _observe(self, runner: Runner) -> Runner:
+        self.runner = RecordingRunner(runner, self.answers)
+        return self.runner
 
     def submit(self, request: int, prompt: str | list[int], generation: Generation) -> None:
         """Encode and submit one prompt."""

@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence as TokenSequence
 
-from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy
+from llamaserve.engine.costs import StepCosts
+from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy, Progress
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all
-from llamaserve.engine.params import Generation, LoadParams
-from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.pacing import TimeShare
+from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams
+from llamaserve.engine.prefix_cache import SPARE, PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.scheduler import Chunk, Scheduler
-from llamaserve.engine.sequence import Sequence
+from llamaserve.engine.sequence import Sequence, State
+from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -22,12 +27,14 @@ from llamaserve.errors import (
     LlamaserveError,
     ModelLoadFailed,
     OutOfCells,
+    TimeLimitExceeded,
     to_value,
 )
 
 MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
+_PROGRESS_INTERVAL = 0.5  # seconds
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -42,14 +49,32 @@ class Engine:
         *,
         batch: int,
         context: int,
+        drafted_rows: int = 0,
+        drafter: Callable[[list[int]], Drafter] = PromptLookup,
         one_prompt_a_step: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``drafted_rows``: how many guessed tokens a step may evaluate; 0 switches speculation off. ``drafter`` makes
+        what guesses, from a sequence's own list of tokens.
+        """
         self.vocab = vocab
         self._runner = runner
         self._cache = cache
-        self._scheduler = Scheduler(cache, batch=batch, one_prompt_a_step=one_prompt_a_step)
         self._context = context
+        self._drafted_rows = drafted_rows
+        self._drafter = drafter
+        self._clock = clock
+        self._costs = StepCosts()
+        self._pace = TimeShare(self._costs, batch)
+        self._scheduler = Scheduler(
+            cache,
+            self._pace,
+            batch=batch,
+            drafts=self._drafts if drafted_rows else None,
+            one_prompt_a_step=one_prompt_a_step,
+        )
         self._reported = Occupancy()
+        self._next_progress = -math.inf
         self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
 
     @property
@@ -103,10 +128,12 @@ class Engine:
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
         """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
+        limit = generation.time_limit
+        deadline = math.inf if limit is None else self._clock() + limit
         for number, prompt in enumerate(prompts):
             for choice in range(generation.choices):
                 index = number * generation.choices + choice
-                self._scheduler.submit(Sequence(request, index, prompt, generation))
+                self._scheduler.submit(Sequence(request, index, prompt, generation, deadline))
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -126,14 +153,20 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """Evaluate one batch and report what came of it."""
+        overdue = self._end_overdue()
+        return overdue if self.idle else overdue + self._step()
+
+    def _step(self) -> list[EngineEvent]:
         chunks: list[Chunk] = []
         try:
             chunks = self._scheduler.plan()
             self._evaluating = frozenset(chunk.sequence.request for chunk in chunks if chunk.length > 1)
-            tokens = iter(self._runner.evaluate(chunks))
+            start = self._clock()
+            sampled = iter(self._runner.evaluate(chunks))
+            self._take_note(chunks, self._clock() - start)
         except Interrupted:
             for chunk in chunks:
-                self._cache.rewind(chunk.sequence)
+                self._cache.rewind(chunk.sequence, chunk.sequence.evaluated)
             return []
         except OutOfCells as error:
             return [] if chunks and self._scheduler.shed(chunks) else self._fail_running(error)
@@ -141,13 +174,34 @@ class Engine:
             return self._fail_running(error)
         finally:
             self._evaluating = frozenset()
-        sampled: list[tuple[Sequence, int]] = []
+        events: list[EngineEvent] = []
         for chunk in chunks:
             completes = chunk.completes
-            chunk.sequence.evaluated += chunk.length
+            self._cache.advance(chunk.sequence, chunk.rows)
             if completes:
-                sampled.append((chunk.sequence, next(tokens)))
-        return [event for sequence, token in sampled for event in self._accept(sequence, token)]
+                events += self._accept(chunk, next(sampled))
+        return events
+
+    def _drafts(self, decoding: list[Sequence]) -> list[list[int]]:
+        """Guess how some sequences go on, as far as it is worth to evaluate the guesses in the next step."""
+        drafts: list[Draft] = []
+        for sequence in decoding:
+            if sequence.drafter is None:
+                sequence.drafter = self._drafter(sequence.tokens)
+            left = self._context - len(sequence.tokens)
+            if sequence.generation.max_tokens is not None:
+                left = min(left, sequence.generation.max_tokens - sequence.generated)
+            drafts.append(sequence.drafter.draft(min(self._drafted_rows, left - 1)))
+        rows = choose_rows(drafts, self._costs.decode, len(decoding) + self._drafted_rows)
+        return [list(draft.tokens[:count]) for draft, count in zip(drafts, rows, strict=True)]
+
+    def _take_note(self, chunks: list[Chunk], seconds: float) -> None:
+        """Learn what a step of this kind takes."""
+        decoding = [chunk for chunk in chunks if chunk.sequence.decoding]
+        rows = sum(chunk.rows for chunk in decoding)
+        prompt_tokens = sum(chunk.rows for chunk in chunks) - rows
+        self._costs.record(rows, prompt_tokens, seconds)
+        self._pace.record(rows, prompt_tokens, seconds)
 
     def occupancy(self) -> Occupancy | None:
         """Return how busy the engine is when that has changed since the last call, else None."""
@@ -157,19 +211,42 @@ class Engine:
         self._reported = now
         return now
 
+    def progress(self) -> list[Progress]:
+        """Return where the streamed requests stand that have no token yet; empty when that was done a moment ago."""
+        now = self._clock()
+        if now < self._next_progress:
+            return []
+        self._next_progress = now + _PROGRESS_INTERVAL
+        reports: dict[int, Progress] = {}
+        for place, sequence in enumerate(self._scheduler.waiting, start=1):
+            if sequence.generation.stream and not sequence.generated:
+                reports.setdefault(sequence.request, Progress(sequence.request, place, 0, sequence.prompt_length))
+        for sequence in self._scheduler.running:
+            if sequence.generation.stream and not sequence.generated:
+                report = Progress(sequence.request, 0, sequence.evaluated, sequence.prompt_length)
+                reports[sequence.request] = report
+        return list(reports.values())
+
     def _of(self, request: int | None) -> list[Sequence]:
         return [s for s in self._scheduler.sequences if request is None or s.request == request]
 
-    def _accept(self, sequence: Sequence, token: int) -> list[EngineEvent]:
-        """Take a sampled token into its sequence and return what there is to report of it."""
-        if self.vocab.is_end_of_generation(token):
-            return [self._finish(sequence, "stop", "")]
-        sequence.tokens.append(token)
-        text = sequence.text.push(self.vocab.piece(token))
-        if sequence.text.stopped:
-            return [self._finish(sequence, "stop", text)]
-        if sequence.generated == sequence.generation.max_tokens or len(sequence.tokens) >= self._context:
-            return [self._finish(sequence, "length", text)]
+    def _accept(self, chunk: Chunk, tokens: list[int]) -> list[EngineEvent]:
+        """Take the tokens sampled after a chunk into its sequence and return what there is to report of it."""
+        sequence = chunk.sequence
+        wrong = len(chunk.draft) + 1 - len(tokens)
+        if wrong:
+            self._cache.rewind(sequence, sequence.evaluated - wrong)
+        pieces: list[str] = []
+        for token in tokens:
+            if self.vocab.is_end_of_generation(token):
+                return [self._finish(sequence, "stop", "".join(pieces))]
+            sequence.tokens.append(token)
+            pieces.append(sequence.text.push(self.vocab.piece(token)))
+            if sequence.text.stopped:
+                return [self._finish(sequence, "stop", "".join(pieces))]
+            if sequence.generated == sequence.generation.max_tokens or len(sequence.tokens) >= self._context:
+                return [self._finish(sequence, "length", "".join(pieces))]
+        text = "".join(pieces)
         if not text:
             return []
         if sequence.generation.stream:
@@ -184,6 +261,22 @@ class Engine:
         return Finished(
             sequence.request, sequence.index, text, reason, sequence.prompt_length, generated, sequence.cached or 0
         )
+
+    def _end_overdue(self) -> list[EngineEvent]:
+        """End the sequences whose time is up: with what they have, or with an error when they have nothing."""
+        now = self._clock()
+        events: list[EngineEvent] = []
+        for sequence in [each for each in self._scheduler.sequences if each.deadline <= now]:
+            if sequence.state is State.FINISHED:  # with its request, just now
+                continue
+            if sequence.generated:
+                events.append(self._finish(sequence, "length", ""))
+            else:
+                self.cancel(sequence.request)
+                limit = sequence.generation.time_limit
+                error = TimeLimitExceeded(f"no token was generated within the time limit of {limit:g} seconds")
+                events.append(Failed(sequence.request, to_value(error)))
+        return events
 
     def _fail_running(self, error: LlamaserveError) -> list[EngineEvent]:
         """End all requests that have a running sequence; nothing that the cache holds is trusted any more."""
@@ -200,7 +293,50 @@ class Engine:
             sequence.sampler = None
 
 
-class LoadedEngine(Engine):
+class ContextEngine(Engine):
+    """An engine on a context that somebody else owns."""
+
+    def __init__(
+        self,
+        model: Model,
+        native: Context,
+        params: LoadParams,
+        *,
+        cells: int | None = None,
+        drafter: Callable[[list[int]], Drafter] = PromptLookup,
+        observe: Callable[[Runner], Runner] = lambda runner: runner,
+    ) -> None:
+        """``cells`` limits what is used of the cache, and ``observe`` may put something between engine and runner."""
+        # A split cache is the exact level: an answer there depends neither on its neighbours nor on what was cached. A
+        # token by itself goes through other kernels than one among several, and its logits differ a little: so prompts
+        # are evaluated apart, two tokens after a cached prefix, and no rows of guessed tokens.
+        exact = not params.kv_unified
+        state = model.has_state
+        runner = LlamaRunner(native, model.vocab, batch=params.batch, max_tokens=params.context, prompts_apart=exact)
+        cache = PrefixCache(
+            native,
+            params.parallel,
+            cells or native.cells,
+            reuses=params.prefix_cache,
+            shares_cells=params.kv_unified,
+            spare=SPARE if params.kv_unified and not state else 0,
+            divisible=not state,
+            kept_back=2 if exact else 1,
+        )
+        can_take_back = not state and not model.sliding_window
+        super().__init__(
+            observe(runner),
+            cache,
+            model.vocab,
+            batch=params.batch,
+            context=params.context,
+            drafter=drafter,
+            drafted_rows=DRAFTED_ROWS if params.speculation and can_take_back and not exact else 0,
+            one_prompt_a_step=exact,
+        )
+
+
+class LoadedEngine(ContextEngine):
     """An engine that owns its llama.cpp model and context."""
 
     def __init__(self, params: LoadParams, on_progress: Callable[[float], bool]) -> None:
@@ -217,13 +353,7 @@ class LoadedEngine(Engine):
         except LlamaserveError:
             self.close()
             raise
-        vocab = self._model.vocab
-        apart = not params.kv_unified
-        runner = LlamaRunner(self._native, vocab, batch=params.batch, max_tokens=params.context, prompts_apart=apart)
-        # A token by itself goes through other kernels than one among several, and its logits differ a little: where
-        # answers shall not depend on what was cached, two are evaluated.
-        cache = PrefixCache(self._native, params.parallel, self._native.cells, kept_back=2 if apart else 1)
-        super().__init__(runner, cache, vocab, batch=params.batch, context=params.context, one_prompt_a_step=apart)
+        super().__init__(self._model, self._native, params)
 
     def close(self) -> None:
         """Free the context and the weights."""
@@ -235,6 +365,6 @@ class LoadedEngine(Engine):
 def _warm_up(context: Context, vocab: Vocab) -> None:
     """Evaluate one token, so that the first request does not pay for reading the weights and building the graph."""
     batch = Batch(1)
-    batch.add([max(0, vocab.bos)], 0, 0, logits=True)
+    batch.add([max(0, vocab.bos)], 0, 0, logits=1)
     context.evaluate(batch)
     context.clear()

@@ -45,6 +45,17 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: ErrorValue
 
 
+class Progress(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Where a streamed request stands that has no token yet: its place in the queue from 1 on, or 0 once its prompt of
+    ``prompt_tokens`` is being evaluated, of which ``evaluated`` are.
+    """
+
+    request: int
+    place: int
+    evaluated: int
+    prompt_tokens: int
+
+
 class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """How busy the engine is: sequences being evaluated, sequences waiting, and cells of the key-value cache in use."""
 
@@ -53,4 +64,4 @@ class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cells: int = 0
 
 
-EngineEvent = Delta | Finished | Failed | Occupancy
+EngineEvent = Delta | Finished | Failed | Progress | Occupancy

@@ -19,7 +19,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from llamaserve.engine.params import LoadParams
+from llamaserve.engine.params import DRAFTED_ROWS, LoadParams
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 # ggml_type, from ggml.h
@@ -99,7 +99,8 @@ def context_params(params: LoadParams) -> Any:
     native.n_batch = params.batch
     native.n_ubatch = params.batch
     native.n_seq_max = params.parallel
-    native.n_outputs_max = params.parallel  # at most one row of logits a sequence; the default reserves n_batch rows
+    # A row of logits for each sequence and guess: llama.cpp would reserve one for each token of a batch.
+    native.n_outputs_max = params.parallel + (DRAFTED_ROWS if params.speculation else 0)
     native.n_threads = params.threads
     native.n_threads_batch = params.threads
     native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]
@@ -206,6 +207,11 @@ class Model:
         self.vocab = Vocab(self.handle)
 
     @property
+    def has_state(self) -> bool:
+        """Whether it remembers the past in a state of fixed size, which can be kept or dropped but not cut."""
+        return bool(lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle))
+
+    @property
     def sliding_window(self) -> int:
         """Width of the sliding attention window in tokens; 0 when attention reaches back to the start."""
         return max(0, int(lib.llama_model_n_swa(self.handle)))
@@ -235,6 +241,8 @@ class Context:
         self._no_abort = lib.ggml_abort_callback()
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
+        self._unified = params.kv_unified
+        self._logits: dict[int, npt.NDArray[np.float32]] = {}  # by address: one for each row that had some
 
     def evaluate(self, batch: Batch, *, interruptible: bool = False) -> None:
         """Run the batch through the model; logits are then there for the rows that asked for them.
@@ -258,7 +266,11 @@ class Context:
         pointer = lib.llama_get_logits_ith(self.handle, row)
         if not pointer:
             raise EngineError(f"row {row} of the batch has no logits")
-        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+        address = ctypes.addressof(pointer.contents)
+        view = self._logits.get(address)
+        if view is None:  # making one takes longer than all that is done with it
+            view = self._logits[address] = np.ctypeslib.as_array(pointer, (self._vocab_size,))
+        return view
 
     def truncate(self, sequence: int, length: int) -> int:
         """Keep the first ``length`` tokens of a sequence and return how many were kept: ``length``, or 0 where the
@@ -271,6 +283,15 @@ class Context:
                 return length
         lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return 0
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Make an empty sequence begin with the first ``length`` tokens of another one, and return how many it has:
+        ``length``, or 0 where the model's memory can't be cut there. In a unified cache the two share the cells (5 µs);
+        in a split one llama.cpp copies all of the source's cells before the next evaluation, and no less.
+        """
+        whole = (-1, -1)
+        lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
+        return self.truncate(target, length)
 
     def interrupt(self) -> None:
         """Have the evaluation under way, if it can be, raise ``Interrupted``. The one method for other threads."""
@@ -317,17 +338,23 @@ class Batch:
         """Drop all rows."""
         self.native.n_tokens = 0
 
-    def add(self, tokens: Sequence[int], position: int, sequence: int, *, logits: bool) -> int:
-        """Append consecutive tokens of a sequence, the first at ``position``. Returns the row of the last one, which is
-        the only one whose logits can be asked for.
+    def add(self, tokens: Sequence[int], position: int, sequence: int, *, logits: int) -> int:
+        """Append consecutive tokens of a sequence, the first at ``position``; the last ``logits`` of them want theirs.
+        Returns the row of the last one.
         """
         start = self.native.n_tokens
         end = start + len(tokens)
-        self._token[start:end] = tokens
-        self._position[start:end] = range(position, position + len(tokens)) if len(tokens) > 1 else position
-        self._sequence[start:end] = sequence
-        self._wants_logits[start:end] = 0
-        self._wants_logits[end - 1] = logits
+        if len(tokens) == 1:  # the common case, and slices cost more than items
+            self._token[start] = tokens[0]
+            self._position[start] = position
+            self._sequence[start] = sequence
+            self._wants_logits[start] = logits
+        else:
+            self._token[start:end] = tokens
+            self._position[start:end] = range(position, position + len(tokens))
+            self._sequence[start:end] = sequence
+            self._wants_logits[start : end - logits] = 0
+            self._wants_logits[end - logits : end] = 1
         self.native.n_tokens = end
         return int(end - 1)
 

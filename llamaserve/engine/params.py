@@ -10,6 +10,8 @@ GpuLayers = Literal["auto", "all", "none"] | int
 FlashAttention = Literal["auto", "on", "off"]
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
+DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
+
 
 class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a GGUF model is loaded.
@@ -17,7 +19,8 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     ``context`` is the largest number of tokens (prompt and answer) of one request, ``parallel`` the number of sequences
     evaluated at once, and ``batch`` the largest number of tokens in one step. ``kv_cells`` is the number of tokens that
     the key-value cache holds for all sequences together. ``kv_unified`` says that any sequence may use any cell;
-    otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``.
+    otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``. ``prefix_cache`` allows
+    to reuse what was evaluated for another request, and ``speculation`` to evaluate guessed tokens beforehand.
     """
 
     path: str
@@ -31,6 +34,8 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     flash_attention: FlashAttention
     key_type: KVType
     value_type: KVType
+    prefix_cache: bool
+    speculation: bool
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,11 +60,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """What to generate from each prompt: ``choices`` answers of at most ``max_tokens`` tokens (None: until the context
-    ends), cut before the first of the ``stop`` strings. Choice *i* samples with ``sampling.seed + i``.
+    ends), cut before the first of the ``stop`` strings or after ``time_limit`` seconds, waiting included. Choice *i*
+    samples with ``sampling.seed + i``.
     """
 
     sampling: Sampling
     choices: int = 1
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    time_limit: float | None = None
     stream: bool = False

@@ -1,8 +1,10 @@
-"""Which tokens lie in the key-value cache, and which sequence may use them.
+"""Which tokens lie in the key-value cache, and which sequences share them.
 
-The cache has a fixed number of slots, each of which holds the evaluated tokens of one sequence: a running one, or a
-finished one whose prefix the next request of the same conversation can reuse. All slots share the cells. Knows the
-length of things and who owns them; the data itself is behind ``Memory``.
+The cache holds *prefixes*: the evaluated tokens of running sequences, and those of finished ones, since the next
+request may begin the same way. A sequence starts with a copy of the longest beginning that any prefix has. In a unified
+cache a copy shares the cells, so that the system prompt of ten chats lies there once. When cells are short, the
+prefixes unused longest are cut from their ends. Knows the length of things and who holds them; the data itself is
+behind ``Memory``.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from typing import Protocol
 
 from llamaserve.engine.sequence import Sequence
 
-FAIR_SHARE = 0.2  # of a prefix: enough to be the same conversation, whose answer is asked for once more
+SPARE = 64  # finished sequences that are kept beside the running ones; llama.cpp has 256 ids
 _BLOCK = 256  # tokens compared at once: comparing list slices is far faster than comparing tokens
 
 
 class Memory(Protocol):
-    """The key-value cache itself."""
+    """The key-value cache itself, by sequence id."""
 
     def truncate(self, sequence: int, length: int) -> int:
-        """Keep the first ``length`` tokens of a slot; return how many were kept, which is that or 0."""
+        """Keep the first ``length`` tokens of a sequence; return how many were kept, which is that or 0."""
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Make an empty sequence begin with the first ``length`` tokens of another one; return how many it now has,
+        which is that or 0.
+        """
 
     def clear(self) -> None:
         """Forget everything."""
@@ -39,95 +46,266 @@ def common_prefix(one: TokenSequence[int], other: TokenSequence[int]) -> int:
     return start
 
 
-class _Slot:
+class _Run:
+    """Consecutive cells that several prefixes hold together."""
+
+    __slots__ = ("holders", "length")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.holders = 1
+
+
+class _Prefix:
+    """The resident tokens of one of llama.cpp's sequence ids. ``runs`` are its cells from the first token on that are,
+    or were, shared; the rest are its own.
+    """
+
+    __slots__ = ("id", "idle_tokens", "last_used", "owner", "runs")
+
     def __init__(self, number: int) -> None:
-        self.number = number
+        self.id = number
         self.owner: Sequence | None = None
-        self.prefix: list[int] = []  # the resident tokens of a slot without owner
+        self.idle_tokens: list[int] = []  # of a prefix without owner
+        self.runs: list[_Run] = []
         self.last_used = 0
 
     @property
-    def cells(self) -> int:
-        return self.owner.evaluated if self.owner else len(self.prefix)
+    def length(self) -> int:
+        """Number of resident tokens."""
+        return self.owner.evaluated if self.owner else len(self.idle_tokens)
+
+    def common(self, wanted: TokenSequence[int]) -> int:
+        """Return how many of the wanted tokens are resident here."""
+        if self.owner is None:
+            return common_prefix(self.idle_tokens, wanted)
+        return min(self.owner.evaluated, common_prefix(self.owner.tokens, wanted))
+
+    def cells_in_runs(self) -> int:
+        """Return the number of cells that are not its own."""
+        return sum(run.length for run in self.runs)
+
+    def cells_freed_from(self, length: int) -> int:
+        """Return how many cells would be free if only so many tokens were kept."""
+        freed, position = 0, 0
+        for run in self.runs:
+            position += run.length
+            if run.holders == 1:
+                freed += min(run.length, max(0, position - length))
+        return freed + self.length - max(position, length)
 
 
 class PrefixCache:
-    """The slots of one context."""
+    """The prefixes of one context. Sequences run in ``slots`` sequence ids."""
 
-    def __init__(self, memory: Memory, slots: int, cells: int, *, kept_back: int = 1) -> None:
-        """``kept_back`` is the number of a prompt's last tokens that are always evaluated, at least 1."""
-        self._kept_back = kept_back
+    def __init__(
+        self,
+        memory: Memory,
+        slots: int,
+        cells: int,
+        *,
+        reuses: bool = True,
+        shares_cells: bool = True,
+        spare: int = SPARE,
+        divisible: bool = True,
+        kept_back: int = 1,
+    ) -> None:
+        """``reuses``: what was evaluated for one sequence may serve another. ``shares_cells``: a copy takes no cells.
+        ``spare``: number of further sequence ids, which hold finished sequences; without, those stay in their slots
+        until others need them. ``divisible``: a sequence's tokens can be cut at any place; otherwise only all of them
+        can be reused. ``kept_back``: how many of a prompt's last tokens are always evaluated, at least 1.
+        """
         self._memory = memory
-        self._slots = [_Slot(number) for number in range(slots)]
+        self._reuses = reuses
+        self._shares_cells = shares_cells
+        self._divisible = divisible
+        self._kept_back = kept_back
+        self._slots = [_Prefix(number) for number in range(slots)]
+        self._spare = [_Prefix(slots + number) for number in range(spare)]
+        self._prefixes = [*self._slots, *self._spare]
         self._clock = count(1)
         self.cells = cells
+        self.used_cells = 0  # cells with tokens in them, each counted once however many prefixes share it
 
     @property
-    def used_cells(self) -> int:
-        """Number of tokens in the cache."""
-        return sum(slot.cells for slot in self._slots)
+    def idle_slots(self) -> int:
+        """How many more sequences could start."""
+        return sum(slot.owner is None for slot in self._slots)
 
-    @property
-    def has_idle_slot(self) -> bool:
-        """Whether another sequence could start."""
-        return any(slot.owner is None for slot in self._slots)
+    def wanted(self, sequence: Sequence) -> list[int]:
+        """Return the tokens that need not be evaluated if they are resident: not the last, whose logits are needed."""
+        return sequence.tokens[: -self._kept_back] if self._reuses else []
+
+    def reusable(self, wanted: TokenSequence[int]) -> int:
+        """Return how many of the wanted tokens a sequence that starts now would find resident."""
+        return max(self._reusable_of(prefix, wanted) for prefix in self._prefixes)
+
+    def held_cells(self) -> int:
+        """Return the number of cells that running sequences hold."""
+        running = [slot for slot in self._slots if slot.owner]
+        runs = {id(run): run.length for slot in running for run in slot.runs}
+        return sum(runs.values()) + sum(slot.length - slot.cells_in_runs() for slot in running)
+
+    def held_in_common(self, wanted: TokenSequence[int]) -> int:
+        """Return how many of the wanted tokens lie in cells that a running sequence holds."""
+        if not self._shares_cells:
+            return 0
+        return max((self._reusable_of(slot, wanted) for slot in self._slots if slot.owner), default=0)
 
     def acquire(self, sequence: Sequence) -> None:
-        """Give the sequence the idle slot that holds the longest beginning of its tokens.
-
-        A slot counts only if a fair share of what it holds is shared: all chats begin alike, and the prefix of another
-        conversation is worth more than its first few tokens. Without one, an empty slot is taken, or the one unused
-        longest. At least one token stays to be evaluated, because sampling needs its logits.
-        """
-        idle = [slot for slot in self._slots if slot.owner is None]
-        wanted = sequence.tokens[: -self._kept_back]
-        shared = {slot.number: common_prefix(slot.prefix, wanted) for slot in idle}
-        own = [slot for slot in idle if shared[slot.number] and shared[slot.number] >= FAIR_SHARE * len(slot.prefix)]
-        if own:
-            slot = max(own, key=lambda slot: (shared[slot.number], slot.last_used))
+        """Give the sequence a slot that begins with as many of its tokens as any prefix does."""
+        wanted = self.wanted(sequence)
+        donor = max(self._prefixes, key=lambda prefix: (self._reusable_of(prefix, wanted), prefix.last_used))
+        reusable = self._reusable_of(donor, wanted)
+        whole = reusable == donor.length and donor.owner is None
+        slot = self._slot_for(donor, in_place=whole)
+        if slot is donor:
+            self._cut(slot, reusable)
         else:
-            slot = min(idle, key=lambda slot: slot.last_used if slot.prefix else 0)
-        sequence.evaluated = self._truncate(slot, shared[slot.number])
+            self._cut(slot, 0)
+            if reusable:
+                self._copy(donor, slot, reusable)
+            if whole and slot.length == reusable:
+                self._cut(donor, 0)  # it holds nothing that the slot does not
+        sequence.slot = slot.id
+        sequence.evaluated = slot.length
         slot.owner = sequence
-        slot.prefix = []
-        sequence.slot = slot.number
+        slot.idle_tokens = []
+
+    def advance(self, sequence: Sequence, tokens: int) -> None:
+        """Take note that so many more of the sequence's tokens are evaluated."""
+        sequence.evaluated += tokens
+        self.used_cells += tokens
 
     def release(self, sequence: Sequence) -> None:
-        """Take the slot back; the evaluated tokens stay in it as a prefix for a later sequence."""
-        assert sequence.slot is not None
-        slot = self._slots[sequence.slot]
+        """Take the slot back; the evaluated tokens stay as a prefix for later sequences."""
+        slot = self._slot_of(sequence)
+        if sequence.evaluated > len(sequence.tokens):  # guessed right, but after the end that it has come to
+            self.rewind(sequence, len(sequence.tokens))
+        slot.idle_tokens = sequence.tokens[: sequence.evaluated]
         slot.owner = None
-        slot.prefix = sequence.tokens[: sequence.evaluated]
         slot.last_used = next(self._clock)
         sequence.slot = None
         sequence.evaluated = 0
+        if not self._reuses:
+            self._cut(slot, 0)
+        elif self._spare and slot.idle_tokens:
+            self._set_aside(slot)
 
-    def rewind(self, sequence: Sequence) -> None:
-        """Drop what a step that was given up has written beyond the sequence's evaluated tokens."""
-        assert sequence.slot is not None
-        sequence.evaluated = self._memory.truncate(sequence.slot, sequence.evaluated)
+    def rewind(self, sequence: Sequence, length: int) -> None:
+        """Keep only the first ``length`` tokens of a running sequence, and nothing that a step which was given up has
+        written beyond its evaluated ones. Where llama.cpp can't cut it there, it begins again.
+        """
+        slot = self._slot_of(sequence)
+        kept = self._memory.truncate(slot.id, length)
+        self._drop_cells(slot, kept)
+        sequence.evaluated = kept
 
     def forget_all(self) -> None:
         """Drop all that the cache holds, because it may be wrong. Running sequences begin again."""
         self._memory.clear()
-        for slot in self._slots:
-            slot.prefix = []
-            if slot.owner is not None:
-                slot.owner.evaluated = 0
+        self.used_cells = 0
+        for prefix in self._prefixes:
+            prefix.idle_tokens = []
+            prefix.runs = []
+            if prefix.owner is not None:
+                prefix.owner.evaluated = 0
 
     def make_room(self, cells: int) -> bool:
-        """Evict idle prefixes, the longest unused first, until so many cells are free; False when that's not enough."""
-        idle = sorted((slot for slot in self._slots if slot.owner is None and slot.prefix), key=lambda s: s.last_used)
-        free = self.cells - self.used_cells
-        while free < cells and idle:
-            slot = idle.pop(0)
-            free += slot.cells
-            self._truncate(slot, 0)
-        return free >= cells
+        """Cut idle prefixes from their ends, those unused longest first, until so many cells are free; False when that
+        is not enough.
+        """
+        if self.cells - self.used_cells >= cells:
+            return True
+        for prefix in sorted(self._idle(), key=lambda prefix: prefix.last_used):
+            missing = cells - (self.cells - self.used_cells)
+            keep = max(0, prefix.length - missing)
+            self._cut(prefix, keep if prefix.cells_freed_from(keep) >= missing and self._divisible else 0)
+            if self.cells - self.used_cells >= cells:
+                return True
+        return False
 
-    def _truncate(self, slot: _Slot, length: int) -> int:
-        if length == len(slot.prefix):
-            return length
-        kept = self._memory.truncate(slot.number, length)
-        del slot.prefix[kept:]
-        return kept
+    def drop_idle(self) -> bool:
+        """Drop all prefixes that no running sequence needs; False when there are none."""
+        idle = self._idle()
+        for prefix in idle:
+            self._cut(prefix, 0)
+        return bool(idle)
+
+    def _idle(self) -> list[_Prefix]:
+        return [prefix for prefix in self._prefixes if prefix.idle_tokens]
+
+    def _slot_of(self, sequence: Sequence) -> _Prefix:
+        assert sequence.slot is not None
+        return self._slots[sequence.slot]
+
+    def _reusable_of(self, prefix: _Prefix, wanted: TokenSequence[int]) -> int:
+        common = prefix.common(wanted)
+        return common if self._divisible or common == prefix.length else 0
+
+    def _slot_for(self, donor: _Prefix, *, in_place: bool) -> _Prefix:
+        """Return the idle slot for a sequence that begins like the donor: the donor itself if it may go on in place,
+        else an empty one, else the one unused longest.
+        """
+        idle = [slot for slot in self._slots if slot.owner is None]
+        if in_place and donor in idle:
+            return donor
+        return min(idle, key=lambda slot: slot.last_used if slot.idle_tokens else 0)
+
+    def _set_aside(self, slot: _Prefix) -> None:
+        """Move a finished sequence to a spare id, so that its slot is free for another."""
+        spare = min(self._spare, key=lambda prefix: prefix.last_used if prefix.idle_tokens else 0)
+        self._cut(spare, 0)
+        if self._memory.copy(slot.id, spare.id, len(slot.idle_tokens)):
+            self._memory.truncate(slot.id, 0)
+            spare.idle_tokens, slot.idle_tokens = slot.idle_tokens, []
+            spare.runs, slot.runs = slot.runs, []
+            spare.last_used = slot.last_used
+
+    def _copy(self, donor: _Prefix, slot: _Prefix, length: int) -> None:
+        """Let an empty slot begin like the donor, if llama.cpp can do it."""
+        if self._memory.copy(donor.id, slot.id, length) != length:
+            return
+        slot.idle_tokens = (donor.owner.tokens if donor.owner else donor.idle_tokens)[:length]
+        if not self._shares_cells:
+            self.used_cells += length
+            return
+        own = length - donor.cells_in_runs()
+        if own > 0:
+            donor.runs.append(_Run(own))
+        slot.runs = donor.runs[: self._boundary(donor, length)]
+        for run in slot.runs:
+            run.holders += 1
+
+    def _cut(self, prefix: _Prefix, length: int) -> None:
+        """Shorten an idle prefix; to nothing where llama.cpp can't cut it there."""
+        if length < len(prefix.idle_tokens):
+            kept = self._memory.truncate(prefix.id, length)
+            self._drop_cells(prefix, kept)
+            del prefix.idle_tokens[kept:]
+
+    def _drop_cells(self, prefix: _Prefix, kept: int) -> None:
+        """Take note that a prefix holds only the cells of its first ``kept`` tokens."""
+        self.used_cells -= prefix.cells_freed_from(kept)
+        if kept < prefix.cells_in_runs():
+            first = self._boundary(prefix, kept)
+            for run in prefix.runs[first:]:
+                run.holders -= 1
+            del prefix.runs[first:]
+
+    def _boundary(self, prefix: _Prefix, length: int) -> int:
+        """Return how many runs hold the first ``length`` tokens, dividing one that goes on beyond them."""
+        position = 0
+        for index, run in enumerate(prefix.runs):
+            if position == length:
+                return index
+            position += run.length
+            if position > length:
+                rest = _Run(position - length)
+                rest.holders = run.holders
+                run.length -= rest.length
+                for other in self._prefixes:
+                    if index < len(other.runs) and other.runs[index] is run:
+                        other.runs.insert(index + 1, rest)
+                return index + 1
+        return len(prefix.runs)

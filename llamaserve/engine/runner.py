@@ -16,8 +16,9 @@ from llamaserve.errors import EngineError
 class Runner(Protocol):
     """The seam between deciding and executing; tests put a double here."""
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
-        """Evaluate the chunks and return the next token of each that completes its sequence.
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
+        """Evaluate the chunks and return the next tokens of each that completes its sequence: one, and one more for
+        each token of its draft that turned out to be right.
 
         Raises ``OutOfCells`` when nothing was evaluated for want of cells, ``Interrupted``, or ``EngineError`` when
         what was evaluated can't be trusted.
@@ -43,49 +44,62 @@ class LlamaRunner:
         self._batch = Batch(batch)
         self._max_tokens = max_tokens  # of one sequence, prompt included
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """See ``Runner``."""
         if not self._prompts_apart:
             return self._evaluate(chunks)
         # The prompt first: it may be interrupted, and then nothing has been sampled yet.
         groups = [chunk for chunk in chunks if chunk.length > 1], [chunk for chunk in chunks if chunk.length == 1]
-        tokens: dict[int | None, int] = {}
+        tokens: dict[int | None, list[int]] = {}
         for group in filter(None, groups):
             completed = [chunk.sequence.slot for chunk in group if chunk.completes]
             tokens |= zip(completed, self._evaluate(group), strict=True)
         return [tokens[chunk.sequence.slot] for chunk in chunks if chunk.completes]
 
-    def _evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+    def _evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         batch = self._batch
         batch.clear()
-        rows: list[tuple[Sequence, int]] = []
+        completed: list[tuple[Chunk, int]] = []
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.slot is not None
             start = sequence.evaluated
-            completes = chunk.completes
             tokens = sequence.tokens[start : start + chunk.length]
-            row = batch.add(tokens, start, sequence.slot, logits=completes)
-            if completes:
-                rows.append((sequence, row))
+            if chunk.completes:
+                sampled = 1 + len(chunk.draft)
+                row = batch.add([*tokens, *chunk.draft], start, sequence.slot, logits=sampled)
+                completed.append((chunk, row + 1 - sampled))
+            else:
+                batch.add(tokens, start, sequence.slot, logits=0)
         self._context.evaluate(batch, interruptible=any(chunk.length > 1 for chunk in chunks))
-        return [self._sample(sequence, row) for sequence, row in rows]
+        return [self._sample(chunk, row) for chunk, row in completed]
 
     def interrupt(self) -> None:
         """See ``Runner``."""
         self._context.interrupt()
 
-    def _sample(self, sequence: Sequence, row: int) -> int:
-        # max() is NaN as soon as one logit is: such a model would stream noise, or trip an assertion in a sampler.
-        if not math.isfinite(self._context.logits(row).max()):
-            raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
-        if sequence.sampler is None:
-            sequence.sampler = build_chain(
-                sequence.generation.sampling,
-                self._vocab,
-                history=sequence.tokens,
-                context=self._max_tokens,
-                choice=sequence.choice,
-            )
-        assert isinstance(sequence.sampler, SamplerChain)
-        return sequence.sampler.sample(self._context, row)
+    def _sample(self, chunk: Chunk, row: int) -> list[int]:
+        """Sample from the chunk's last row, and go on as long as the draft has guessed what is sampled. Each token is
+        drawn as it would be without a draft, from the same logits and with the same random number.
+        """
+        sampler = chunk.sequence.sampler or self._start_sampling(chunk.sequence)
+        assert isinstance(sampler, SamplerChain)
+        tokens: list[int] = []
+        for guess in (*chunk.draft, None):
+            # max() is NaN as soon as one logit is: such a model would stream noise, or trip an assertion in a sampler.
+            if not math.isfinite(self._context.logits(row + len(tokens)).max()):
+                raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
+            tokens.append(sampler.sample(self._context, row + len(tokens)))
+            if tokens[-1] != guess:
+                break
+        return tokens
+
+    def _start_sampling(self, sequence: Sequence) -> SamplerChain:
+        sequence.sampler = chain = build_chain(
+            sequence.generation.sampling,
+            self._vocab,
+            history=sequence.tokens,
+            context=self._max_tokens,
+            choice=sequence.choice,
+        )
+        return chain

@@ -1,52 +1,82 @@
 """Decides what each step evaluates: which sequences run, and how many tokens of each.
 
-A step takes one token of every decoding sequence first, then prompt tokens of the others, oldest first. Sequences wait
-in order of arrival. When cells run short, idle prefixes go first, then the newest running sequence goes back to the
-front of the queue: it keeps its tokens and sampler and is evaluated again later. This module decides only; it knows
-nothing of llama.cpp, of tokens' meaning or of clients.
+A step takes the next token of every decoding sequence first, with the tokens that are guessed to follow it, then prompt
+tokens of the others, oldest first, as many as the running streams can bear. Sequences wait in order of arrival; one
+whose prompt begins like another's that is being evaluated waits for that and copies it. When cells run short, idle
+prefixes go first, then the newest running sequence goes back to the queue: it keeps its tokens and sampler and is
+evaluated again later. This module decides only; it knows nothing of llama.cpp, of tokens' meaning or of clients.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Callable, Sequence as TokenSequence
+from dataclasses import dataclass, replace
+from itertools import count
+from operator import attrgetter
+from typing import Protocol
 
 from llamaserve.engine.events import Occupancy
-from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.prefix_cache import PrefixCache, common_prefix
 from llamaserve.engine.sequence import Sequence, State
 from llamaserve.errors import OutOfCells
 
-PREFILL_BESIDE_DECODE = 128  # prompt tokens a step while others decode: bounds the gap in their streams
+_WORTH_WAITING = 16  # tokens that a sequence need not evaluate if it waits for another's prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next ``length`` tokens of a sequence to evaluate. When they are its last, its next token is sampled."""
+    """The next ``length`` tokens of a sequence to evaluate, and the ``draft``, tokens guessed to follow them. When
+    the former are its last, its next token is sampled, and one more for each guess that was right.
+    """
 
     sequence: Sequence
     length: int
+    draft: TokenSequence[int] = ()
 
     @property
     def completes(self) -> bool:
         """Whether the sequence's next token can be sampled after this chunk."""
         return self.length == self.sequence.pending
 
+    @property
+    def rows(self) -> int:
+        """Number of tokens that it takes in the batch."""
+        return self.length + len(self.draft)
 
-def tokens_of(chunks: list[Chunk]) -> int:
-    """Return the number of tokens in a step."""
-    return sum(chunk.length for chunk in chunks)
+
+class Pace(Protocol):
+    """How many prompt tokens a step should take."""
+
+    def prompt_tokens(self, decoding: int) -> int:
+        """Return how many, beside so many sequences that decode; 0 when those have waited enough."""
+
+
+_in_order = attrgetter("arrival")
+Drafts = Callable[[list[Sequence]], list[list[int]]]  # guesses for some decoding sequences
 
 
 class Scheduler:
     """The waiting and the running sequences of one model."""
 
-    def __init__(self, cache: PrefixCache, *, batch: int, one_prompt_a_step: bool = False) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        pace: Pace,
+        *,
+        batch: int,
+        drafts: Drafts | None = None,
+        one_prompt_a_step: bool = False,
+    ) -> None:
         self._cache = cache
+        self._pace = pace
+        self._drafts = drafts
         self._one_prompt_a_step = one_prompt_a_step
         self._cells = cache.cells
         self._batch = batch
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of arrival
+        self._arrivals = count()
+        self._waiting: list[Sequence] = []  # both in order of arrival
+        self._running: list[Sequence] = []
 
     @property
     def idle(self) -> bool:
@@ -57,6 +87,11 @@ class Scheduler:
     def running(self) -> list[Sequence]:
         """The sequences that have a slot, in order of arrival."""
         return list(self._running)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The sequences that have none, in the order in which they will get one."""
+        return list(self._waiting)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -70,6 +105,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence behind those that came before it."""
+        sequence.arrival = next(self._arrivals)
         self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -80,6 +116,7 @@ class Scheduler:
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.FINISHED
+        sequence.leader = None
         if self.idle:
             self._cache.cells = self._cells  # what ``shed`` had taken away
 
@@ -90,42 +127,82 @@ class Scheduler:
         """
         self._admit()
         chunks = self._chunks()
-        while not self._cache.make_room(tokens_of(chunks)):
+        if not self._make_room(chunks):
+            chunks = [replace(chunk, draft=()) for chunk in chunks]
+        while not self._make_room(chunks):
             if len(self._running) == 1:
                 raise OutOfCells("the request has outgrown the key-value cache")
             self._preempt_newest()
-            chunks = self._chunks()
+            chunks = [replace(chunk, draft=()) for chunk in self._chunks()]
         return chunks
 
     def shed(self, chunks: list[Chunk]) -> bool:
         """Make the next plan smaller after llama.cpp found no cells for this one; False when that is not possible."""
-        if self._cache.used_cells > sum(sequence.evaluated for sequence in self._running):
-            self._cache.make_room(self._cache.cells)  # drops all idle prefixes
+        if self._cache.drop_idle():
             return True
         if len(self._running) > 1:  # there are fewer cells than were counted on; the next plan preempts
-            self._cache.cells = self._cache.used_cells + tokens_of(chunks) - 1
+            self._cache.cells = self._cache.used_cells + sum(chunk.rows for chunk in chunks) - 1
             return True
         return False
 
+    def _make_room(self, chunks: list[Chunk]) -> bool:
+        return self._cache.make_room(sum(chunk.rows for chunk in chunks))
+
     def _admit(self) -> None:
-        committed = sum(len(sequence.tokens) + 1 for sequence in self._running)
-        while self._waiting and self._cache.has_idle_slot:
-            sequence = self._waiting[0]
-            committed += len(sequence.tokens) + 1
+        """Give free slots to those who wait, in order, except where one had better wait for another's prompt."""
+        slots = self._cache.idle_slots
+        if not self._waiting or not slots:
+            return
+        committed = self._cache.held_cells() + sum(sequence.pending for sequence in self._running)
+        for sequence in list(self._waiting):
+            if self._follows(sequence):
+                continue
+            wanted = self._cache.wanted(sequence)
+            committed += len(sequence.tokens) + 1 - self._cache.held_in_common(wanted)
             if self._running and committed > self._cache.cells:
                 return
-            self._waiting.popleft()
-            self._cache.acquire(sequence)
-            if sequence.cached is None:
-                sequence.cached = sequence.evaluated
-            sequence.state = State.RUNNING
-            self._running.append(sequence)
+            self._waiting.remove(sequence)
+            self._start(sequence)
+            slots -= 1
+            if not slots:
+                return
+
+    def _start(self, sequence: Sequence) -> None:
+        self._cache.acquire(sequence)
+        if sequence.cached is None:
+            sequence.cached = sequence.evaluated
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_in_order)
+
+    def _follows(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is evaluating what this one would otherwise evaluate once more."""
+        if sequence.leader is not None:
+            leader, shared = sequence.leader
+            if leader.state is State.RUNNING and leader.evaluated < shared:
+                return True
+            sequence.leader = None
+        wanted = self._cache.wanted(sequence)
+        reusable = self._cache.reusable(wanted)
+        for other in self._running:
+            if other.evaluated >= other.prompt_length:
+                continue
+            shared = common_prefix(self._cache.wanted(other), wanted)
+            if shared >= max(other.evaluated, reusable) + _WORTH_WAITING:
+                sequence.leader = other, shared
+                return True
+        return False
 
     def _chunks(self) -> list[Chunk]:
-        decoding = [Chunk(sequence, 1) for sequence in self._running if sequence.decoding]
-        budget = min(PREFILL_BESIDE_DECODE, self._batch) if decoding else self._batch
-        budget = min(budget, self._batch - len(decoding))
-        chunks = decoding
+        decoding = [sequence for sequence in self._running if sequence.decoding]
+        drafts = self._drafts(decoding) if self._drafts and decoding else [[]] * len(decoding)
+        chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)]
+        if len(decoding) < len(self._running):
+            taken = sum(chunk.rows for chunk in chunks)
+            chunks += self._prompt_chunks(min(self._pace.prompt_tokens(len(decoding)), self._batch - taken))
+        return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
+
+    def _prompt_chunks(self, budget: int) -> list[Chunk]:
+        chunks = []
         for sequence in self._running:
             if budget <= 0:
                 break
@@ -135,10 +212,10 @@ class Scheduler:
                     length -= 1  # a last token by itself goes through other kernels than one among several
                 chunks.append(Chunk(sequence, length))
                 budget = 0 if self._one_prompt_a_step else budget - length
-        return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
+        return chunks
 
     def _preempt_newest(self) -> None:
         sequence = self._running.pop()
         self._cache.release(sequence)
         sequence.state = State.WAITING
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_in_order)

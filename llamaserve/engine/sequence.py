@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as TokenSequence
 from enum import Enum, auto
 from typing import Protocol
 
 from llamaserve.engine.detokenizer import Detokenizer
 from llamaserve.engine.params import Generation
+from llamaserve.engine.speculation import Drafter
 
 
 class State(Enum):
@@ -32,10 +34,14 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrival",
         "cached",
+        "deadline",
+        "drafter",
         "evaluated",
         "generation",
         "index",
+        "leader",
         "prompt_length",
         "request",
         "sampler",
@@ -46,17 +52,28 @@ class Sequence:
         "unsent",
     )
 
-    def __init__(self, request: int, index: int, prompt: TokenSequence[int], generation: Generation) -> None:
+    def __init__(
+        self,
+        request: int,
+        index: int,
+        prompt: TokenSequence[int],
+        generation: Generation,
+        deadline: float = math.inf,
+    ) -> None:
         self.request = request
         self.index = index
         self.generation = generation
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.state = State.WAITING
+        self.arrival = 0  # the scheduler numbers its sequences
         self.slot: int | None = None
         self.evaluated = 0
         self.cached: int | None = None  # prompt tokens reused when it first started
+        self.deadline = deadline  # on the engine's clock, seconds
+        self.leader: tuple[Sequence, int] | None = None  # one whose first so many tokens this one waits to copy
         self.sampler: Sampler | None = None
+        self.drafter: Drafter | None = None  # made when it is first asked for
         self.text = Detokenizer(generation.stop)
         self.unsent: list[str] = []  # text of a request that is not streamed
 

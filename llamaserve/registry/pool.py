@@ -94,6 +94,8 @@ class ServedModel:
             flash_attention=spec.flash_attention,
             key_type=spec.key_type,
             value_type=spec.value_type,
+            prefix_cache=spec.prefix_cache,
+            speculation=spec.speculation,
         )
 
     def _locate(self) -> Path:

@@ -91,19 +91,17 @@ class Host:
 
     def _run_engine(self, engine: Engine) -> None:
         while True:
-            events: list[Event] = []
             while engine.idle or not self._jobs.empty():
-                events += self._take(engine, self._jobs.get())
-                if (changed := engine.occupancy()) is not None:
-                    events.append(changed)
-                if events:  # nobody's end waits for another's step
-                    self._send(events)
-                    events = []
-            events += engine.step()
-            if (changed := engine.occupancy()) is not None:
-                events.append(changed)
-            if events:
-                self._send(events)
+                self._report(engine, self._take(engine, self._jobs.get()))  # nobody's end waits for another's step
+            self._report(engine, list(engine.step()))
+
+    def _report(self, engine: Engine, events: list[Event]) -> None:
+        """Send what has happened in one frame."""
+        events += engine.progress()
+        if (changed := engine.occupancy()) is not None:
+            events.append(changed)
+        if events:
+            self._send(events)
 
     def _take(self, engine: Engine, job: _Job) -> list[Event]:
         match job:

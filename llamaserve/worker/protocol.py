@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.errors import ErrorValue, InvalidRequest
 
@@ -99,7 +99,7 @@ class Text(msgspec.Struct, frozen=True, tag=True, array_like=True):
     text: str
 
 
-RequestEvent = Accepted | Tokens | Text | Delta | Finished | Failed
+RequestEvent = Accepted | Tokens | Text | Progress | Delta | Finished | Failed
 Event = Loading | Ready | LoadFailed | Occupancy | RequestEvent
 
 _encoder = msgspec.msgpack.Encoder()

@@ -5,41 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class FakeMemory:
-    """Remembers which tokens are evaluated in which slot, and refuses what llama.cpp could not do.
+class _Cell:
+    """One evaluated token; a copied sequence has the same ones."""
 
-    One that is not ``cuttable`` can only be emptied, like a recurrent state.
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+class FakeMemory:
+    """Remembers which tokens are evaluated in which sequence, and refuses what llama.cpp could not do.
+
+    One that is not ``cuttable`` can only be emptied or copied as a whole, like a recurrent state. One that does not
+    share copies into cells of its own, like a cache split by sequence.
     """
 
-    def __init__(self, *, cuttable: bool = True) -> None:
+    def __init__(self, *, cuttable: bool = True, shares: bool = True) -> None:
         self.cuttable = cuttable
-        self.tokens: dict[int, list[int]] = {}
+        self.shares = shares
+        self.cells: dict[int, list[_Cell]] = {}
         self.evaluated = 0  # tokens, ever
+        self.copied = 0  # tokens, ever
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        """The tokens of each sequence that has some."""
+        return {sequence: self.resident(sequence) for sequence, cells in self.cells.items() if cells}
 
     @property
     def used(self) -> int:
         """Number of cells in use."""
-        return sum(map(len, self.tokens.values()))
+        return len({id(cell) for cells in self.cells.values() for cell in cells})
 
-    def resident(self, slot: int) -> list[int]:
-        """Return the tokens evaluated in a slot."""
-        return self.tokens.get(slot, [])
+    def resident(self, sequence: int) -> list[int]:
+        """Return the tokens evaluated in a sequence."""
+        return [cell.token for cell in self.cells.get(sequence, [])]
 
-    def evaluate(self, slot: int, position: int, tokens: Sequence[int]) -> None:
-        """Append tokens to a slot; they must follow what is there."""
-        resident = self.tokens.setdefault(slot, [])
-        assert position == len(resident), f"slot {slot} has {len(resident)} tokens, not {position}"
-        resident += tokens
+    def evaluate(self, sequence: int, position: int, tokens: Sequence[int]) -> None:
+        """Append tokens to a sequence; they must follow what is there."""
+        resident = self.cells.setdefault(sequence, [])
+        assert position == len(resident), f"sequence {sequence} has {len(resident)} tokens, not {position}"
+        resident += map(_Cell, tokens)
         self.evaluated += len(tokens)
 
     def truncate(self, sequence: int, length: int) -> int:
         """See ``Memory``."""
-        resident = self.tokens.setdefault(sequence, [])
+        resident = self.cells.setdefault(sequence, [])
         assert 0 <= length <= len(resident)
         kept = length if self.cuttable or length == len(resident) else 0
         del resident[kept:]
         return kept
 
+    def copy(self, source: int, target: int, length: int) -> int:
+        """See ``Memory``."""
+        assert source != target
+        assert not self.cells.get(target), f"sequence {target} is not empty"
+        assert 0 < length <= len(self.cells[source])
+        if not self.cuttable and length < len(self.cells[source]):
+            return 0
+        copied = self.cells[source][:length]
+        self.cells[target] = copied if self.shares else [_Cell(cell.token) for cell in copied]
+        self.copied += length
+        return length
+
     def clear(self) -> None:
         """See ``Memory``."""
-        self.tokens.clear()
+        self.cells.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence as TokenSequence
 
 from fake_memory import FakeMemory
@@ -81,36 +82,44 @@ class ScriptedRunner:
         """See ``Runner``."""
         self._interrupted = True
 
-    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[int]:
+    def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """See ``Runner``."""
         self.steps += 1
         if (error := self.fail(chunks)) is not None:
             raise error
-        if self.cells is not None and self.memory.used + sum(chunk.length for chunk in chunks) > self.cells:
+        if self.cells is not None and self.memory.used + sum(chunk.rows for chunk in chunks) > self.cells:
             raise OutOfCells("the key-value cache is full")
         self._interrupted = False
         self.during()
-        outcomes: list[int] = []
+        outcomes: list[list[int]] = []
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.slot is not None
             tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
-            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
+            self.memory.evaluate(sequence.slot, sequence.evaluated, [*tokens, *chunk.draft])
             if chunk.completes:
                 if sequence.sampler is None:
                     sequence.sampler = FakeSampler()
                 if (error := self.spoil(sequence)) is not None:
                     raise error
-                outcomes.append(self._next(sequence))
+                outcomes.append(self._sample(chunk))
             if self._interrupted:
                 raise Interrupted
         return outcomes
 
-    def _next(self, sequence: Sequence) -> int:
+    def _sample(self, chunk: Chunk) -> list[int]:
+        sampled: list[int] = []
+        for guess in (*chunk.draft, None):
+            sampled.append(self._next(chunk.sequence, chunk.sequence.generated + len(sampled)))
+            if sampled[-1] != guess:
+                break
+        return sampled
+
+    def _next(self, sequence: Sequence, generated: int) -> int:
         answer = self.answers.get((sequence.request, sequence.index))
         if answer is None:
             return ord(".")
-        return (*answer, END)[sequence.generated]
+        return (*answer, END)[min(generated, len(answer))]
 
 
 class FakeModel:
@@ -125,6 +134,8 @@ class FakeModel:
         real_cells: int | None = None,
         batch: int = 16,
         context: int = 60,
+        drafted_rows: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.memory = FakeMemory()
         self.runner = ScriptedRunner(self.memory, answers or {}, real_cells)
@@ -135,6 +146,8 @@ class FakeModel:
             ByteVocab(),  # type: ignore[arg-type]  # has what the engine uses of a Vocab
             batch=batch,
             context=context,
+            drafted_rows=drafted_rows,
+            clock=clock,
         )
         self.events: list[EngineEvent] = []
 
@@ -146,9 +159,17 @@ class FakeModel:
         max_tokens: int | None = None,
         stop: tuple[str, ...] = (),
         stream: bool = False,
+        time_limit: float | None = None,
     ) -> None:
         """Encode and submit."""
-        generation = Generation(sampling=SAMPLING, choices=choices, max_tokens=max_tokens, stop=stop, stream=stream)
+        generation = Generation(
+            sampling=SAMPLING,
+            choices=choices,
+            max_tokens=max_tokens,
+            stop=stop,
+            stream=stream,
+            time_limit=time_limit,
+        )
         self.engine.submit(request, [self.engine.encode(prompt) for prompt in prompts], generation)
 
     def step(self, times: int = 1) -> None:

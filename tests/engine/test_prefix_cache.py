@@ -5,7 +5,7 @@ from fake_memory import FakeMemory
 from hypothesis import given, strategies as st
 
 from llamaserve.engine.params import Generation, Sampling
-from llamaserve.engine.prefix_cache import FAIR_SHARE, PrefixCache, common_prefix
+from llamaserve.engine.prefix_cache import PrefixCache, common_prefix
 from llamaserve.engine.sequence import Sequence
 
 _GENERATION = Generation(sampling=Sampling(seed=0))
@@ -15,20 +15,20 @@ def _sequence(tokens: list[int]) -> Sequence:
     return Sequence(1, 0, tokens, _GENERATION)
 
 
-def _evaluate(memory: FakeMemory, sequence: Sequence, length: int | None = None) -> None:
+def _evaluate(cache: PrefixCache, memory: FakeMemory, sequence: Sequence, length: int | None = None) -> None:
     length = sequence.pending if length is None else length
     assert sequence.slot is not None
     memory.evaluate(sequence.slot, sequence.evaluated, sequence.tokens[sequence.evaluated :][:length])
-    sequence.evaluated += length
+    cache.advance(sequence, length)
 
 
 def _leave_prefix(cache: PrefixCache, memory: FakeMemory, tokens: list[int]) -> int:
-    """Run a sequence through the cache and return the slot in which its tokens stay."""
+    """Run a sequence through the cache and return the slot it had."""
     sequence = _sequence(tokens)
     cache.acquire(sequence)
     slot = sequence.slot
     assert slot is not None
-    _evaluate(memory, sequence)
+    _evaluate(cache, memory, sequence)
     cache.release(sequence)
     return slot
 
@@ -49,10 +49,11 @@ def test_common_prefix_is_where_two_lists_part(one: list[int], other: list[int],
 def test_a_longer_text_of_the_same_beginning_reuses_it() -> None:
     memory = FakeMemory()
     cache = PrefixCache(memory, 2, 100)
-    slot = _leave_prefix(cache, memory, [1, 2, 3])
+    _leave_prefix(cache, memory, [1, 2, 3])
     sequence = _sequence([1, 2, 3, 4])
     cache.acquire(sequence)
-    assert (sequence.slot, sequence.evaluated) == (slot, 3)
+    assert sequence.slot is not None
+    assert memory.tokens == {sequence.slot: [1, 2, 3]}, "what the sequence holds is kept by nobody else"
 
 
 def test_the_last_token_is_always_evaluated() -> None:
@@ -62,37 +63,35 @@ def test_the_last_token_is_always_evaluated() -> None:
     sequence = _sequence([1, 2, 3])
     cache.acquire(sequence)
     assert sequence.evaluated == 2
-    assert memory.tokens[0] == [1, 2]
+    assert memory.resident(sequence.slot or 0) == [1, 2]
 
 
+@pytest.mark.parametrize("spare", [0, 2])
 @pytest.mark.parametrize("cuttable", [True, False])
 @given(
     resident=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=6),
     wanted=st.lists(st.integers(0, 2), min_size=1, max_size=8),
 )
-def test_what_is_taken_as_evaluated_is_in_memory(cuttable: bool, resident: list[list[int]], wanted: list[int]) -> None:
+def test_the_longest_beginning_of_any_prefix_is_reused(
+    cuttable: bool, spare: int, resident: list[list[int]], wanted: list[int]
+) -> None:
     memory = FakeMemory(cuttable=cuttable)
-    cache = PrefixCache(memory, 3, 100)
+    cache = PrefixCache(memory, 3, 100, spare=spare, divisible=cuttable)
     for tokens in resident:
         _leave_prefix(cache, memory, tokens)
-    before = {slot: list(tokens) for slot, tokens in memory.tokens.items()}
+    before = list(memory.tokens.values())
     sequence = _sequence(wanted)
     cache.acquire(sequence)
     assert sequence.slot is not None
     assert memory.resident(sequence.slot) == wanted[: sequence.evaluated]
-    assert sequence.evaluated < len(wanted)
-    shared = {slot: common_prefix(tokens, wanted[:-1]) for slot, tokens in before.items()}
-    best = max((n for slot, n in shared.items() if n >= FAIR_SHARE * len(before[slot])), default=0)
-    if cuttable:
-        assert sequence.evaluated == best or not best  # without a fair share, what the taken slot happens to have
-    else:
-        assert sequence.evaluated in (0, len(before.get(sequence.slot, [])))
+    shared = [(common_prefix(tokens, wanted[:-1]), len(tokens)) for tokens in before]
+    assert sequence.evaluated == max((n for n, length in shared if cuttable or n == length), default=0)
     assert cache.used_cells == memory.used
 
 
 def test_a_memory_that_cannot_cut_goes_on_at_the_end_of_a_prefix() -> None:
     memory = FakeMemory(cuttable=False)
-    cache = PrefixCache(memory, 1, 100)
+    cache = PrefixCache(memory, 1, 100, spare=0, divisible=False)
     _leave_prefix(cache, memory, [1, 2, 3])
     sequence = _sequence([1, 2, 3, 4])
     cache.acquire(sequence)
@@ -107,7 +106,9 @@ def test_room_is_made_by_the_prefixes_unused_longest() -> None:
     assert cache.make_room(0)
     assert memory.used == 9
     assert cache.make_room(1)
-    assert sorted(map(tuple, memory.tokens.values())) == [(), (2, 2, 2), (3, 3, 3)]
+    assert sorted(map(tuple, memory.tokens.values())) == [(1, 1), (2, 2, 2), (3, 3, 3)]
+    assert cache.make_room(4)
+    assert sorted(map(tuple, memory.tokens.values())) == [(2, 2), (3, 3, 3)]
     assert cache.make_room(9)
     assert memory.used == cache.used_cells == 0
     assert not cache.make_room(10)
@@ -119,7 +120,7 @@ def test_a_running_sequence_is_never_evicted() -> None:
     _leave_prefix(cache, memory, [1, 1])
     sequence = _sequence([2, 2, 2])
     cache.acquire(sequence)
-    _evaluate(memory, sequence)
+    _evaluate(cache, memory, sequence)
     assert not cache.make_room(6)
     assert memory.resident(sequence.slot or 0) == [2, 2, 2]
     assert cache.used_cells == 3
@@ -130,7 +131,7 @@ def test_what_is_forgotten_is_not_reused() -> None:
     cache = PrefixCache(memory, 1, 10)
     sequence = _sequence([1, 2, 3])
     cache.acquire(sequence)
-    _evaluate(memory, sequence)
+    _evaluate(cache, memory, sequence)
     cache.forget_all()
     cache.release(sequence)
     assert memory.used == cache.used_cells == 0
@@ -144,7 +145,7 @@ def test_a_half_evaluated_prompt_leaves_only_what_was_evaluated() -> None:
     cache = PrefixCache(memory, 1, 10)
     sequence = _sequence([1, 2, 3, 4])
     cache.acquire(sequence)
-    _evaluate(memory, sequence, 2)
+    _evaluate(cache, memory, sequence, 2)
     cache.release(sequence)
     again = _sequence([1, 2, 3, 4])
     cache.acquire(again)
@@ -163,3 +164,72 @@ def test_a_short_common_beginning_does_not_cost_another_conversation_its_prefix(
         sequence = _sequence([*conversation, 5])
         cache.acquire(sequence)
         assert sequence.evaluated == len(conversation)
+
+
+def test_a_running_sequence_shares_what_it_has_evaluated() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 3, 100)
+    first, second, third = (_sequence([1, 2, 3, 4, number]) for number in (5, 6, 7))
+    cache.acquire(first)
+    _evaluate(cache, memory, first, 3)
+    cache.acquire(second)
+    assert (second.evaluated, memory.used, cache.used_cells) == (3, 3, 3)
+    _evaluate(cache, memory, first)
+    _evaluate(cache, memory, second)
+    cache.acquire(third)
+    assert (third.evaluated, memory.used, cache.used_cells) == (4, 7, 7)
+    assert cache.held_cells() == 7
+    cache.release(first)
+    assert cache.held_cells() == 6
+    assert cache.used_cells == memory.used == 7
+    assert not cache.make_room(95)
+    assert cache.used_cells == memory.used == 6, "the cells that others hold stay"
+    assert memory.resident(second.slot or 0) == second.tokens
+
+
+def test_shared_cells_are_free_when_the_last_holder_is_gone() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 4, 100)
+    for number in range(4):
+        _leave_prefix(cache, memory, [1, 2, 3, 4, 10 + number])
+    assert cache.used_cells == memory.used == 8
+    assert cache.make_room(99)
+    assert cache.used_cells == memory.used == 1
+    assert cache.drop_idle()
+    assert cache.used_cells == memory.used == 0
+    assert not cache.drop_idle()
+
+
+def test_without_reuse_nothing_stays() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 100, reuses=False)
+    first, second = _sequence([1, 2, 3]), _sequence([1, 2, 3])
+    cache.acquire(first)
+    _evaluate(cache, memory, first)
+    cache.acquire(second)
+    assert second.evaluated == 0
+    cache.release(first)
+    assert memory.used == cache.used_cells == 0
+
+
+def test_more_finished_sequences_are_kept_than_can_run() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 100, spare=3)
+    for number in range(5):
+        _leave_prefix(cache, memory, [number, 8, 9])
+    assert sorted(memory.tokens.values()) == [[2, 8, 9], [3, 8, 9], [4, 8, 9]]
+
+
+def test_tokens_guessed_wrong_are_taken_back() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 100)
+    _leave_prefix(cache, memory, [1, 2, 3, 4, 5])
+    sequence = _sequence([1, 2, 3, 9])
+    cache.acquire(sequence)
+    memory.evaluate(sequence.slot or 0, 3, [9, 50, 51])
+    cache.advance(sequence, 3)
+    cache.rewind(sequence, 5)
+    assert (sequence.evaluated, cache.used_cells, memory.used) == (5, 7, 7)
+    sequence.tokens.append(50)
+    cache.rewind(sequence, 2)
+    assert (sequence.evaluated, cache.used_cells, memory.used) == (2, 5, 5), "the other prefix keeps what was shared"

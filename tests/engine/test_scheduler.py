@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from itertools import count
 
 import pytest
@@ -7,9 +8,10 @@ from fake_memory import FakeMemory
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llamaserve.engine import scheduler as scheduling
 from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
-from llamaserve.engine.scheduler import PREFILL_BESIDE_DECODE, Chunk, Scheduler
+from llamaserve.engine.scheduler import Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence, State
 from llamaserve.errors import OutOfCells
 
@@ -28,25 +30,101 @@ def _whole_text(prompt: list[int], length: int) -> list[int]:
     return sequence.tokens
 
 
+class FixedPace:
+    """So many prompt tokens a step, whatever happens."""
+
+    def __init__(self, alone: int, beside: int) -> None:
+        self.alone = alone
+        self.beside = beside
+
+    def prompt_tokens(self, decoding: int) -> int:
+        """See ``Pace``."""
+        return self.beside if decoding else self.alone
+
+
+def carry_out(chunks: list[Chunk], memory: FakeMemory, cache: PrefixCache) -> list[Sequence]:
+    """Do what the runner and the engine do with a plan; return the sequences that have a new token, in order."""
+    completed = [chunk for chunk in chunks if chunk.completes]
+    for chunk in chunks:
+        sequence = chunk.sequence
+        assert sequence.slot is not None
+        tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
+        memory.evaluate(sequence.slot, sequence.evaluated, [*tokens, *chunk.draft])
+        cache.advance(sequence, chunk.rows)
+    for chunk in completed:
+        sequence = chunk.sequence
+        for right, guess in enumerate((*chunk.draft, None)):
+            sequence.tokens.append(_next_token(sequence))
+            if sequence.tokens[-1] != guess:
+                if guess is not None:
+                    cache.rewind(sequence, sequence.evaluated - len(chunk.draft) + right)
+                break
+    return [chunk.sequence for chunk in completed]
+
+
 class ScheduledModel(RuleBasedStateMachine):
     """A scheduler whose plans are carried out on a fake memory, while requests come and go at random."""
 
     cuttable = True
+    shares_cells = True
+    spare = 3
 
-    @initialize(slots=st.integers(1, 4), cells=st.integers(12, 40), batch=st.integers(0, 8), context=st.integers(8, 12))
-    def start(self, slots: int, cells: int, batch: int, context: int) -> None:
-        self.slots, self.cells, self.batch, self.context = slots, cells, slots + batch, context
-        self.memory = FakeMemory(cuttable=self.cuttable)
-        self.cache = PrefixCache(self.memory, slots, cells)
-        self.scheduler = Scheduler(self.cache, batch=self.batch)
+    @initialize(
+        slots=st.integers(1, 4),
+        cells=st.integers(12, 40),
+        batch=st.integers(0, 8),
+        context=st.integers(8, 12),
+        beside=st.integers(0, 8),
+        guesses=st.integers(0, 4),
+        kept_back=st.integers(1, 2),
+    )
+    def start(
+        self, slots: int, cells: int, batch: int, context: int, beside: int, guesses: int, kept_back: int
+    ) -> None:
+        self.slots, self.batch, self.context = slots, slots + batch, context
+        cells = cells if self.shares_cells else slots * context
+        self.memory = FakeMemory(cuttable=self.cuttable, shares=self.shares_cells)
+        self.cells = cells
+        self.cache = PrefixCache(
+            self.memory,
+            slots,
+            cells,
+            shares_cells=self.shares_cells,
+            spare=self.spare,
+            divisible=self.cuttable,
+            kept_back=kept_back,
+        )
+        self.random = random.Random(guesses)
+        self.guesses = guesses if self.cuttable else 0
+        self.scheduler = Scheduler(self.cache, FixedPace(self.batch, beside), batch=self.batch, drafts=self.drafts)
         self.numbers = count()
         self.expected: dict[int, list[int]] = {}
         self.alive: dict[int, Sequence] = {}
 
-    @rule(family=st.integers(0, 2), prompt=st.lists(st.integers(0, 1), max_size=6), answer=st.integers(1, 12))
-    def submit(self, family: int, prompt: list[int], answer: int) -> None:
+    def drafts(self, decoding: list[Sequence]) -> list[list[int]]:
+        """Guess some tokens of each, the last of which may be wrong, within what the batch holds."""
+        drafts = []
+        left = min(self.guesses, self.batch - len(decoding))
+        for sequence in decoding:
+            maximum = sequence.generation.max_tokens
+            assert maximum is not None
+            length = self.random.randint(0, max(0, min(left, maximum - sequence.generated - 1)))
+            draft = self.expected[sequence.request][len(sequence.tokens) :][:length]
+            if draft and self.random.random() < 0.5:
+                draft[-1] = 7
+            left -= len(draft)
+            drafts.append(draft)
+        return drafts
+
+    @rule(
+        family=st.integers(0, 2),
+        shared=st.integers(0, 3),
+        prompt=st.lists(st.integers(0, 1), max_size=3),
+        answer=st.integers(1, 12),
+    )
+    def submit(self, family: int, shared: int, prompt: list[int], answer: int) -> None:
         number = next(self.numbers)
-        prompt = [family, *prompt]
+        prompt = [family] * (shared + 1) + prompt
         answer = min(answer, self.context - len(prompt))
         sequence = Sequence(number, 0, prompt, Generation(sampling=_SAMPLING, max_tokens=answer))
         self.expected[number] = _whole_text(prompt, answer)
@@ -64,19 +142,11 @@ class ScheduledModel(RuleBasedStateMachine):
     def step(self) -> None:
         chunks = self.scheduler.plan()
         self.check_plan(chunks)
-        completed = [chunk.sequence for chunk in chunks if chunk.completes]
-        for chunk in chunks:
-            sequence = chunk.sequence
-            assert sequence.slot is not None
-            tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
-            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
-            sequence.evaluated += chunk.length
-        assert self.memory.used <= self.cells
-        for sequence in completed:
-            sequence.tokens.append(_next_token(sequence))
+        for sequence in carry_out(chunks, self.memory, self.cache):
             if sequence.generated == sequence.generation.max_tokens:
                 assert sequence.tokens == self.expected[sequence.request]
                 self.finish(sequence)
+        assert self.memory.used <= self.cells
 
     def check_plan(self, chunks: list[Chunk]) -> None:
         assert chunks, "nothing is planned although there is something to do"
@@ -84,16 +154,18 @@ class ScheduledModel(RuleBasedStateMachine):
         assert len(set(map(id, planned))) == len(planned)
         assert all(sequence.state is State.RUNNING for sequence in planned)
         assert all(1 <= chunk.length <= chunk.sequence.pending for chunk in chunks)
-        tokens = sum(chunk.length for chunk in chunks)
+        assert all(chunk.sequence.decoding for chunk in chunks if chunk.draft)
+        tokens = sum(chunk.rows for chunk in chunks)
         assert tokens <= self.batch
         assert self.memory.used + tokens <= self.cells
         running = [s for s in self.alive.values() if s.state is State.RUNNING]
         assert {s.request for s in running if s.decoding} <= {s.request for s in planned}
-        assert running[0] in planned, "the oldest sequence stands still"
+        decoding = [s for s in running if s.decoding]
+        assert decoding or running[0] in planned, "the oldest sequence stands still"
         prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
         prefilling.sort(key=lambda chunk: chunk.sequence.request)  # a step's rows are in the order of the slots
         assert all(chunk.completes for chunk in prefilling[:-1]), "a prompt begins before an older one is whole"
-        if tokens < self.batch:
+        if tokens < self.batch and not decoding:
             assert {s.request for s in planned} == {s.request for s in running}
 
     def finish(self, sequence: Sequence) -> None:
@@ -108,17 +180,20 @@ class ScheduledModel(RuleBasedStateMachine):
             return
         assert self.cache.used_cells == self.memory.used <= self.cells
         in_order = self.scheduler.sequences
-        assert [s.request for s in in_order] == sorted(self.alive), "not in order of arrival"
+        waiting = [s.request for s in in_order if s.state is State.WAITING]
+        assert sorted(s.request for s in in_order) == sorted(self.alive)
+        assert waiting == sorted(waiting), "not in order of arrival"
         running = [s for s in in_order if s.state is State.RUNNING]
         assert in_order[: len(running)] == running
         slots = [s.slot for s in running]
         assert None not in slots
         assert len(set(slots)) == len(slots) <= self.slots
+        assert self.cache.held_cells() <= self.cache.used_cells
         for sequence in running:
             assert self.memory.resident(sequence.slot or 0) == sequence.tokens[: sequence.evaluated]
         for sequence in in_order[len(running) :]:
             assert (sequence.slot, sequence.evaluated) == (None, 0)
-        assert self.cache.has_idle_slot == (len(running) < self.slots)
+        assert self.cache.idle_slots == self.slots - len(running)
         assert self.scheduler.idle == (not in_order)
         occupancy = self.scheduler.occupancy
         assert (occupancy.running, occupancy.waiting) == (len(running), len(in_order) - len(running))
@@ -134,29 +209,43 @@ class ScheduledModel(RuleBasedStateMachine):
             self.books_are_in_order()
         assert not self.alive, "sequences never finish"
         for _ in range(self.slots):
-            assert self.cache.has_idle_slot
-            self.cache.acquire(Sequence(0, 0, [0], Generation(sampling=_SAMPLING)))
-        assert not self.cache.has_idle_slot
+            self.cache.acquire(Sequence(0, 0, [9], Generation(sampling=_SAMPLING)))
+        assert self.cache.held_cells() == 0
+        self.cache.drop_idle()
+        assert (self.cache.used_cells, self.memory.used) == (0, 0)
+        assert self.cache.idle_slots == 0
 
 
 class ScheduledRecurrentModel(ScheduledModel):
     cuttable = False
+    spare = 0
+
+
+class ScheduledSplitCache(ScheduledModel):
+    shares_cells = False
+    spare = 0
 
 
 TestScheduledModel = ScheduledModel.TestCase
 TestScheduledRecurrentModel = ScheduledRecurrentModel.TestCase
-TestScheduledModel.settings = TestScheduledRecurrentModel.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None
-)
+TestScheduledSplitCache = ScheduledSplitCache.TestCase
+TestScheduledModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestScheduledRecurrentModel.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestScheduledSplitCache.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def _every_token_is_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_WORTH_WAITING", 1)
 
 
 class _Rig:
     """A scheduler on a fake memory whose steps are carried out."""
 
-    def __init__(self, *, slots: int, cells: int, batch: int, cuttable: bool = True) -> None:
+    def __init__(self, *, slots: int, cells: int, batch: int, cuttable: bool = True, beside: int = 8) -> None:
         self.memory = FakeMemory(cuttable=cuttable)
-        self.cache = PrefixCache(self.memory, slots, cells)
-        self.scheduler = Scheduler(self.cache, batch=batch)
+        self.cache = PrefixCache(self.memory, slots, cells, spare=4 if cuttable else 0, divisible=cuttable)
+        self.scheduler = Scheduler(self.cache, FixedPace(batch, beside), batch=batch)
         self.numbers = count(1)
 
     def submit(self, length: int) -> Sequence:
@@ -168,25 +257,18 @@ class _Rig:
     def step(self) -> dict[int, int]:
         """Evaluate one plan and return how many tokens of each request were in it."""
         chunks = self.scheduler.plan()
-        completed = [chunk.sequence for chunk in chunks if chunk.completes]
-        for chunk in chunks:
-            sequence = chunk.sequence
-            assert sequence.slot is not None
-            tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
-            self.memory.evaluate(sequence.slot, sequence.evaluated, tokens)
-            sequence.evaluated += chunk.length
-        for sequence in completed:
-            sequence.tokens.append(_next_token(sequence))
-        return {chunk.sequence.request: chunk.length for chunk in chunks}
+        lengths = {chunk.sequence.request: chunk.length for chunk in chunks}
+        carry_out(chunks, self.memory, self.cache)
+        return lengths
 
 
 def test_a_long_prompt_takes_small_steps_beside_running_streams() -> None:
-    rig = _Rig(slots=3, cells=10_000, batch=512)
+    rig = _Rig(slots=3, cells=10_000, batch=512, beside=40)
     rig.submit(4)
     assert rig.step() == {1: 4}
     rig.submit(1000)
-    assert rig.step() == {1: 1, 2: PREFILL_BESIDE_DECODE}
-    assert rig.step() == {1: 1, 2: PREFILL_BESIDE_DECODE}
+    assert rig.step() == {1: 1, 2: 40}
+    assert rig.step() == {1: 1, 2: 40}
 
 
 def test_a_long_prompt_alone_takes_the_whole_batch() -> None:
@@ -241,7 +323,8 @@ def test_idle_prefixes_are_evicted_before_a_running_sequence_is_disturbed() -> N
     assert rig.step() == {2: 3, 3: 3}
     assert rig.memory.used == 12
     assert rig.step() == {2: 1, 3: 1}
-    assert rig.memory.used == 8
+    assert rig.memory.used == 12
+    assert sorted(map(len, rig.memory.tokens.values())) == [4, 4, 4], "the idle prefix is cut, and no more than needed"
 
 
 def test_one_that_does_not_fit_now_waits_without_being_overtaken() -> None:
@@ -268,6 +351,8 @@ def test_shed_gives_idle_prefixes_first_then_the_newest_then_nothing() -> None:
     assert rig.scheduler.shed(rig.scheduler.plan())
     rig.step()
     assert (old.state, new.state) == (State.RUNNING, State.WAITING)
+    assert rig.scheduler.shed(rig.scheduler.plan()), "what the newest had evaluated was kept"
+    assert rig.memory.used == 5
     assert not rig.scheduler.shed(rig.scheduler.plan())
     assert old.state is State.RUNNING
 
@@ -290,3 +375,45 @@ def test_a_cancelled_prompt_leaves_no_wrong_prefix(cuttable: bool) -> None:
     assert rig.step() == {9: 4}
     assert again.cached == 4
     assert rig.memory.resident(0) == [1] * 8
+
+
+def _numbered(number: int, tokens: list[int], **options: int) -> Sequence:
+    return Sequence(number, 0, tokens, Generation(sampling=_SAMPLING, **options))
+
+
+def test_one_waits_for_another_that_evaluates_the_same_beginning() -> None:
+    rig = _Rig(slots=4, cells=100, batch=8)
+    for number in (1, 2, 3):
+        rig.scheduler.submit(_numbered(number, [5] * 20 + [number]))
+    rig.scheduler.submit(_numbered(4, [6] * 3))
+    assert rig.step() == {1: 8}
+    assert rig.step() == {1: 8}
+    assert rig.step() == {1: 5, 4: 3}, "one with another beginning is not held up"
+    assert rig.step() == {1: 1, 2: 1, 3: 1, 4: 1}
+    assert rig.memory.used == 20 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_when_the_one_waited_for_leaves_the_next_goes_on_where_it_was(done: int) -> None:
+    rig = _Rig(slots=4, cells=100, batch=8)
+    sequences = [_numbered(number, [5] * 20 + [number]) for number in (1, 2, 3)]
+    for sequence in sequences:
+        rig.scheduler.submit(sequence)
+    for _ in range(done):
+        rig.step()
+    rig.scheduler.finish(sequences[0])
+    assert rig.step() == {2: min(8, 21 - 8 * done)}
+    assert rig.memory.evaluated == min(21, 8 * (done + 1))
+
+
+def test_drafts_are_given_up_before_a_sequence_is_disturbed() -> None:
+    rig = _Rig(slots=2, cells=10, batch=32)
+    rig.scheduler = Scheduler(rig.cache, FixedPace(32, 32), batch=32, drafts=lambda decoding: [[1, 2]] * len(decoding))
+    for number in (1, 2):
+        rig.scheduler.submit(_numbered(number, [number] * 3))
+    rig.step()
+    assert sum(chunk.rows for chunk in rig.scheduler.plan()) == 2
+    rig.step()
+    chunks = rig.scheduler.plan()
+    assert [tuple(chunk.draft) for chunk in chunks] == [(), ()]
+    assert [chunk.rows for chunk in chunks] == [1, 1]

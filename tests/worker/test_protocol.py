@@ -25,6 +25,8 @@ _LOAD = LoadParams(
     flash_attention="auto",
     key_type="f16",
     value_type="bf16",
+    prefix_cache=True,
+    speculation=False,
 )
 _COMMANDS = [
     protocol.Load(_LOAD),

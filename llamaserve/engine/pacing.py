@@ -1,0 +1,43 @@
+"""How many prompt tokens a step takes, so that neither the running streams nor the prompts stand still.
+
+While others decode, prompts get a little less than half of the time: what decoding takes is credited to them, what they
+take is debited, and they wait while the balance is negative. A step's share of a prompt is bounded in time, so that the
+gap in the streams is; a balance saved up lets a short prompt through at once. Knows what steps cost, not what is in
+them.
+"""
+
+from __future__ import annotations
+
+from llamaserve.engine.costs import StepCosts
+
+_SHARE = 0.9  # of the time that decoding takes, what prompts may take beside it
+_SAVINGS = 0.25  # seconds that prompts may be ahead
+_GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
+_STEP = 0.5  # seconds of a step of prompts alone: how long a request that comes meanwhile waits for its turn
+_LEAST = 8  # tokens: fewer at a time are evaluated no faster
+
+
+class TimeShare:
+    """Shares the time of one context between its prompts and its streams."""
+
+    def __init__(self, costs: StepCosts, batch: int) -> None:
+        self._costs = costs
+        self._batch = batch
+        self._balance = _SAVINGS
+
+    def prompt_tokens(self, decoding: int) -> int:
+        """See ``Pace``."""
+        if not decoding:
+            return self._tokens_in(_STEP)
+        return self._tokens_in(max(_GAP, self._costs.decode(decoding))) if self._balance > 0 else 0
+
+    def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
+        """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
+        if not decoding:
+            return
+        for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
+        for_prompts = seconds - for_streams
+        self._balance = min(_SAVINGS, self._balance + _SHARE * for_streams - for_prompts)
+
+    def _tokens_in(self, seconds: float) -> int:
+        return min(self._batch, max(_LEAST, round(seconds / self._costs.prompt_token)))

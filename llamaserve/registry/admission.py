@@ -1,0 +1,62 @@
+"""The queue before one model: how many sequences may wait for it, and when to come again when there are as many.
+
+Counts only. Who is served first is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llamaserve.errors import QueueFull
+
+_LEAST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds
+_FORGETTING = 0.2  # weight of the newest request in the mean duration
+
+
+class Place:
+    """A request's place at the model, from before its prompt is looked at to its end."""
+
+    def __init__(self, admission: Admission, sequences: int, now: float) -> None:
+        self._admission: Admission | None = admission
+        self._sequences = sequences
+        self._since = now
+
+    def leave(self) -> None:
+        """Give the place back; further calls do nothing."""
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission.left(self._sequences, self._since)
+
+
+class Admission:
+    """The sequences of all requests that are at one model."""
+
+    def __init__(self, parallel: int, queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """``parallel`` of them run at once, and ``queue`` may wait."""
+        self._parallel = parallel
+        self._queue = queue
+        self._clock = clock
+        self._duration = _LEAST_WAIT  # mean seconds of a request
+        self.open = 0
+
+    def enter(self, sequences: int) -> Place:
+        """Let a request in, however many sequences it has, as long as the queue is not full before it.
+
+        Raises ``QueueFull`` with the seconds after which one that runs now has probably ended.
+        """
+        if self.open >= self._parallel + self._queue:
+            waiting = self.open - self._parallel
+            wait = min(max(_LEAST_WAIT, self._duration * (waiting + 1) / self._parallel), _LONGEST_WAIT)
+            raise QueueFull(
+                f"{waiting} answers wait for this model already, and no more may; try again later, or raise `queue` "
+                "for it in models.yaml",
+                retry_after=wait,
+            )
+        self.open += sequences
+        return Place(self, sequences, self._clock())
+
+    def left(self, sequences: int, since: float) -> None:
+        """Take note that a request that came at ``since`` is over."""
+        self.open -= sequences
+        self._duration += (self._clock() - since - self._duration) * _FORGETTING
