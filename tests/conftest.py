@@ -54,6 +54,7 @@ def load_params(starter_model: Path) -> LoadParams:
         kv_unified=False,
         batch=256,
         threads=2,
+        adaptive_threads=False,
         gpu_layers="none",
         flash_attention="off",
         key_type="f16",

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -51,7 +51,9 @@ def _until_the_end(link: FrameSocket) -> list[bytes | None]:
     return read
 
 
-def _read_all_async(data: bytes) -> list[bytes | None]:
+def _with_stream(data: bytes, read_all: Callable[[FrameStream], Awaitable[list[bytes | None]]]) -> list[bytes | None]:
+    """Give a ``FrameStream`` these bytes and then the end, and return what ``read_all`` makes of them."""
+
     async def run() -> list[bytes | None]:
         ours, theirs = socket.socketpair()
         link = await FrameStream.open(ours)
@@ -59,10 +61,7 @@ def _read_all_async(data: bytes) -> list[bytes | None]:
         try:
             writer.write(data)
             writer.write_eof()
-            read = [await link.read()]
-            while read[-1] is not None:
-                read.append(await link.read())
-            return read
+            return await read_all(link)
         finally:
             link.close()
             writer.close()
@@ -71,7 +70,40 @@ def _read_all_async(data: bytes) -> list[bytes | None]:
     return asyncio.run(run())
 
 
-_readers = pytest.mark.parametrize("read_all", [_read_all_blocking, _read_all_async])
+def _read_all_async(data: bytes) -> list[bytes | None]:
+    async def read_all(link: FrameStream) -> list[bytes | None]:
+        read = [await link.read()]
+        while read[-1] is not None:
+            read.append(await link.read())
+        return read
+
+    return _with_stream(data, read_all)
+
+
+def _read_all_delivered(data: bytes) -> list[bytes | None]:
+    async def read_all(link: FrameStream) -> list[bytes | None]:
+        read: list[bytes | None] = []
+        await link.deliver(read.append)
+        return [*read, None]
+
+    return _with_stream(data, read_all)
+
+
+def _read_one_and_have_the_rest_delivered(data: bytes) -> list[bytes | None]:
+    async def read_all(link: FrameStream) -> list[bytes | None]:
+        read = [await link.read()]
+        if read[0] is not None:
+            await asyncio.sleep(0.01)  # more may arrive while nobody looks
+            await link.deliver(read.append)
+            read.append(None)
+        return read
+
+    return _with_stream(data, read_all)
+
+
+_readers = pytest.mark.parametrize(
+    "read_all", [_read_all_blocking, _read_all_async, _read_all_delivered, _read_one_and_have_the_rest_delivered]
+)
 
 
 @_readers
@@ -156,3 +188,69 @@ def test_both_kinds_understand_each_other(payloads: list[bytes]) -> None:
     thread.start()
     assert asyncio.run(run(ours)) == payloads
     thread.join()
+
+
+def test_what_the_receiver_raises_ends_the_stream() -> None:
+    def receive(payload: bytes) -> None:
+        received.append(payload)
+        if payload == b"bad":
+            raise ValueError("it is bad")
+
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        link = await FrameStream.open(ours)
+        with theirs:
+            theirs.sendall(_framed(b"good") + _framed(b"bad") + _framed(b"late"))
+            with pytest.raises(ValueError, match="it is bad"):
+                await link.deliver(receive)
+            await asyncio.sleep(0)
+            assert theirs.recv(1) == b""
+
+    received: list[bytes] = []
+    asyncio.run(run())
+    assert received == [b"good", b"bad"]
+
+
+def test_a_peer_that_nobody_reads_has_to_wait() -> None:
+    """Whoever floods us fills neither our memory nor, once it is read, loses anything."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        link = await FrameStream.open(ours)
+        with theirs:
+            flood = asyncio.create_task(loop.sock_sendall(theirs, _framed(b"x" * 1000) * 20_000))
+            done, _ = await asyncio.wait({flood}, timeout=0.5)
+            assert not done
+            for _ in range(20_000):
+                assert await link.read() == b"x" * 1000
+            await flood
+        assert await link.read() is None
+        link.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def test_a_stream_waits_for_a_peer_that_does_not_read() -> None:
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        link = await FrameStream.open(ours)
+        with theirs:
+            link.write(b"x" * 2_000_000)
+            drained = asyncio.create_task(link.drain())
+            done, _ = await asyncio.wait({drained}, timeout=0.1)
+            assert not done
+            received = 0
+            while received < 2_000_004:
+                received += len(await loop.sock_recv(theirs, 1_000_000))
+            await drained
+            link.write(b"x" * 2_000_000)
+        with pytest.raises(ConnectionError):
+            await link.drain()
+
+    asyncio.run(run())

@@ -40,7 +40,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     async def prompts() -> Sequence[Prompt]:
         return [await _render(services, model, messages)]
 
-    job = Job(new_id("chatcmpl"), model, body.generation(), prompts, param="messages")
+    job = Job(new_id("chatcmpl"), model, body.generation(), prompts, param="messages", sequences=body.n)
     headers = body.ignored_header()
     if body.stream:
         chunks = _Chunks(job, include_usage=body.include_usage)

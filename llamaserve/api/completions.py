@@ -70,7 +70,9 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         return body.prompt
 
     generation = body.generation(len(body.prompt))
-    job = Job(new_id("cmpl"), services.pool.get(body.model), generation, prompts, param="prompt")
+    sequences = len(body.prompt) * generation.choices
+    model = services.pool.get(body.model)
+    job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
     headers = body.ignored_header()
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:

@@ -6,6 +6,7 @@ Knows requests, responses and the stream of engine events; what an answer looks 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -16,10 +17,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from llamaserve.api.services import Services
-from llamaserve.api.sse import EventStream
-from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.api.sse import EventStream, TextEvent, event
+from llamaserve.engine.events import Finished, FinishReason
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest
+from llamaserve.registry.admission import Place
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.process import GenerationStream
 from llamaserve.worker.protocol import Prompt
@@ -40,8 +42,11 @@ class Job:
     generation: Generation
     prompts: Callable[[], Awaitable[Sequence[Prompt]]]
     param: str  # the request field that the prompts come from
+    sequences: int  # prompts times choices
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
+    place: Place | None = None
+    stream: GenerationStream | None = None
 
 
 def new_id(prefix: str) -> str:
@@ -51,23 +56,40 @@ def new_id(prefix: str) -> str:
 
 async def open_generation(services: Services, job: Job) -> GenerationStream:
     """Load the model if need be, and start generating. Raises whatever makes the request impossible."""
-    worker = await job.model.worker()
-    stream = worker.generate(list(await job.prompts()), job.generation)
-    services.running[job.id] = stream
+    job.place = job.model.admission.enter(job.sequences)
     try:
+        worker = await job.model.worker()
+        job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
+        services.running[job.id] = stream
         job.prompt_tokens = await stream.accepted()
     except BaseException as error:
-        close_generation(services, job, stream)
+        close_generation(services, job)
         if isinstance(error, InvalidRequest) and error.param == "prompt":
             error.param = job.param
         raise
     return stream
 
 
-def close_generation(services: Services, job: Job, stream: GenerationStream) -> None:
-    """End the generation if it is still going on."""
+def close_generation(services: Services, job: Job) -> None:
+    """End the generation if it is still going on, and let others have its place."""
     services.running.pop(job.id, None)
-    stream.close()
+    if job.stream is not None:
+        job.stream.close()
+    if job.place is not None:
+        job.place.leave()
+
+
+def phase(job: Job) -> str:
+    """Say in a few words what a client waits for."""
+    supervisor = job.model.supervisor
+    if supervisor.status is Status.LOADING:
+        return f"loading {supervisor.progress:.0%}"
+    progress = job.stream.progress if job.stream is not None else None
+    if progress is None:
+        return "working"
+    if progress.place:
+        return f"queued, place {progress.place}"
+    return f"prompt {progress.evaluated / progress.prompt_tokens:.0%}"
 
 
 @dataclass(frozen=True)
@@ -82,11 +104,11 @@ def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     """Return OpenAI's usage object: each prompt counts once, every answer counts."""
     choices = job.generation.choices
     prompt = sum(job.prompt_tokens)
-    completion = sum(event.completion_tokens for event in finished)
+    completion = sum(each.completion_tokens for each in finished)
     cached: dict[int, int] = {}
-    for event in finished:  # where several answers share a prompt, what all of them reused
-        number = event.index // choices
-        cached[number] = min(event.cached_tokens, cached.get(number, event.cached_tokens))
+    for each in finished:  # where several answers share a prompt, what all of them reused
+        number = each.index // choices
+        cached[number] = min(each.cached_tokens, cached.get(number, each.cached_tokens))
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -101,7 +123,7 @@ async def generate_whole(services: Services, job: Job) -> tuple[list[Answer], di
     try:
         finished = [event async for event in stream.events() if isinstance(event, Finished)]
     finally:
-        close_generation(services, job, stream)
+        close_generation(services, job)
     finished.sort(key=lambda event: event.index)
     return [Answer(event.text, event.reason) for event in finished], usage(job, finished)
 
@@ -133,7 +155,7 @@ class ChunkFormat(Protocol):
         """Return the chunks to send before any text."""
 
     def text(self, index: int, text: str) -> Mapping[str, Any]:
-        """Return the chunk for a piece of text."""
+        """Return the chunk for a piece of text; pieces of one index differ in nothing else."""
 
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         """Return the chunk that ends a choice."""
@@ -151,11 +173,7 @@ async def stream_response(
 
     def close() -> None:
         if not opening.cancel() and not opening.cancelled() and opening.exception() is None:
-            close_generation(services, job, opening.result())
-
-    def phase() -> str:
-        supervisor = job.model.supervisor
-        return f"loading {supervisor.progress:.0%}" if supervisor.status is Status.LOADING else "working"
+            close_generation(services, job)
 
     try:
         await asyncio.wait({opening}, timeout=EARLY)
@@ -165,28 +183,35 @@ async def stream_response(
         close()
         raise
     return EventStream(
-        _chunks(job, opening, chunks, include_usage=include_usage),
+        _events(job, opening, chunks, include_usage=include_usage),
         close=close,
-        phase=phase,
+        phase=functools.partial(phase, job),
         heartbeat=services.settings.heartbeat,
         headers=headers,
     )
 
 
-async def _chunks(
+async def _events(
     job: Job, opening: asyncio.Task[GenerationStream], chunks: ChunkFormat, *, include_usage: bool
-) -> AsyncIterator[Mapping[str, Any]]:
+) -> AsyncIterator[bytes]:
+    """Yield server-sent events; those of one step of the engine at once, since every piece costs a system call."""
+
+    @functools.cache
+    def text_event(index: int) -> TextEvent:
+        return TextEvent(functools.partial(chunks.text, index))
+
     stream = await asyncio.shield(opening)
     for chunk in await chunks.start():
-        yield chunk
+        yield event(chunk)
     finished: list[Finished] = []
-    async for event in stream.events():
-        if isinstance(event, Delta):
-            yield chunks.text(event.index, event.text)
-            continue
-        if event.text:
-            yield chunks.text(event.index, event.text)
-        yield chunks.finish(event.index, event.reason)
-        finished.append(event)
+    while arrived := await stream.arrived():
+        step = []
+        for each in arrived:
+            if each.text:
+                step.append(text_event(each.index)(each.text))
+            if isinstance(each, Finished):
+                step.append(event(chunks.finish(each.index, each.reason)))
+                finished.append(each)
+        yield b"".join(step)
     if include_usage:
-        yield chunks.usage(usage(job, finished))
+        yield event(chunks.usage(usage(job, finished)))

@@ -88,6 +88,7 @@ class GenerationOptions(BaseModel):
     n: Annotated[int, _or_default(1)] = Field(1, ge=1, le=MAX_SEQUENCES)
     stream: Annotated[bool, _or_default(default=False)] = False
     stream_options: StreamOptions | None = None
+    time_limit: float | None = Field(None, gt=0, le=_INT32, description="Seconds until the answer is cut short.")
     seed: int | None = Field(None, ge=-_INT64, le=_INT64, description="Null or -1: a random one.")
     temperature: Annotated[float, _or_default(1.0)] = Field(1.0, ge=0, le=100, description="0: most probable token.")
     top_p: Annotated[float, _or_default(0.95)] = Field(0.95, ge=0, le=1)
@@ -116,6 +117,7 @@ class GenerationOptions(BaseModel):
             choices=self.n,
             max_tokens=self._max_tokens(),
             stop=tuple(self.stop),
+            time_limit=self.time_limit,
             stream=self.stream,
         )
 

@@ -6,6 +6,7 @@ nothing of what the events mean.
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -21,24 +22,38 @@ logger = logging.getLogger(__name__)
 _json = msgspec.json.Encoder()
 
 
-def _event(body: Mapping[str, Any]) -> bytes:
+def event(body: Mapping[str, Any]) -> bytes:
+    """Return the event that carries this JSON object."""
     return b"data: " + _json.encode(body) + b"\n\n"
 
 
-async def _stream(chunks: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+class TextEvent:
+    """An event that is sent once a token and differs only in a text: all around the text is encoded just once."""
+
+    def __init__(self, body: Callable[[str], Mapping[str, Any]]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, self._after = event(body(mark)).split(_json.encode(mark))
+
+    def __call__(self, text: str) -> bytes:
+        """Return the event with this text."""
+        return self._before + _json.encode(text) + self._after
+
+
+async def _stream(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     try:
-        async for chunk in chunks:
-            yield _event(chunk)
+        async for some in events:
+            yield some
     except LlamaserveError as error:
-        yield _event(error.body())
+        yield event(error.body())
     except Exception:
         logger.exception("a stream failed")
-        yield _event(server_bug().body())
+        yield event(server_bug().body())
     yield b"data: [DONE]\n\n"
 
 
 class EventStream(EventSourceResponse):
-    """A streamed answer. ``close`` is called when the response is over, however it ended and even if it never began.
+    """A streamed answer, made of pieces of one or more whole events. ``close`` is called when the response is over,
+    however it ended and even if it never began.
 
     ``phase`` says in a word or two what is going on; it becomes the text of the comment lines sent every ``heartbeat``
     seconds.
@@ -46,7 +61,7 @@ class EventStream(EventSourceResponse):
 
     def __init__(
         self,
-        chunks: AsyncIterator[Mapping[str, Any]],
+        events: AsyncIterator[bytes],
         *,
         close: Callable[[], None],
         phase: Callable[[], str],
@@ -56,7 +71,7 @@ class EventStream(EventSourceResponse):
         def comment() -> ServerSentEvent:
             return ServerSentEvent(comment=phase(), sep="\n")
 
-        super().__init__(_stream(chunks), headers=headers, ping=heartbeat, ping_message_factory=comment, sep="\n")
+        super().__init__(_stream(events), headers=headers, ping=heartbeat, ping_message_factory=comment, sep="\n")
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,3 +80,14 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
+
+    async def _stream_response(self, send: Send) -> None:
+        """Send piece by piece, without the base class's timeout around each, which isn't used here and took a sixth of
+        this process's CPU time in a profile. Were this method not called, the base's own would do the same.
+        """
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for some in self.body_iterator:
+            await send({"type": "http.response.body", "body": some, "more_body": True})
+        async with self._send_lock:
+            self.active = False
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -20,6 +20,7 @@ from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.scheduler import Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
+from llamaserve.engine.threads import ThreadController
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -182,8 +183,11 @@ class Engine:
                 events += self._accept(chunk, next(sampled))
         return events
 
-    def _drafts(self, decoding: list[Sequence]) -> list[list[int]]:
-        """Guess how some sequences go on, as far as it is worth to evaluate the guesses in the next step."""
+    def _drafts(self, decoding: list[Sequence], limit: int) -> list[list[int]]:
+        """Guess how some sequences go on, as far as it is worth to evaluate the guesses in the next step, which has
+        room for ``limit`` of them.
+        """
+        limit = min(self._drafted_rows, limit)
         drafts: list[Draft] = []
         for sequence in decoding:
             if sequence.drafter is None:
@@ -191,8 +195,8 @@ class Engine:
             left = self._context - len(sequence.tokens)
             if sequence.generation.max_tokens is not None:
                 left = min(left, sequence.generation.max_tokens - sequence.generated)
-            drafts.append(sequence.drafter.draft(min(self._drafted_rows, left - 1)))
-        rows = choose_rows(drafts, self._costs.decode, len(decoding) + self._drafted_rows)
+            drafts.append(sequence.drafter.draft(min(limit, left - 1)))
+        rows = choose_rows(drafts, self._costs.decode, len(decoding) + limit)
         return [list(draft.tokens[:count]) for draft, count in zip(drafts, rows, strict=True)]
 
     def _take_note(self, chunks: list[Chunk], seconds: float) -> None:
@@ -305,6 +309,7 @@ class ContextEngine(Engine):
         cells: int | None = None,
         drafter: Callable[[list[int]], Drafter] = PromptLookup,
         observe: Callable[[Runner], Runner] = lambda runner: runner,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``cells`` limits what is used of the cache, and ``observe`` may put something between engine and runner."""
         # A split cache is the exact level: an answer there depends neither on its neighbours nor on what was cached. A
@@ -312,7 +317,14 @@ class ContextEngine(Engine):
         # are evaluated apart, two tokens after a cached prefix, and no rows of guessed tokens.
         exact = not params.kv_unified
         state = model.has_state
-        runner = LlamaRunner(native, model.vocab, batch=params.batch, max_tokens=params.context, prompts_apart=exact)
+        runner = LlamaRunner(
+            native,
+            model.vocab,
+            batch=params.batch,
+            max_tokens=params.context,
+            prompts_apart=exact,
+            interruptible=not state,
+        )
         cache = PrefixCache(
             native,
             params.parallel,
@@ -333,6 +345,7 @@ class ContextEngine(Engine):
             drafter=drafter,
             drafted_rows=DRAFTED_ROWS if params.speculation and can_take_back and not exact else 0,
             one_prompt_a_step=exact,
+            clock=clock,
         )
 
 
@@ -354,6 +367,22 @@ class LoadedEngine(ContextEngine):
             self.close()
             raise
         super().__init__(self._model, self._native, params)
+        self._threads = ThreadController(params.threads) if params.adaptive_threads else None
+        self._paused = True
+
+    def step(self) -> list[EngineEvent]:
+        """See ``Engine``."""
+        if self._threads is None:
+            return super().step()
+        if self._paused:
+            self._threads.resume()
+        events = super().step()
+        self._paused = self.idle
+        if self._paused:
+            self._threads.pause()
+        elif (threads := self._threads.update()) is not None and self._native is not None:
+            self._native.set_threads(threads)
+        return events
 
     def close(self) -> None:
         """Free the context and the weights."""

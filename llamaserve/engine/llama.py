@@ -293,6 +293,10 @@ class Context:
         lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
         return self.truncate(target, length)
 
+    def set_threads(self, threads: int) -> None:
+        """Use so many CPU threads from the next evaluation on."""
+        lib.llama_set_n_threads(self.handle, threads, threads)
+
     def interrupt(self) -> None:
         """Have the evaluation under way, if it can be, raise ``Interrupted``. The one method for other threads."""
         global _interrupting

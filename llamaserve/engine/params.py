@@ -19,8 +19,9 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     ``context`` is the largest number of tokens (prompt and answer) of one request, ``parallel`` the number of sequences
     evaluated at once, and ``batch`` the largest number of tokens in one step. ``kv_cells`` is the number of tokens that
     the key-value cache holds for all sequences together. ``kv_unified`` says that any sequence may use any cell;
-    otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``. ``prefix_cache`` allows
-    to reuse what was evaluated for another request, and ``speculation`` to evaluate guessed tokens beforehand.
+    otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``. ``adaptive_threads``
+    lets the number of ``threads`` fall while other programs use the cores, ``prefix_cache`` allows to reuse what was
+    evaluated for another request, and ``speculation`` to evaluate guessed tokens beforehand.
     """
 
     path: str
@@ -30,6 +31,7 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     kv_unified: bool
     batch: int
     threads: int
+    adaptive_threads: bool
     gpu_layers: GpuLayers
     flash_attention: FlashAttention
     key_type: KVType

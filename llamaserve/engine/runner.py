@@ -32,12 +32,21 @@ class LlamaRunner:
     """Runs chunks on one llama.cpp context."""
 
     def __init__(
-        self, context: Context, vocab: Vocab, *, batch: int, max_tokens: int, prompts_apart: bool = False
+        self,
+        context: Context,
+        vocab: Vocab,
+        *,
+        batch: int,
+        max_tokens: int,
+        prompts_apart: bool = False,
+        interruptible: bool = True,
     ) -> None:
         """With ``prompts_apart`` a prompt never shares a batch with decoding sequences, which would cut it to pieces
         that depend on them: in a split cache llama.cpp evaluates equal lengths together. The scheduler must not plan
-        more than one prompt a step then.
+        more than one prompt a step then. ``interruptible`` must be off for a model with recurrent state: llama.cpp
+        moves the states of other sequences as part of a step, and one that is given up leaves them where they were.
         """
+        self._interruptible = interruptible
         self._prompts_apart = prompts_apart
         self._context = context
         self._vocab = vocab
@@ -71,7 +80,7 @@ class LlamaRunner:
                 completed.append((chunk, row + 1 - sampled))
             else:
                 batch.add(tokens, start, sequence.slot, logits=0)
-        self._context.evaluate(batch, interruptible=any(chunk.length > 1 for chunk in chunks))
+        self._context.evaluate(batch, interruptible=self._interruptible and any(chunk.length > 1 for chunk in chunks))
         return [self._sample(chunk, row) for chunk, row in completed]
 
     def interrupt(self) -> None:

@@ -53,7 +53,7 @@ class Pace(Protocol):
 
 
 _in_order = attrgetter("arrival")
-Drafts = Callable[[list[Sequence]], list[list[int]]]  # guesses for some decoding sequences
+Drafts = Callable[[list[Sequence], int], list[list[int]]]  # guesses for some decoding sequences, so many in all
 
 
 class Scheduler:
@@ -194,11 +194,13 @@ class Scheduler:
 
     def _chunks(self) -> list[Chunk]:
         decoding = [sequence for sequence in self._running if sequence.decoding]
-        drafts = self._drafts(decoding) if self._drafts and decoding else [[]] * len(decoding)
-        chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)]
+        room = self._batch - len(decoding)
+        prompts: list[Chunk] = []
         if len(decoding) < len(self._running):
-            taken = sum(chunk.rows for chunk in chunks)
-            chunks += self._prompt_chunks(min(self._pace.prompt_tokens(len(decoding)), self._batch - taken))
+            prompts = self._prompt_chunks(min(self._pace.prompt_tokens(len(decoding)), room))
+            room -= sum(chunk.rows for chunk in prompts)
+        drafts = self._drafts(decoding, room) if self._drafts and decoding else [[]] * len(decoding)
+        chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)] + prompts
         return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
 
     def _prompt_chunks(self, budget: int) -> list[Chunk]:

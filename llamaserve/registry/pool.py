@@ -12,9 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from llamaserve.engine.events import Occupancy
-from llamaserve.engine.params import LoadParams
+from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.errors import ModelError, ModelFileMissing, ModelNotCapable, ModelNotFound, ModelNotLoaded
+from llamaserve.registry.admission import Admission
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.hardware import performance_cores
@@ -40,6 +43,7 @@ class ServedModel:
         self._header: GGUFHeader | None = None
         self._unreadable_until = 0.0
         self.supervisor = Supervisor(name, self._prepare)
+        self.admission = Admission(spec.parallel, spec.queue)
 
     @property
     def header(self) -> GGUFHeader:
@@ -68,6 +72,11 @@ class ServedModel:
         trained = self.header.context_length
         return self.spec.context if trained is None else min(self.spec.context, trained)
 
+    def limited(self, generation: Generation) -> Generation:
+        """Return the generation with a time limit no longer than the model's."""
+        limits = [limit for limit in (generation.time_limit, self.spec.time_limit) if limit is not None]
+        return msgspec.structs.replace(generation, time_limit=min(limits)) if limits else generation
+
     async def worker(self) -> WorkerProcess:
         """Return the process that runs the model, loading it first if need be."""
         return await self.supervisor.worker()
@@ -90,6 +99,7 @@ class ServedModel:
             kv_unified=unified,
             batch=max(spec.batch, spec.parallel),
             threads=performance_cores() if spec.threads == "auto" else spec.threads,
+            adaptive_threads=spec.threads == "auto",
             gpu_layers=spec.gpu_layers,
             flash_attention=spec.flash_attention,
             key_type=spec.key_type,

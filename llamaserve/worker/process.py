@@ -15,11 +15,12 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.errors import EngineCrashed, from_value, to_value
 from llamaserve.frames import FrameError, FrameStream
@@ -46,14 +47,52 @@ from llamaserve.worker.protocol import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _EXIT_GRACE = 5.0  # seconds between closing the socket and SIGKILL
 _LONGEST_LINE = 64 * 1024  # bytes of standard error
 _LONGEST_WORD = 500  # characters of one line that explains an end
+_AT_ONCE = 256  # events; what a slow client is behind is written in pieces, so that no large buffer is needed for it
 _LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
 
 # Threads that meet at a barrier spin for about 50 µs and then sleep: as fast as OpenMP's default on a quiet machine,
 # and it does not hold up every other program's threads on a busy one. No debugger is started when llama.cpp aborts.
 _CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+
+
+class _Inbox:
+    """The events of one request that are not taken yet. Unlike a queue it hands over all that a step brought at once,
+    and its taker wakes up once a step.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self.progress: Progress | None = None  # the latest, which wakes nobody
+
+    def put(self, event: Event) -> None:
+        """Add an event and wake the taker."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last event is a ``Failed``, after which there are no more."""
+        return bool(self._events) and isinstance(self._events[-1], Failed)
+
+    async def arrival(self) -> deque[Event]:
+        """Wait until there are events, and return them for the caller to take from the left. Raises what a ``Failed``
+        says once it is the first.
+        """
+        while not self._events:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        event = self._events[0]
+        if isinstance(event, Failed):
+            raise from_value(event.error)
+        return self._events
 
 
 class GenerationStream:
@@ -64,22 +103,38 @@ class GenerationStream:
         self._request = worker.next_request()
         self._open = len(prompts) * generation.choices
         frame = encode_command(Generate(self._request, prompts, generation))
-        self._events = worker.open_request(self._request, frame)
+        self._inbox = worker.open_request(self._request, frame)
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where a streamed request stood when the child last said so; None before that and from the first token on."""
+        return self._inbox.progress
 
     async def accepted(self) -> list[int]:
         """Wait until all prompts are found to fit, and return their lengths in tokens; raises why they don't."""
-        event = await self._next()
+        event = (await self._inbox.arrival()).popleft()
         assert isinstance(event, Accepted)
         return event.prompt_tokens
 
-    async def events(self) -> AsyncIterator[Delta | Finished]:
-        """Yield what is generated, in order, until every sequence has finished."""
-        while self._open:
-            event = await self._next()
+    async def arrived(self) -> list[Delta | Finished]:
+        """Wait for what is generated, and return what has come, in order: nothing once all sequences have finished."""
+        if not self._open:
+            return []
+        inbox = await self._inbox.arrival()
+        events: list[Delta | Finished] = []
+        while inbox and len(events) < _AT_ONCE and not isinstance(inbox[0], Failed):
+            event = inbox.popleft()
             assert isinstance(event, Delta | Finished)
             if isinstance(event, Finished):
                 self._open -= 1
-            yield event
+            events.append(event)
+        return events
+
+    async def events(self) -> AsyncIterator[Delta | Finished]:
+        """Yield what is generated, in order, until every sequence has finished."""
+        while events := await self.arrived():
+            for event in events:
+                yield event
 
     def stop(self) -> None:
         """End the request with a normal finish and the text so far."""
@@ -88,16 +143,9 @@ class GenerationStream:
     def close(self) -> None:
         """Take no more events; what is still being generated is dropped."""
         self._worker.close_request(self._request)
-        if self._open:
-            self._open = 0
+        if self._open and not self._inbox.failed:
             self._worker.send_soon(Cancel(self._request))
-
-    async def _next(self) -> Event:
-        event = await self._events.get()
-        if isinstance(event, Failed):
-            self._open = 0
-            raise from_value(event.error)
-        return event
+        self._open = 0
 
 
 class WorkerProcess:
@@ -108,7 +156,7 @@ class WorkerProcess:
         self._process = process
         self._link = link
         self._numbers = itertools.count(1)
-        self._requests: dict[int, asyncio.Queue[Event]] = {}
+        self._requests: dict[int, _Inbox] = {}
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,13 +230,13 @@ class WorkerProcess:
         """Return a number that no other request of this child has."""
         return next(self._numbers)
 
-    def open_request(self, request: int, frame: bytes) -> asyncio.Queue[Event]:
-        """Send a request's command, and return the queue into which its events come."""
+    def open_request(self, request: int, frame: bytes) -> _Inbox:
+        """Send a request's command, and return the place to which its events come."""
         if self.ended.is_set():
             raise self._crash()
         self._link.write(frame)
-        events = self._requests[request] = asyncio.Queue()
-        return events
+        inbox = self._requests[request] = _Inbox()
+        return inbox
 
     def close_request(self, request: int) -> None:
         """Drop events of the request that still arrive."""
@@ -200,17 +248,14 @@ class WorkerProcess:
             self._link.write(encode_command(command))
 
     async def _ask(self, command: Tokenize | Detokenize) -> Event:
-        answer = self.open_request(command.request, encode_command(command))
+        inbox = self.open_request(command.request, encode_command(command))
         try:
-            event = await answer.get()
+            return (await inbox.arrival()).popleft()
         finally:
             self.close_request(command.request)
-        if isinstance(event, Failed):
-            raise from_value(event.error)
-        return event
 
     async def _wait_until_ready(self, on_progress: Callable[[float], None]) -> None:
-        while (events := await self._read_events()) is not None:
+        while (events := await self._heard(self._read_events())) is not None:
             for event in events:
                 match event:
                     case Loading(fraction):
@@ -223,12 +268,15 @@ class WorkerProcess:
         raise EngineCrashed(f"the process that loaded {self._name} {self._end()}")
 
     async def _read_events(self) -> list[Event] | None:
-        """Return the events of the next frame, or None once the child has ended and its last words are read."""
-        frame = None
+        frame = await self._link.read()
+        return None if frame is None else decode_events(frame)
+
+    async def _heard(self, listening: Awaitable[T | None]) -> T | None:
+        """Return what is heard from the child, or None once it has ended and its last words are read."""
         try:
-            frame = await self._link.read()
-            if frame is not None:
-                return decode_events(frame)
+            heard = await listening
+            if heard is not None:
+                return heard
         except (FrameError, msgspec.MsgspecError) as error:
             logger.error("%s: the process sent what can't be read: %s", self._name, error)
             self._kill()
@@ -240,20 +288,26 @@ class WorkerProcess:
 
     async def _dispatch(self) -> None:
         """Hand out events until the child ends, then fail what is left."""
-        while (events := await self._read_events()) is not None:
-            for event in events:
-                if isinstance(event, Occupancy):
-                    self.occupancy = event
-                elif isinstance(event, RequestEvent) and event.request in self._requests:
-                    self._requests[event.request].put_nowait(event)
+        await self._heard(self._link.deliver(self._hand_out))
         self.ended.set()
         self._link.close()
         self.occupancy = Occupancy()
         crash = self._crash()
         if not self._closing:
             logger.error("%s", crash.message)
-        for request, queue in self._requests.items():
-            queue.put_nowait(Failed(request, to_value(crash)))
+        for request, inbox in self._requests.items():
+            inbox.put(Failed(request, to_value(crash)))
+
+    def _hand_out(self, frame: bytes) -> None:
+        for event in decode_events(frame):
+            if isinstance(event, Occupancy):
+                self.occupancy = event
+            elif isinstance(event, RequestEvent) and (inbox := self._requests.get(event.request)) is not None:
+                if isinstance(event, Progress):
+                    inbox.progress = event
+                else:
+                    inbox.progress = None
+                    inbox.put(event)
 
     async def _read_standard_error(self) -> None:
         """Log what the child says, line by line; an endless line is cut into pieces."""

@@ -30,6 +30,16 @@ def small_server(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield running
 
 
+@pytest.fixture(scope="session")
+def narrow_server(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One sequence at a time, and one more that may wait; streams that wait say so five times a second."""
+    folder = tmp_path_factory.mktemp("narrow")
+    path = write_models_file(folder, starter_model, "context: 2048, parallel: 1, queue: 1, time_limit: 60")
+    environment = {"LLAMASERVE_HEARTBEAT": "0.2"}
+    with RunningServer("serve", "smollm2-135m", "--models-file", str(path), environment=environment) as running:
+        yield running
+
+
 @pytest.fixture
 def fresh_server(starter_model: Path, tmp_path: Path) -> Iterator[RunningServer]:
     """A server for one test alone, in settings of the exact level, whose weights are a copy in ``tmp_path``."""

@@ -324,6 +324,44 @@ def test_a_killed_child_fails_every_open_request(params: LoadParams) -> None:
     _with_worker(params, test)
 
 
+def test_what_came_before_a_crash_is_still_given(params: LoadParams) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        stream = worker.generate([_PROMPTS[0]], _ENDLESS)
+        await stream.accepted()
+        before = await stream.arrived()
+        assert before
+        await asyncio.sleep(0.3)
+        os.kill(worker.pid, signal.SIGKILL)
+        await worker.ended.wait()
+        rest = await stream.arrived()
+        assert len(rest) > 1
+        assert all(isinstance(event, Delta) for event in before + rest)
+        for _ in range(2):
+            with pytest.raises(EngineCrashed, match="SIGKILL"):
+                await stream.arrived()
+        stream.close()
+
+    _with_worker(params, test)
+
+
+def test_who_comes_late_gets_all_events_in_pieces(load_params: LoadParams) -> None:
+    long = msgspec.structs.replace(_ENDLESS, max_tokens=300)
+
+    async def test(worker: WorkerProcess) -> None:
+        stream = worker.generate([_PROMPTS[0]], long)
+        await stream.accepted()
+        text, _ = await _answer(worker.generate([_PROMPTS[0]], long))  # began later, so it ends later
+        pieces = []
+        while events := await stream.arrived():
+            pieces.append(events)
+        assert 1 < len(pieces) < 10
+        assert isinstance(pieces[-1][-1], Finished)
+        assert "".join(event.text for events in pieces for event in events) == text
+        stream.close()
+
+    _with_worker(load_params, test)
+
+
 def test_closing_fails_open_requests_too(params: LoadParams) -> None:
     async def test(worker: WorkerProcess) -> None:
         stream = worker.generate([_PROMPTS[0]], _ENDLESS)

@@ -21,6 +21,7 @@ _LOAD = LoadParams(
     kv_unified=True,
     batch=4,
     threads=5,
+    adaptive_threads=True,
     gpu_layers=6,
     flash_attention="auto",
     key_type="f16",
