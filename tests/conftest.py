@@ -60,6 +60,7 @@ def load_params(starter_model: Path) -> LoadParams:
         key_type="f16",
         value_type="f16",
         prefix_cache=True,
+        spill=0,
         speculation=True,
     )
 

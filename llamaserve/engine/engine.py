@@ -83,6 +83,11 @@ class Engine:
         """Whether ``step`` has nothing to do."""
         return self._scheduler.idle
 
+    @property
+    def steady(self) -> bool:
+        """Whether the next step is one like the last: every sequence decodes, and none waits."""
+        return self._scheduler.steady
+
     def encode(self, prompt: str | TokenSequence[int]) -> list[int]:
         """Return a prompt's tokens, or raise why it can't be answered. Thread-safe, and quick for absurd lengths."""
         if isinstance(prompt, str):
@@ -221,12 +226,13 @@ class Engine:
         if now < self._next_progress:
             return []
         self._next_progress = now + _PROGRESS_INTERVAL
+        begun = {sequence.request for sequence in self._scheduler.sequences if sequence.generated}
         reports: dict[int, Progress] = {}
         for place, sequence in enumerate(self._scheduler.waiting, start=1):
-            if sequence.generation.stream and not sequence.generated:
+            if sequence.generation.stream and sequence.request not in begun:
                 reports.setdefault(sequence.request, Progress(sequence.request, place, 0, sequence.prompt_length))
         for sequence in self._scheduler.running:
-            if sequence.generation.stream and not sequence.generated:
+            if sequence.generation.stream and sequence.request not in begun:
                 report = Progress(sequence.request, 0, sequence.evaluated, sequence.prompt_length)
                 reports[sequence.request] = report
         return list(reports.values())
@@ -334,6 +340,7 @@ class ContextEngine(Engine):
             spare=SPARE if params.kv_unified and not state else 0,
             divisible=not state,
             kept_back=2 if exact else 1,
+            spill=params.spill,
         )
         can_take_back = not state and not model.sliding_window
         super().__init__(

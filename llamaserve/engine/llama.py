@@ -98,7 +98,7 @@ def context_params(params: LoadParams) -> Any:
     native.n_ctx = params.kv_cells
     native.n_batch = params.batch
     native.n_ubatch = params.batch
-    native.n_seq_max = params.parallel
+    native.n_seq_max = params.parallel + _scratch_sequences(params)
     # A row of logits for each sequence and guess: llama.cpp would reserve one for each token of a batch.
     native.n_outputs_max = params.parallel + (DRAFTED_ROWS if params.speculation else 0)
     native.n_threads = params.threads
@@ -110,6 +110,13 @@ def context_params(params: LoadParams) -> Any:
     native.swa_full = False
     native.no_perf = True
     return native
+
+
+def _scratch_sequences(params: LoadParams) -> int:
+    """Return the number of sequence ids to reserve: in a unified cache, where ids beyond those that can be evaluated
+    hold prefixes, llama.cpp saves the state of the former only.
+    """
+    return 1 if params.kv_unified and params.spill else 0
 
 
 class Vocab:
@@ -242,6 +249,7 @@ class Context:
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
         self._unified = params.kv_unified
+        self._scratch = params.parallel if _scratch_sequences(params) else None
         self._logits: dict[int, npt.NDArray[np.float32]] = {}  # by address: one for each row that had some
 
     def evaluate(self, batch: Batch, *, interruptible: bool = False) -> None:
@@ -292,6 +300,26 @@ class Context:
         whole = (-1, -1)
         lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
         return self.truncate(target, length)
+
+    def save(self, sequence: int) -> bytearray:
+        """Return the state of a sequence, 23 kB a token of the starter model; nothing when llama.cpp can't."""
+        if self._scratch is not None:
+            lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, -1, -1)
+        source = sequence if self._scratch is None else self._scratch
+        state = bytearray(lib.llama_state_seq_get_size(self.handle, source))
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        written = lib.llama_state_seq_get_data(self.handle, buffer, len(state), source)
+        if self._scratch is not None:
+            lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        return state if written == len(state) else bytearray()
+
+    def restore(self, sequence: int, state: bytearray) -> bool:
+        """Give an empty sequence a state that was saved; False when there are no cells for it."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        if lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence):
+            return True
+        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        return False
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads from the next evaluation on."""

@@ -12,6 +12,7 @@ from llamaserve.engine.costs import StepCosts
 
 _SHARE = 0.9  # of the time that decoding takes, what prompts may take beside it
 _SAVINGS = 0.25  # seconds that prompts may be ahead
+_DEBT = 2.0  # seconds that they may be behind: a step that took longer was held up by something else
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
 _STEP = 0.5  # seconds of a step of prompts alone: how long a request that comes meanwhile waits for its turn
 _LEAST = 8  # tokens: fewer at a time are evaluated no faster
@@ -37,7 +38,8 @@ class TimeShare:
             return
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams
-        self._balance = min(_SAVINGS, self._balance + _SHARE * for_streams - for_prompts)
+        balance = self._balance + _SHARE * for_streams - for_prompts
+        self._balance = max(-_DEBT, min(_SAVINGS, balance))
 
     def _tokens_in(self, seconds: float) -> int:
         return min(self._batch, max(_LEAST, round(seconds / self._costs.prompt_token)))

@@ -14,8 +14,10 @@ from itertools import count
 from typing import Protocol
 
 from llamaserve.engine.sequence import Sequence
+from llamaserve.engine.spill import Spill, Spilled
 
 SPARE = 64  # finished sequences that are kept beside the running ones; llama.cpp has 256 ids
+_WORTH_SPILLING = 64  # tokens: fewer are evaluated about as fast as they are saved and brought back
 _BLOCK = 256  # tokens compared at once: comparing list slices is far faster than comparing tokens
 
 
@@ -29,6 +31,12 @@ class Memory(Protocol):
         """Make an empty sequence begin with the first ``length`` tokens of another one; return how many it now has,
         which is that or 0.
         """
+
+    def save(self, sequence: int) -> bytearray:
+        """Return a sequence's state as bytes; none when that is not possible."""
+
+    def restore(self, sequence: int, state: bytearray) -> bool:
+        """Give an empty sequence a state that was saved; False, and it stays empty, when that is not possible."""
 
     def clear(self) -> None:
         """Forget everything."""
@@ -109,20 +117,23 @@ class PrefixCache:
         spare: int = SPARE,
         divisible: bool = True,
         kept_back: int = 1,
+        spill: int = 0,
     ) -> None:
         """``reuses``: what was evaluated for one sequence may serve another. ``shares_cells``: a copy takes no cells.
         ``spare``: number of further sequence ids, which hold finished sequences; without, those stay in their slots
         until others need them. ``divisible``: a sequence's tokens can be cut at any place; otherwise only all of them
-        can be reused. ``kept_back``: how many of a prompt's last tokens are always evaluated, at least 1.
+        can be reused. ``kept_back``: how many of a prompt's last tokens are always evaluated, at least 1. ``spill``:
+        bytes of main memory for prefixes that have to leave the cache.
         """
         self._memory = memory
         self._reuses = reuses
         self._shares_cells = shares_cells
-        self._divisible = divisible
+        self.divisible = divisible
         self._kept_back = kept_back
         self._slots = [_Prefix(number) for number in range(slots)]
-        self._spare = [_Prefix(slots + number) for number in range(spare)]
+        self._spare = [_Prefix(slots + 1 + number) for number in range(spare)]  # the id between is left to ``Memory``
         self._prefixes = [*self._slots, *self._spare]
+        self._spill = Spill(spill)
         self._clock = count(1)
         self.cells = cells
         self.used_cells = 0  # cells with tokens in them, each counted once however many prefixes share it
@@ -138,7 +149,8 @@ class PrefixCache:
 
     def reusable(self, wanted: TokenSequence[int]) -> int:
         """Return how many of the wanted tokens a sequence that starts now would find resident."""
-        return max(self._reusable_of(prefix, wanted) for prefix in self._prefixes)
+        resident = max(self._reusable_of(prefix, wanted) for prefix in self._prefixes)
+        return max(resident, self._spilled(wanted)[0])
 
     def held_cells(self) -> int:
         """Return the number of cells that running sequences hold."""
@@ -162,11 +174,12 @@ class PrefixCache:
         if slot is donor:
             self._cut(slot, reusable)
         else:
-            self._cut(slot, 0)
+            self._evict(slot)
             if reusable:
                 self._copy(donor, slot, reusable)
             if whole and slot.length == reusable:
                 self._cut(donor, 0)  # it holds nothing that the slot does not
+        self._bring_back(slot, wanted)
         sequence.slot = slot.id
         sequence.evaluated = slot.length
         slot.owner = sequence
@@ -204,6 +217,7 @@ class PrefixCache:
     def forget_all(self) -> None:
         """Drop all that the cache holds, because it may be wrong. Running sequences begin again."""
         self._memory.clear()
+        self._spill.clear()
         self.used_cells = 0
         for prefix in self._prefixes:
             prefix.idle_tokens = []
@@ -220,7 +234,10 @@ class PrefixCache:
         for prefix in sorted(self._idle(), key=lambda prefix: prefix.last_used):
             missing = cells - (self.cells - self.used_cells)
             keep = max(0, prefix.length - missing)
-            self._cut(prefix, keep if prefix.cells_freed_from(keep) >= missing and self._divisible else 0)
+            if self.divisible and prefix.cells_freed_from(keep) >= missing and not self._spill.budget:
+                self._cut(prefix, keep)
+            else:
+                self._evict(prefix)
             if self.cells - self.used_cells >= cells:
                 return True
         return False
@@ -241,7 +258,7 @@ class PrefixCache:
 
     def _reusable_of(self, prefix: _Prefix, wanted: TokenSequence[int]) -> int:
         common = prefix.common(wanted)
-        return common if self._divisible or common == prefix.length else 0
+        return common if self.divisible or common == prefix.length else 0
 
     def _slot_for(self, donor: _Prefix, *, in_place: bool) -> _Prefix:
         """Return the idle slot for a sequence that begins like the donor: the donor itself if it may go on in place,
@@ -255,7 +272,7 @@ class PrefixCache:
     def _set_aside(self, slot: _Prefix) -> None:
         """Move a finished sequence to a spare id, so that its slot is free for another."""
         spare = min(self._spare, key=lambda prefix: prefix.last_used if prefix.idle_tokens else 0)
-        self._cut(spare, 0)
+        self._evict(spare)
         if self._memory.copy(slot.id, spare.id, len(slot.idle_tokens)):
             self._memory.truncate(slot.id, 0)
             spare.idle_tokens, slot.idle_tokens = slot.idle_tokens, []
@@ -276,6 +293,35 @@ class PrefixCache:
         slot.runs = donor.runs[: self._boundary(donor, length)]
         for run in slot.runs:
             run.holders += 1
+
+    def _evict(self, prefix: _Prefix) -> None:
+        """Drop an idle prefix from the cache, into main memory if there is room for it."""
+        if self._spill.budget and len(prefix.idle_tokens) >= _WORTH_SPILLING and prefix.cells_freed_from(0):
+            state = self._memory.save(prefix.id)
+            if state:
+                self._spill.put(Spilled(prefix.idle_tokens[:], state))
+        self._cut(prefix, 0)
+
+    def _spilled(self, wanted: TokenSequence[int]) -> tuple[int, Spilled | None]:
+        """Return the spilled prefix that would save most tokens, and how many."""
+
+        def common(tokens: TokenSequence[int]) -> int:
+            shared = common_prefix(tokens, wanted)
+            return shared if self.divisible or shared == len(tokens) else 0
+
+        return self._spill.best(common)
+
+    def _bring_back(self, slot: _Prefix, wanted: TokenSequence[int]) -> None:
+        """Let an idle slot hold a spilled prefix instead, if that is much longer than what it holds."""
+        shared, spilled = self._spilled(wanted)
+        if spilled is None or shared < slot.length + _WORTH_SPILLING:
+            return
+        self._cut(slot, 0)
+        self._spill.take(spilled)
+        if self.make_room(len(spilled.tokens)) and self._memory.restore(slot.id, spilled.state):
+            slot.idle_tokens = spilled.tokens
+            self.used_cells += len(spilled.tokens)
+            self._cut(slot, shared)
 
     def _cut(self, prefix: _Prefix, length: int) -> None:
         """Shorten an idle prefix; to nothing where llama.cpp can't cut it there."""

@@ -84,6 +84,11 @@ class Scheduler:
         return not self._running and not self._waiting
 
     @property
+    def steady(self) -> bool:
+        """Whether every sequence decodes and none waits."""
+        return not self._waiting and all(sequence.decoding for sequence in self._running)
+
+    @property
     def running(self) -> list[Sequence]:
         """The sequences that have a slot, in order of arrival."""
         return list(self._running)
@@ -140,7 +145,8 @@ class Scheduler:
         """Make the next plan smaller after llama.cpp found no cells for this one; False when that is not possible."""
         if self._cache.drop_idle():
             return True
-        if len(self._running) > 1:  # there are fewer cells than were counted on; the next plan preempts
+        drafts = any(chunk.draft for chunk in chunks)
+        if drafts or len(self._running) > 1:  # there are fewer cells than were counted on; the next plan has less
             self._cache.cells = self._cache.used_cells + sum(chunk.rows for chunk in chunks) - 1
             return True
         return False
@@ -182,6 +188,8 @@ class Scheduler:
                 return True
             sequence.leader = None
         wanted = self._cache.wanted(sequence)
+        if not self._cache.divisible:  # a beginning can't be copied from a sequence that has gone on
+            return False
         reusable = self._cache.reusable(wanted)
         for other in self._running:
             if other.evaluated >= other.prompt_length:

@@ -29,6 +29,8 @@ from llamaserve.worker.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+MEBIBYTE = 1024 * 1024
+
 _FAILURE_KEPT = 5.0  # seconds for which a header that could not be read is not tried again, only to list the model
 
 
@@ -105,6 +107,7 @@ class ServedModel:
             key_type=spec.key_type,
             value_type=spec.value_type,
             prefix_cache=spec.prefix_cache,
+            spill=spec.spill * MEBIBYTE if spec.prefix_cache else 0,
             speculation=spec.speculation,
         )
 

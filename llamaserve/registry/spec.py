@@ -56,7 +56,8 @@ def _on_off(value: object) -> object:
 class RunOptions(BaseModel):
     """How a model is run. ``context`` is the tokens of one request, ``parallel`` the requests evaluated together,
     ``kv_cells`` the tokens that the key-value cache holds for all of them (None: as many as one context) and
-    ``batch`` the tokens of one step. ``queue`` is how many requests may wait, and ``time_limit`` the seconds of one.
+    ``batch`` the tokens of one step. ``spill`` is MiB of main memory for prefixes that the cache has no cells for,
+    ``queue`` how many answers may wait, and ``time_limit`` the seconds of a request.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +72,7 @@ class RunOptions(BaseModel):
     key_type: KVType = "f16"
     value_type: KVType = "f16"
     prefix_cache: Annotated[bool, Field(strict=True)] = True
+    spill: Annotated[int, Field(strict=True, ge=0, le=1 << 30)] = 0
     speculation: Annotated[bool, Field(strict=True)] = True
     queue: Annotated[int, Field(strict=True, ge=0, le=1 << 20)] = 64
     time_limit: Annotated[float, Field(gt=0, le=1 << 30)] | None = None

@@ -25,6 +25,7 @@ class FakeMemory:
         self.cells: dict[int, list[_Cell]] = {}
         self.evaluated = 0  # tokens, ever
         self.copied = 0  # tokens, ever
+        self.restored = 0  # tokens, ever
 
     @property
     def tokens(self) -> dict[int, list[int]]:
@@ -66,6 +67,17 @@ class FakeMemory:
         self.cells[target] = copied if self.shares else [_Cell(cell.token) for cell in copied]
         self.copied += length
         return length
+
+    def save(self, sequence: int) -> bytearray:
+        """See ``Memory``: one byte a token, so tokens must be small."""
+        return bytearray(self.resident(sequence))
+
+    def restore(self, sequence: int, state: bytearray) -> bool:
+        """See ``Memory``."""
+        assert not self.cells.get(sequence), f"sequence {sequence} is not empty"
+        self.cells[sequence] = [_Cell(token) for token in state]
+        self.restored += len(state)
+        return True
 
     def clear(self) -> None:
         """See ``Memory``."""

@@ -398,3 +398,53 @@ def test_a_sampler_that_llama_cpp_refuses_is_an_engine_error() -> None:
     finally:
         chain.close()
         chain.close()
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_sequence_that_was_saved_and_restored_goes_on_the_same(
+    load_params: LoadParams, model: Model, unified: bool
+) -> None:
+    """Also one that lies under an id that can't be evaluated, where finished sequences are kept in a unified cache."""
+    attention = "auto" if unified else "off"
+    params = _changed(
+        load_params, kv_unified=unified, flash_attention=attention, context=256, kv_cells=1024, spill=1 << 30
+    )
+    context = Context(model, params)
+    try:
+        tokens = model.vocab.tokenize("Once upon a time there was a fox who", add_bos=True, parse_special=False)
+        batch = Batch(16)
+        row = batch.add([*tokens, 28], 0, 0, logits=1)
+        context.evaluate(batch)
+        expected = context.logits(row).copy()
+        assert context.truncate(0, len(tokens)) == len(tokens)
+        kept = 0
+        if unified:
+            kept = 40
+            assert context.copy(0, kept, len(tokens)) == len(tokens)
+            context.truncate(0, 0)
+        state = context.save(kept)
+        assert len(state) > 1000 * len(tokens)
+        context.clear()
+        assert context.restore(2, state)
+        batch.clear()
+        row = batch.add([28], len(tokens), 2, logits=1)
+        context.evaluate(batch)
+        assert np.abs(context.logits(row) - expected).max() < 1.0
+        assert context.logits(row).argmax() == expected.argmax()
+    finally:
+        context.close()
+
+
+def test_a_state_that_has_no_room_is_not_restored(load_params: LoadParams, model: Model) -> None:
+    params = _changed(load_params, kv_unified=True, flash_attention="auto", context=256, kv_cells=256, spill=1 << 30)
+    context = Context(model, params)
+    try:
+        batch = Batch(200)
+        batch.add([5] * 200, 0, 0, logits=0)
+        context.evaluate(batch)
+        state = context.save(0)
+        assert not context.restore(1, state)
+        assert context.truncate(0, 0) == 0
+        assert context.restore(1, state)
+    finally:
+        context.close()

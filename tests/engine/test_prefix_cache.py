@@ -233,3 +233,38 @@ def test_tokens_guessed_wrong_are_taken_back() -> None:
     sequence.tokens.append(50)
     cache.rewind(sequence, 2)
     assert (sequence.evaluated, cache.used_cells, memory.used) == (2, 5, 5), "the other prefix keeps what was shared"
+
+
+def test_what_leaves_the_cache_comes_back_from_main_memory() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 250, spill=250)
+    one, other = [1] * 100 + [2] * 100, [3] * 200
+    _leave_prefix(cache, memory, one)
+    assert cache.make_room(200), "the first one leaves"
+    assert memory.used == cache.used_cells == 0
+    _leave_prefix(cache, memory, other)
+    sequence = _sequence([*one[:150], 9])
+    assert cache.reusable(cache.wanted(sequence)) == 150
+    cache.acquire(sequence)
+    assert sequence.evaluated == 150
+    assert memory.resident(sequence.slot or 0) == one[:150]
+    assert memory.restored == 200
+    assert cache.used_cells == memory.used == 150, "the other one made room"
+    cache.release(sequence)
+    again = _sequence([*other, 9])
+    cache.acquire(again)
+    assert (again.evaluated, memory.restored) == (200, 400)
+    assert cache.used_cells == memory.used == 200
+
+
+def test_main_memory_is_never_over_its_budget() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 100, spill=250)
+    for token in (1, 2, 3, 4):
+        _leave_prefix(cache, memory, [token] * 100)
+        assert cache.make_room(100)
+    found = [cache.reusable([token] * 100) for token in (1, 2, 3, 4)]
+    assert found == [0, 0, 100, 100]
+    _leave_prefix(cache, memory, [5] * 63)
+    assert cache.make_room(100)
+    assert cache.reusable([5] * 63) == 0, "short ones are not worth it"

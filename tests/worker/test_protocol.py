@@ -27,6 +27,7 @@ _LOAD = LoadParams(
     key_type="f16",
     value_type="bf16",
     prefix_cache=True,
+    spill=0,
     speculation=False,
 )
 _COMMANDS = [
