@@ -7,7 +7,7 @@ from collections.abc import Sequence as TokenSequence
 from typing import Protocol
 
 from llamaserve.engine.llama import Batch, Context, SamplerChain, Vocab
-from llamaserve.engine.sampling import build_chain
+from llamaserve.engine.sampling import Greedy, build_sampler
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
 from llamaserve.errors import EngineError
@@ -92,7 +92,7 @@ class LlamaRunner:
         drawn as it would be without a draft, from the same logits and with the same random number.
         """
         sampler = chunk.sequence.sampler or self._start_sampling(chunk.sequence)
-        assert isinstance(sampler, SamplerChain)
+        assert isinstance(sampler, Greedy | SamplerChain)
         tokens: list[int] = []
         for guess in (*chunk.draft, None):
             # max() is NaN as soon as one logit is: such a model would stream noise, or trip an assertion in a sampler.
@@ -103,12 +103,12 @@ class LlamaRunner:
                 break
         return tokens
 
-    def _start_sampling(self, sequence: Sequence) -> SamplerChain:
-        sequence.sampler = chain = build_chain(
+    def _start_sampling(self, sequence: Sequence) -> Greedy | SamplerChain:
+        sequence.sampler = sampler = build_sampler(
             sequence.generation.sampling,
             self._vocab,
             history=sequence.tokens,
             context=self._max_tokens,
             choice=sequence.choice,
         )
-        return chain
+        return sampler

@@ -1,4 +1,4 @@
-"""From a request's sampling options to a chain of llama.cpp's samplers.
+"""From a request's sampling options to what samples: mostly a chain of llama.cpp's samplers.
 
 The order is that of the seed API: logit bias, penalties, temperature, top-k, top-p, min-p, then the draw. Knows nothing
 of requests or batches.
@@ -8,22 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaserve.engine.llama import SamplerChain, Vocab
+from llamaserve.engine.llama import Context, SamplerChain, Vocab
 from llamaserve.engine.params import Sampling
 
 _WHOLE_TEXT = 0  # our repetition_penalty_range for "all tokens"
 _GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
 
 
-def build_chain(sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int) -> SamplerChain:
-    """Return a chain for one sequence whose penalties already know ``history``, the prompt.
+class Greedy:
+    """Picks the most probable token. llama.cpp's sampler for this makes a list of the whole vocabulary first: 95 µs
+    instead of 5 for 49,152 tokens.
+    """
+
+    def sample(self, context: Context, row: int) -> int:
+        """Pick a token from a row's logits, which must be numbers."""
+        return int(context.logits(row).argmax())
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+def build_sampler(
+    sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int
+) -> Greedy | SamplerChain:
+    """Return what samples one sequence; its penalties already know ``history``, the prompt.
 
     ``context`` is the largest number of tokens a sequence can have; ``choice`` is added to the seed.
     """
+    window = _penalty_window(sampling, context)
+    if sampling.temperature < _GREEDY_BELOW and not sampling.logit_bias and not window:
+        return Greedy()
     chain = SamplerChain()
     if sampling.logit_bias:
         chain.add_logit_bias(vocab, sampling.logit_bias)
-    window = _penalty_window(sampling, context)
     if window:
         chain.add_penalties(
             vocab, window, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty

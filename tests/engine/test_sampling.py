@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llamaserve.engine.llama import Batch, Context, Model, Vocab
+from llamaserve.engine.llama import Batch, Context, Model, SamplerChain, Vocab
 from llamaserve.engine.params import LoadParams, Sampling
-from llamaserve.engine.sampling import build_chain
+from llamaserve.engine.sampling import Greedy, build_sampler
 from llamaserve.errors import InvalidRequest
 
 _PROMPT = "Yesterday I saw a"  # after which many tokens are probable
@@ -43,7 +43,7 @@ class Row:
         """Sample so many times with one chain, which accepts each token."""
         sampling = Sampling(**{"seed": 1, "top_p": 1.0, **options})
         history = self.tokens if history is None else history
-        chain = build_chain(sampling, self.vocab, history=history, context=context, choice=choice)
+        chain = build_sampler(sampling, self.vocab, history=history, context=context, choice=choice)
         try:
             return [chain.sample(self.context, self.number) for _ in range(times)]
         finally:
@@ -194,7 +194,7 @@ def test_range_0_means_the_whole_text_however_long(row: Row) -> None:
 def test_a_huge_range_costs_no_more_than_the_context(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """llama.cpp allocates and walks that many cells: 2**31 - 1 of them are 8 GB and half a minute."""
     seen: list[int] = []
-    chain_type = type(build_chain(Sampling(seed=1), row.vocab, history=[], context=8, choice=0))
+    chain_type = type(build_sampler(Sampling(seed=1), row.vocab, history=[], context=8, choice=0))
     monkeypatch.setattr(chain_type, "add_penalties", lambda self, vocab, last, *others: seen.append(last))
     row.draw(temperature=0.0, presence_penalty=1.0, repetition_penalty_range=2**31 - 1, context=_CONTEXT)
     assert seen[0] <= _CONTEXT
@@ -256,3 +256,14 @@ def test_cut_draws_have_the_renormalised_frequencies(row: Row) -> None:
     expected = row.probabilities()
     expected[row.best[10:]] = 0
     _assert_fits(row.draw(2000, seed=43, top_k=10), expected / expected.sum())
+
+
+def test_the_most_probable_token_is_the_one_that_llama_cpp_picks(row: Row) -> None:
+    chain = SamplerChain()
+    chain.add_greedy()
+    try:
+        assert row.draw(2, temperature=0.0) == [chain.sample(row.context, row.number)] * 2 == [row.best[0]] * 2
+    finally:
+        chain.close()
+    plain = build_sampler(Sampling(seed=1, temperature=0.0), row.vocab, history=[], context=8, choice=0)
+    assert isinstance(plain, Greedy)
