@@ -340,7 +340,9 @@ class ContextEngine(Engine):
             spare=SPARE if params.kv_unified and not state else 0,
             divisible=not state,
             kept_back=2 if exact else 1,
-            spill=params.spill,
+            # In a split cache llama.cpp puts copies off until the next evaluation, and would overwrite what is brought
+            # back meanwhile.
+            spill=params.spill if params.kv_unified else 0,
         )
         can_take_back = not state and not model.sliding_window
         super().__init__(

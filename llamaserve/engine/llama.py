@@ -100,7 +100,8 @@ def context_params(params: LoadParams) -> Any:
     native.n_ubatch = params.batch
     native.n_seq_max = params.parallel + _scratch_sequences(params)
     # A row of logits for each sequence and guess: llama.cpp would reserve one for each token of a batch.
-    native.n_outputs_max = params.parallel + (DRAFTED_ROWS if params.speculation else 0)
+    # It ends the process when there are fewer than sequence ids.
+    native.n_outputs_max = native.n_seq_max + (DRAFTED_ROWS if params.speculation else 0)
     native.n_threads = params.threads
     native.n_threads_batch = params.threads
     native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence as TokenSequence
 
 from fake_memory import FakeMemory
+from simulated_clock import SimulatedClock
 
 from llamaserve.engine.engine import Engine
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
@@ -14,6 +15,7 @@ from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
+from llamaserve.engine.speculation import Drafter, PromptLookup
 from llamaserve.errors import EngineError, InvalidRequest, OutOfCells
 
 END = 256  # the end-of-generation token
@@ -65,13 +67,22 @@ class ScriptedRunner:
 
     ``fail`` is asked before each step and may return an error to raise, ``spoil`` for each token; ``during`` runs
     within a step.
-    ``cells`` is what the cache really holds, if that is less than the engine believes.
+    ``cells`` is what the cache really holds, if that is less than the engine believes. A simulated clock goes on with
+    each step.
     """
 
-    def __init__(self, memory: FakeMemory, answers: dict[tuple[int, int], bytes], cells: int | None) -> None:
+    def __init__(
+        self,
+        memory: FakeMemory,
+        answers: dict[tuple[int, int], bytes],
+        cells: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.memory = memory
         self.answers = answers
         self.cells = cells
+        self.clock = clock
+        self.drafts: list[tuple[int, int]] = []  # the length of each, and how much of it was right
         self.steps = 0
         self.fail: Callable[[TokenSequence[Chunk]], EngineError | None] = lambda chunks: None
         self.spoil: Callable[[Sequence], EngineError | None] = lambda sequence: None
@@ -90,6 +101,8 @@ class ScriptedRunner:
         if self.cells is not None and self.memory.used + sum(chunk.rows for chunk in chunks) > self.cells:
             raise OutOfCells("the key-value cache is full")
         self._interrupted = False
+        if isinstance(self.clock, SimulatedClock):
+            self.clock.pass_step(sum(chunk.rows for chunk in chunks))
         self.during()
         outcomes: list[list[int]] = []
         for chunk in chunks:
@@ -113,6 +126,8 @@ class ScriptedRunner:
             sampled.append(self._next(chunk.sequence, chunk.sequence.generated + len(sampled)))
             if sampled[-1] != guess:
                 break
+        if chunk.draft:
+            self.drafts.append((len(chunk.draft), len(sampled) - 1))
         return sampled
 
     def _next(self, sequence: Sequence, generated: int) -> int:
@@ -135,10 +150,11 @@ class FakeModel:
         batch: int = 16,
         context: int = 60,
         drafted_rows: int = 0,
+        drafter: Callable[[list[int]], Drafter] = PromptLookup,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.memory = FakeMemory()
-        self.runner = ScriptedRunner(self.memory, answers or {}, real_cells)
+        self.runner = ScriptedRunner(self.memory, answers or {}, real_cells, clock)
         self.cache = PrefixCache(self.memory, slots, cells)
         self.engine = Engine(
             self.runner,
@@ -147,6 +163,7 @@ class FakeModel:
             batch=batch,
             context=context,
             drafted_rows=drafted_rows,
+            drafter=drafter,
             clock=clock,
         )
         self.events: list[EngineEvent] = []

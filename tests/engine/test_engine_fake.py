@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from fake_model import END, SAMPLING, FakeModel, FakeSampler
 from hypothesis import given, strategies as st
+from simulated_clock import SimulatedClock
 
 from llamaserve import errors
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
+from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Generation, Sampling
+from llamaserve.engine.speculation import Draft
 from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest
 
 _stops = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3).map(tuple)
@@ -394,6 +397,289 @@ def test_occupancy_is_told_when_it_changes() -> None:
     assert (last.running, last.waiting) == (0, 0)
 
 
+# Time limits
+
+
+def _limited(step: float = 1.0, **options: int) -> tuple[FakeModel, SimulatedClock]:
+    """A model of which each step takes so many seconds."""
+    clock = SimulatedClock(step)
+    return FakeModel(clock=clock, **options), clock
+
+
+def _failures(model: FakeModel) -> list[tuple[int, str]]:
+    return [(event.request, event.error.name) for event in model.events if isinstance(event, Failed)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_with_what_there_is_when_its_time_is_up(stream: bool) -> None:
+    model, _ = _limited()
+    model.submit(1, "p", time_limit=5.5, stream=stream)
+    model.submit(2, "q", max_tokens=9)
+    model.run()
+    assert (model.text(1), model.finished(1).reason, model.finished(1).completion_tokens) == ("......", "length", 6)
+    assert model.text(2) == "." * 9
+
+
+def test_text_held_back_is_released_when_time_is_up() -> None:
+    model, _ = _limited()
+    model.runner.answers = {(1, 0): b"ab##"}
+    model.submit(1, "p", stop=("###",), stream=True, time_limit=3.5)
+    model.run()
+    assert (model.text(1), model.finished(1).reason) == ("ab##", "length")
+
+
+def test_one_that_waits_too_long_fails() -> None:
+    model, _ = _limited(slots=1)
+    model.submit(1, "p", max_tokens=9)
+    model.submit(2, "q", time_limit=4, stream=True)
+    model.run()
+    assert _failures(model) == [(2, "TimeLimitExceeded")]
+    assert model.of(2) == [event for event in model.events if isinstance(event, Failed)]
+    assert "4 seconds" in model.of(2)[0].error.message
+    assert model.text(1) == "." * 9
+
+
+def test_a_prompt_that_takes_too_long_fails_and_what_is_evaluated_stays_as_a_prefix() -> None:
+    model, _ = _limited(batch=4, cells=300)
+    model.submit(1, "p" * 40, time_limit=5)
+    model.run()
+    assert _failures(model) == [(1, "TimeLimitExceeded")]
+    assert model.memory.used == model.cache.used_cells == 20
+    model.submit(2, "p" * 40, max_tokens=1)
+    model.run()
+    assert model.finished(2).cached_tokens == 20
+
+
+def test_a_choice_that_is_finished_stays_so_when_the_others_run_out_of_time() -> None:
+    model, _ = _limited()
+    model.runner.answers = {(1, 0): b"ab"}
+    model.submit(1, "p", choices=2, time_limit=6)
+    model.run()
+    assert model.finished(1, 0) == Finished(1, 0, "ab", "stop", 1, 2, 0)
+    assert (model.finished(1, 1).text, model.finished(1, 1).reason) == ("......", "length")
+
+
+def test_a_choice_without_a_token_fails_its_request_once() -> None:
+    """The others have some, but a request is answered whole or not at all."""
+    model, _ = _limited(slots=2)
+    model.submit(1, "p", choices=5, time_limit=4)
+    model.submit(2, "q", max_tokens=3)
+    model.run()
+    assert _failures(model) == [(1, "TimeLimitExceeded")]
+    last = [event for event in model.events if getattr(event, "request", None) == 1][-1]
+    assert isinstance(last, Failed)
+    assert model.text(2) == "..."
+
+
+def test_a_limit_counts_from_when_the_request_came() -> None:
+    model, _ = _limited(slots=1)
+    model.submit(1, "p", max_tokens=4)
+    model.submit(2, "q", time_limit=6)
+    model.run()
+    assert (model.text(2), model.finished(2).reason) == ("..", "length")
+
+
+def test_preempted_sequences_keep_their_limit() -> None:
+    model, _ = _limited(cells=30, slots=2)
+    model.submit(1, "p" * 5)
+    model.submit(2, "q" * 5, time_limit=30)
+    model.step(12)
+    assert [sequence.request for sequence in model.engine._scheduler.waiting] == [2]
+    model.step(30)
+    assert model.finished(2).reason == "length"
+    assert model.text(2) == "." * model.finished(2).completion_tokens != ""
+
+
+def test_the_last_request_of_all_may_end_by_its_limit() -> None:
+    model, clock = _limited()
+    model.submit(1, "p", time_limit=2)
+    clock.now += 3
+    assert [type(event) for event in model.engine.step()] == [Failed]
+    assert model.engine.idle
+
+
+# Progress
+
+
+def test_progress_tells_the_place_in_the_queue_and_how_much_of_the_prompt_is_evaluated() -> None:
+    model, clock = _limited(step=1e-3, slots=2, batch=4)
+    model.submit(1, "p" * 10, stream=True)
+    model.submit(2, "q", stream=True)
+    model.submit(3, "rrr", stream=True)
+    model.submit(4, "ssss", stream=True)
+    model.submit(5, "t")
+    assert model.engine.progress() == [
+        Progress(1, 1, 0, 10),
+        Progress(2, 2, 0, 1),
+        Progress(3, 3, 0, 3),
+        Progress(4, 4, 0, 4),
+    ]
+    model.step()
+    clock.now += 1
+    assert set(map(_fields, model.engine.progress())) == {(1, 0, 4, 10), (2, 0, 0, 1), (3, 1, 0, 3), (4, 2, 0, 4)}
+    model.step(2)
+    clock.now += 1
+    assert set(map(_fields, model.engine.progress())) == {(3, 1, 0, 3), (4, 2, 0, 4)}
+    model.events += model.engine.stop()
+
+
+def _fields(progress: Progress) -> tuple[int, int, int, int]:
+    return progress.request, progress.place, progress.evaluated, progress.prompt_tokens
+
+
+def test_progress_is_told_at_most_twice_a_second() -> None:
+    model, clock = _limited(step=0.03, batch=1, context=500, cells=1000)
+    model.submit(1, "p" * 300, stream=True)
+    times = []
+    while not model.of(1):
+        model.step()
+        if model.engine.progress():
+            times.append(clock.now)
+    assert len(times) >= 300 * 0.03 // 0.5 - 1
+    assert all(after - before >= 0.5 - 1e-9 for before, after in pairwise(times))
+    model.engine.cancel(1)
+
+
+def test_nothing_is_told_of_whole_answers_and_of_those_that_have_begun() -> None:
+    model, clock = _limited(slots=2)
+    model.submit(1, "p", stream=True, choices=3)
+    model.submit(2, "q")
+    assert [progress.request for progress in model.engine.progress()] == [1]
+    model.step()
+    clock.now += 1
+    assert model.engine.progress() == [], "two choices have a token, the third waits"
+    model.events += model.engine.stop()
+
+
+# Drafts
+
+
+class Copying:
+    """Drafts from what the model is going to say, wrong where ``wrong`` says so."""
+
+    def __init__(self, tokens: list[int], answer: bytes, wrong: frozenset[int]) -> None:
+        self.tokens = tokens
+        self.start = len(tokens) - 1  # one token is generated when it is first asked
+        self.answer = [ord("x") if place in wrong else token for place, token in enumerate((*answer, END, END))]
+
+    def draft(self, limit: int) -> Draft:
+        """See ``Drafter``."""
+        tokens = self.answer[len(self.tokens) - self.start :][: max(0, limit)]
+        return Draft(tokens, [1.0] * len(tokens))
+
+
+def _drafted(answer: bytes, wrong: frozenset[int] = frozenset(), **options: int) -> FakeModel:
+    clock = SimulatedClock(row=1e-6)
+    return FakeModel(
+        {(1, 0): answer, (2, 0): answer},
+        drafted_rows=8,
+        drafter=lambda tokens: Copying(tokens, answer, wrong),
+        clock=clock,
+        **options,
+    )
+
+
+def test_right_drafts_take_few_steps() -> None:
+    model = _drafted(b"The answer is long.")
+    model.submit(1, "p", stream=True)
+    model.run()
+    assert model.runner.steps == 1 + 3
+    assert [event.text for event in model.of(1)] == ["T", "he answer", " is long.", ""]
+    assert model.finished(1).completion_tokens == 19
+
+
+def test_wrong_drafts_cost_no_token() -> None:
+    model = _drafted(b"The answer is long.", frozenset(range(40)))
+    model.submit(1, "p")
+    model.run()
+    assert model.runner.steps == 1 + 19
+    assert model.text(1) == "The answer is long."
+    assert all(right == 0 for _, right in model.runner.drafts)
+
+
+def test_what_repeats_is_guessed_from_the_text_itself() -> None:
+    model = FakeModel({(1, 0): b"one two three. " * 4}, context=200, drafted_rows=8, clock=SimulatedClock(row=1e-6))
+    model.submit(1, "one two three. ")
+    model.run()
+    assert model.text(1) == "one two three. " * 4
+    assert model.runner.steps < 25
+    assert model.memory.used == model.cache.used_cells
+
+
+@given(
+    answer=_answers,
+    wrong=st.frozensets(st.integers(0, 16)),
+    stops=_stops,
+    max_tokens=st.integers(1, 20),
+    stream=st.booleans(),
+    cells=st.sampled_from([24, 200]),
+    batch=st.sampled_from([3, 16]),
+)
+def test_with_drafts_the_answer_is_the_same(
+    answer: bytes,
+    wrong: frozenset[int],
+    stops: tuple[str, ...],
+    max_tokens: int,
+    stream: bool,
+    cells: int,
+    batch: int,
+) -> None:
+    model = _drafted(answer, wrong, cells=cells, batch=batch)
+    plain = FakeModel({(1, 0): answer, (2, 0): answer})
+    for request in (1, 2):
+        for each in (model, plain):
+            each.submit(request, "p", stop=stops, max_tokens=max_tokens, stream=stream)
+    for each in (model, plain):
+        each.run()
+    for request in (1, 2):
+        one, other = model.finished(request), plain.finished(request)
+        assert model.text(request) == plain.text(request)
+        assert (one.reason, one.completion_tokens) == (other.reason, other.completion_tokens)
+    assert model.memory.used == model.cache.used_cells
+
+
+@pytest.mark.parametrize("batch", [4, 5, 6])
+def test_drafts_and_prompts_fit_in_the_batch_and_neither_keeps_the_other_out(batch: int) -> None:
+    model = FakeModel(
+        {(request, 0): b"0123456789" * 3 for request in range(4)},
+        drafted_rows=8,
+        drafter=lambda tokens: Copying(tokens, b"0123456789" * 3, frozenset()),
+        clock=SimulatedClock(row=1e-6),
+        batch=batch,
+    )
+    largest = []
+    model.runner.fail = lambda chunks: largest.append(sum(chunk.rows for chunk in chunks))
+    for request in range(4):
+        model.submit(request, f"{request}prompt")
+        model.step(3)
+    model.run()
+    assert max(largest) == batch
+    for request in range(4):
+        assert model.text(request) == "0123456789" * 3
+
+
+def test_without_cells_for_drafts_a_lone_request_goes_on_without_them() -> None:
+    """llama.cpp may have fewer cells than the engine counts with."""
+    model = _drafted(b"0123456789", real_cells=12)
+    model.submit(1, "p")
+    model.run()
+    assert model.text(1) == "0123456789"
+
+
+def test_an_interrupted_step_takes_its_drafts_back() -> None:
+    model = _drafted(b"0123456789")
+    model.submit(1, "p")
+    model.step(1)
+    model.submit(2, "q" * 5)
+    model.runner.during = lambda: model.engine.interrupt(2)
+    for _ in range(3):
+        assert model.engine.step() == []
+        assert model.memory.used == model.cache.used_cells == 1
+    model.runner.during = lambda: None
+    model.run()
+    assert (model.text(1), model.text(2)) == ("0123456789", "0123456789")
+
+
 # A random life
 
 
@@ -402,12 +688,15 @@ def test_occupancy_is_told_when_it_changes() -> None:
     waits=st.lists(st.integers(0, 5), min_size=6, max_size=6),
     slots=st.integers(1, 3),
     cells=st.integers(40, 90),
+    drafted_rows=st.sampled_from([0, 4]),
 )
 def test_any_mix_of_requests_gets_each_its_own_answer(
-    choices: list[list[bytes]], waits: list[int], slots: int, cells: int
+    choices: list[list[bytes]], waits: list[int], slots: int, cells: int, drafted_rows: int
 ) -> None:
     answers = {(r, index): answer for r, each in enumerate(choices) for index, answer in enumerate(each)}
-    model = FakeModel(answers, slots=slots, cells=cells, context=40)
+    model = FakeModel(
+        answers, slots=slots, cells=cells, context=40, drafted_rows=drafted_rows, clock=SimulatedClock(row=1e-6)
+    )
     for request, each in enumerate(choices):
         model.submit(request, "p" * (1 + request), choices=len(each), stream=request % 2 == 0)
         model.step(waits[request])

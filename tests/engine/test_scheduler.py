@@ -101,10 +101,10 @@ class ScheduledModel(RuleBasedStateMachine):
         self.expected: dict[int, list[int]] = {}
         self.alive: dict[int, Sequence] = {}
 
-    def drafts(self, decoding: list[Sequence]) -> list[list[int]]:
+    def drafts(self, decoding: list[Sequence], limit: int) -> list[list[int]]:
         """Guess some tokens of each, the last of which may be wrong, within what the batch holds."""
         drafts = []
-        left = min(self.guesses, self.batch - len(decoding))
+        left = min(self.guesses, limit)
         for sequence in decoding:
             maximum = sequence.generation.max_tokens
             assert maximum is not None
@@ -408,7 +408,9 @@ def test_when_the_one_waited_for_leaves_the_next_goes_on_where_it_was(done: int)
 
 def test_drafts_are_given_up_before_a_sequence_is_disturbed() -> None:
     rig = _Rig(slots=2, cells=10, batch=32)
-    rig.scheduler = Scheduler(rig.cache, FixedPace(32, 32), batch=32, drafts=lambda decoding: [[1, 2]] * len(decoding))
+    rig.scheduler = Scheduler(
+        rig.cache, FixedPace(32, 32), batch=32, drafts=lambda decoding, limit: [[1, 2]] * len(decoding)
+    )
     for number in (1, 2):
         rig.scheduler.submit(_numbered(number, [number] * 3))
     rig.step()

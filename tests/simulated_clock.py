@@ -1,0 +1,20 @@
+"""Time that passes by what is evaluated, so that what depends on it is the same in every run."""
+
+from __future__ import annotations
+
+
+class SimulatedClock:
+    """A clock in seconds. A step takes ``step``, and ``row`` for each of its rows."""
+
+    def __init__(self, step: float = 1e-3, row: float = 0.0) -> None:
+        self.now = 0.0
+        self.step = step
+        self.row = row
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+    def pass_step(self, rows: int) -> None:
+        """Let a step of so many rows take its time."""
+        self.now += self.step + self.row * rows
