@@ -2,7 +2,7 @@
 # make test    install and run the tests
 # make lint    check style and types
 # make format  put the code into the project's style
-# make bench   measure speed
+# make bench   measure speed, about ten minutes:  make bench ARGS=--quick
 # make models  list the models there are
 # make clean   remove the virtual environment and caches
 #
@@ -45,8 +45,9 @@ format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install
-	$(BIN)/python scripts/bench.py
+bench:
+	@$(PYTHON) scripts/install.py fast bench
+	$(BIN)/python scripts/bench.py $(call given,ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,130 +1,225 @@
-"""Measure how fast the server answers over HTTP: one stream against several at once, in alternating rounds of one run.
+"""Measure llamaserve against the bare loop over llama.cpp's C API and against other servers, in one run on one machine.
 
-    python scripts/bench.py                      starts a server with the starter model
-    python scripts/bench.py --url http://host:port/v1 --model name
+    make bench                                            everything, five rounds: about ten minutes
+    python scripts/bench.py --quick                       everything, one round
+    python scripts/bench.py --only single,streams         some workloads
+    python scripts/bench.py --profile                     where a step's time goes
+    python scripts/bench.py --peer NAME=http://host:port/v1      another OpenAI server beside the others
+    python scripts/bench.py --url http://host:port/v1     a server that is running, as far as its settings allow
 
-Rates are generated tokens a second of all streams together; what counts is the ratio, since both are measured side by
-side on the same machine in the same minute.
+Contenders take turns round by round, and what counts is the ratio of medians, since both sides are measured in the same
+minute. docs/performance.md says what each row means.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import os
-import platform
-import re
-import statistics
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from urllib.parse import urlsplit
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-TOPICS = (
-    "a fox",
-    "the sea",
-    "an old clock",
-    "bread",
-    "a train",
-    "the moon",
-    "a violin",
-    "rain",
-    "ants",
-    "a lighthouse",
+from benchmark import (
+    contention,
+    footprint,
+    long_prompt,
+    prefixes,
+    profiling,
+    report,
+    speculation,
+    throughput,
+)
+from benchmark.client import Unreachable
+from benchmark.lab import Lab, NotPossible, Plan, open_lab
+from benchmark.processes import StartFailed
+from benchmark.results import Results, Row
+from rich.console import Console
+
+from llamaserve.errors import LlamaserveError
+from llamaserve.registry.cache import cache_folder
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.spec import RunOptions, find_models_file, load_registry
+from llamaserve.settings import Settings
+
+_INTERRUPTED = 130  # exit status; what was measured until then is shown all the same
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Something to measure, and the rows of the table that come of it."""
+
+    name: str
+    what: str
+    run: Callable[[Lab], None]
+    rows: Callable[[Results], Sequence[Row]]
+
+
+WORKLOADS = (
+    Workload("memory", "memory over what llama.cpp needs", footprint.run, footprint.rows),
+    Workload("single", "one stream", throughput.run_single, throughput.single_rows),
+    Workload("streams", "8 streams at once", throughput.run_streams, throughput.streams_rows),
+    Workload("choices", "4 answers to one prompt", throughput.run_choices, throughput.choices_rows),
+    Workload("shared", "8 clients with one system prompt", prefixes.run_shared, prefixes.shared_rows),
+    Workload("conversation", "a growing conversation", prefixes.run_conversation, prefixes.conversation_rows),
+    Workload("long", "a long prompt beside a stream", long_prompt.run, long_prompt.rows),
+    Workload("code", "a code edit, speculation on and off", speculation.run_code, speculation.code_rows),
+    Workload("json", "output that follows a JSON schema", speculation.run_json, speculation.json_rows),
+    Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
+    Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
+    Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 
 
-@contextmanager
-def own_server(model: str | None) -> Iterator[str]:
-    """Run a server on a free port for the length of the block."""
-    command = [sys.executable, "-m", "llamaserve", "run", *([model] if model else []), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
+def arguments() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(workload.name for workload in WORKLOADS)
+    parser.add_argument("--model", help="a model of models.yaml, or a .gguf file; default: the starter model")
+    parser.add_argument("--url", help="base URL of a running server, with /v1")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=URL", help="another server to compare with"
+    )
+    parser.add_argument("--only", metavar="NAMES", help=f"workloads, with commas: {names}")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one round: does everything work?")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of one answer")
+    parser.add_argument("--profile", action="store_true", help="only where a step's time goes, in every part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for docs/performance.md")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a .png or .svg (needs matplotlib)")
+    return parser
+
+
+def chosen(options: argparse.Namespace) -> list[Workload]:
+    """Return the workloads to run. Raises ``SystemExit`` for a name that there is not."""
+    if options.profile:
+        options.only = "profile"
+    if options.only is None:
+        return list(WORKLOADS)
+    wanted = [name.strip() for name in options.only.split(",") if name.strip()]
+    known = {workload.name: workload for workload in WORKLOADS}
+    if unknown := [name for name in wanted if name not in known]:
+        raise SystemExit(f"error: no workload {', '.join(unknown)}\ntry:   --only {','.join(known)}")
+    return [workload for workload in WORKLOADS if workload.name in wanted]
+
+
+def peers(values: Sequence[str]) -> dict[str, str]:
+    """Return the servers of ``--peer NAME=URL`` by name."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, separator, url = value.partition("=")
+        if not separator or not name or not url.startswith("http://"):
+            raise SystemExit(f"error: --peer {value} is not NAME=http://host:port/v1")
+        found[name] = url
+    return found
+
+
+def plan(options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
+    """Find the model that the command line names, and fetch it if need be."""
+    common: dict[str, Any] = {
+        "rounds": 1 if options.quick else max(1, options.rounds),
+        "tokens": max(16, options.tokens),
+        "url": options.url,
+        "peers": peers(options.peer),
+        "cache": cache_folder() / "benchmark",
+        "say": say,
+    }
+    if options.url:
+        return Plan(model=options.model, file=None, options={}, **common)
+    registry = load_registry(find_models_file(Settings().models_file))
+    name, spec = registry.resolve_reference(options.model or registry.default_model or "starter")
+    file = locate(registry.source(spec), spec.sha256)
+    if file is None:
+        subprocess.run([sys.executable, "-m", "llamaserve", "pull", options.model or name], check=True)
+        file = locate(registry.source(spec), spec.sha256)
+        assert file is not None
+    return Plan(model=name, file=file, options=spec.model_dump(include=set(RunOptions.model_fields)), **common)
+
+
+def measure(lab: Lab, workloads: Sequence[Workload], say: Callable[[str], None]) -> bool:
+    """Run the workloads; one that can't be run is reported, and the others go on. Return whether the user ended it."""
+    ended = False
+    for workload in workloads:
+        if ended:
+            lab.results.missing[workload.name] = "interrupted"
+            continue
+        start = time.monotonic()
+        say(f"{workload.name}: {workload.what} ...")
         try:
-            for line in process.stdout:
-                if (match := re.search(r"base URL\s+(\S+)", line)) is not None:
-                    yield match[1]
-                    break
-            else:
-                raise SystemExit("the server did not start; try: make run")
-        finally:
-            process.terminate()
+            workload.run(lab)
+        except (NotPossible, StartFailed, Unreachable, LlamaserveError) as error:
+            lab.results.missing[workload.name] = str(error)
+            say(f"{workload.name}: {error}")
+        except KeyboardInterrupt:
+            ended = True
+            lab.results.missing[workload.name] = "interrupted"
+        lab.results.add_detail("seconds taken", {workload.name: round(time.monotonic() - start, 1)})
+    return ended
 
 
-async def stream(url: str, model: str | None, prompt: str, tokens: int) -> tuple[int, float]:
-    """Generate one streamed completion; return its number of tokens and the seconds to its first one.
-
-    Speaks plain HTTP over a socket, so that the client takes as little of the two cores as it can.
-    """
-    parts = urlsplit(url)
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}} | ({"model": model} if model else {})
-    payload = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
-    start = time.perf_counter()
-    head = f"POST {parts.path}/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    writer.write(head.encode() + payload)
-    first, answer = 0.0, b""
-    while chunk := await reader.read(65536):
-        if not first and b'"text"' in chunk:
-            first = time.perf_counter() - start
-        answer = answer[-4096:] + chunk
-    writer.close()
-    found = re.search(rb'"completion_tokens":(\d+)', answer)
-    if found is None:
-        raise SystemExit(f"the server answered: {answer[:500].decode(errors='replace')}")
-    return int(found[1]), first
-
-
-async def rate(url: str, model: str | None, streams: int, tokens: int, round_number: int) -> float:
-    """Return the tokens a second of so many streams at once. Prompts differ, so that no cache helps."""
-    prompts = [f"{round_number}. A story about {TOPICS[i % len(TOPICS)]}: once upon a time" for i in range(streams)]
-    start = time.perf_counter()
-    results = await asyncio.gather(*(stream(url, model, prompt, tokens) for prompt in prompts))
-    return sum(count for count, _ in results) / (time.perf_counter() - start)
-
-
-async def measure(url: str, model: str | None, streams: int, tokens: int, rounds: int) -> dict[str, object]:
-    """Alternate one stream and several, and return medians, their ratio and every single figure."""
-    await rate(url, model, 1, 16, -1)  # warm up
-    single, several = [], []
-    for number in range(rounds):
-        single.append(await rate(url, model, 1, tokens, number))
-        several.append(await rate(url, model, streams, tokens, number))
-    ratio = statistics.median(several) / statistics.median(single)
-    return {"streams": streams, "tokens": tokens, "single": single, "several": several, "ratio": ratio}
+def rows_of(workload: Workload, results: Results) -> Sequence[Row]:
+    """Return a workload's rows; of one that could not be run at all, only those with a target, or one."""
+    rows = workload.rows(results)
+    if workload.name not in results.missing or any(row.value is not None for row in rows):
+        return rows
+    return [row for row in rows if row.target is not None] or rows[:1]
 
 
 def main() -> None:
-    """Parse the command line, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="base URL of a running server, with /v1")
-    parser.add_argument("--model", help="model to ask for, and to serve if no URL is given")
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="file to write all figures to")
-    options = parser.parse_args()
-    how = (options.model, options.streams, options.tokens, options.rounds)
-    if options.url:
-        result = asyncio.run(measure(options.url.rstrip("/"), *how))
-    else:
-        with own_server(options.model) as url:
-            result = asyncio.run(measure(url, *how))
-    for name in ("single", "several"):
-        rates = result[name]
-        assert isinstance(rates, list)
-        shown = ", ".join(f"{each:.0f}" for each in rates)
-        sys.stdout.write(f"{name:8} {statistics.median(rates):7.1f} tokens/s   ({shown})\n")
-    sys.stdout.write(f"{options.streams} streams together are {result['ratio']:.2f} times as fast as one\n")
+    """Measure, print, write."""
+    signal.signal(signal.SIGTERM, _end)
+    options = arguments().parse_args()
+    errors, console = Console(stderr=True), Console()
+    console.width = max(console.width, 130)
+
+    def say(line: str) -> None:
+        errors.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    workloads, results, interrupted = chosen(options), Results(), False
+    try:
+        what = plan(options, say)
+        with open_lab(what, results) as lab:
+            interrupted = measure(lab, workloads, say)
+    except (LlamaserveError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
+    rows = [row for workload in workloads for row in rows_of(workload, results)]
+    if options.profile:
+        rows += profiling.share_rows(results)
+    elif not options.url:
+        rows.append(speculation.worst_row(results))
+    report.print_table(rows, console)
+    _write(options, what, results, rows, say)
+    if interrupted:
+        sys.exit(_INTERRUPTED)
+
+
+def _write(
+    options: argparse.Namespace, what: Plan, results: Results, rows: Sequence[Row], say: Callable[[str], None]
+) -> None:
+    command = " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
+    facts: dict[str, Any] = {"command": command, "model": what.model, "file": str(what.file), "url": what.url}
+    facts |= {"rounds": what.rounds, "tokens": what.tokens, "settings": dict(what.options)}
     if options.json:
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        with open(options.json, "w", encoding="utf-8") as file:  # noqa: PTH123 - a path as the user gave it
-            json.dump(machine | result, file, indent=2)
+        report.write_json(options.json, results, rows, facts)
+    if options.markdown:
+        options.markdown.write_text(report.as_markdown(rows), encoding="utf-8")
+    if options.plot:
+        machine = report.machine()
+        title = f"{what.model}, {machine['processor']}, {machine['cores']} cores, {what.rounds} rounds"
+        try:
+            report.write_plot(options.plot, results, rows, title)
+        except ImportError as error:
+            say(f"no plot: {error}; try: pip install matplotlib")
+
+
+def _end(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

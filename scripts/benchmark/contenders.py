@@ -1,0 +1,231 @@
+"""Who is measured: llamaserve in some setting, the bare loop, llama-cpp-python's server, any other OpenAI server.
+
+Each one answers a list of requests at once. Whoever can't be started raises ``StartFailed``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import msgspec
+import yaml
+
+from benchmark.answers import Answer, Request
+from benchmark.client import Client, Unreachable
+from benchmark.processes import StartFailed, last_words, running
+from llamaserve.registry.hardware import performance_cores
+from llamaserve.registry.pool import ServedModel
+from llamaserve.registry.spec import ModelSpec, load_registry
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 120.0  # seconds for the answers to one set of requests
+_START_LIMIT = 90.0  # seconds for a server to load its model
+# What llamaserve gives its worker; the bare loop has to wait at OpenMP's barriers in the same way.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+
+
+class Contender(Protocol):
+    """Somebody who answers."""
+
+    name: str
+
+    def ask(self, requests: Sequence[Request], limit: float = LIMIT) -> list[Answer]:
+        """Answer all requests at once; what is not there after ``limit`` seconds is cut off, where that is possible."""
+
+
+class HttpServer:
+    """A server at a URL."""
+
+    def __init__(
+        self, name: str, url: str, model: str | None, pid: int | None = None, errors: IO[bytes] | None = None
+    ) -> None:
+        """``pid`` and ``errors`` are its first process and what that says, where we have started it."""
+        self.name = name
+        self.pid = pid
+        self.client = Client(url, model)
+        self._errors = errors
+
+    def ask(self, requests: Sequence[Request], limit: float = LIMIT) -> list[Answer]:
+        """See ``Contender``."""
+        return self.client.ask(requests, limit)
+
+    @property
+    def last_words(self) -> str:
+        """What it said last, if that can be known."""
+        return "it can't be known" if self._errors is None else last_words(self._errors)
+
+
+class BareLoop:
+    """The loop over the C API, in a process of its own."""
+
+    name = "bare loop"
+
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+        self._process = process
+        self._errors = errors
+        self.pid = process.pid
+        self.ends: tuple[int, ...] = ()
+        self.sizes: dict[str, float] = {}
+
+    def load(self, settings: Mapping[str, Any]) -> None:
+        """Load a model as the server does that has these ``LoadParams``."""
+        answer = self._command(do="load", settings=settings)
+        self.ends, self.sizes = tuple(answer["ends"]), answer["sizes"]
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a prompt."""
+        return len(self._command(do="tokenize", text=text))
+
+    def ask(self, requests: Sequence[Request], limit: float = LIMIT) -> list[Answer]:  # noqa: ARG002 - it always ends
+        """See ``Contender``. All requests must want the same number of tokens."""
+        tokens, copies = requests[0].tokens, requests[0].n
+        prompts = [request.prompt for request in requests]
+        done = self._command(do="generate", prompts=prompts, tokens=tokens, copies=copies)
+        answers = [_bare_answer(done["started"], each, tokens) for each in done["answers"]]
+        return [_merged(answers)] if copies > 1 else answers
+
+    def step_costs(self, text: str, rows: Sequence[int], repeats: int) -> dict[int, list[float]]:
+        """Return the seconds of steps with so many tokens of one sequence that begins with this text."""
+        costs = self._command(do="step_costs", text=text, rows=rows, repeats=repeats)
+        return {int(count): times for count, times in costs.items()}
+
+    def wait_until_started(self) -> None:
+        """Return when the library is loaded, and no model yet."""
+        self._answer()
+
+    def _command(self, **command: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise StartFailed(f"the bare loop ended: {last_words(self._errors)}") from None
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise StartFailed(f"the bare loop ended: {last_words(self._errors)}")
+        return json.loads(line)
+
+
+def _bare_answer(started: float, values: Mapping[str, Any], limit: int) -> Answer:
+    times = list(values["times"])
+    answer = Answer(started, times, [1] * len(times), {0: values["text"]}, dict(enumerate(times[:1])), len(times))
+    answer.finish = "length" if len(times) == limit else "stop"
+    return answer
+
+
+def _merged(answers: Sequence[Answer]) -> Answer:
+    """Put several answers to one prompt together, as a server's stream for ``n`` choices has them."""
+    moments = sorted(moment for answer in answers for moment in answer.times)
+    texts = {number: answer.text for number, answer in enumerate(answers)}
+    firsts = {number: answer.times[0] for number, answer in enumerate(answers) if answer.times}
+    merged = Answer(
+        answers[0].started, moments, [1] * len(moments), texts, firsts, sum(each.tokens for each in answers)
+    )
+    merged.finish = answers[0].finish
+    return merged
+
+
+def known_settings() -> set[str]:
+    """Return the names of what can be set for a model in models.yaml."""
+    return set(ModelSpec.model_fields)
+
+
+def write_models_file(folder: Path, name: str, options: Mapping[str, Any]) -> Path:
+    """Write a models.yaml with one model, and return its path."""
+    path = folder / "models.yaml"
+    path.write_text(yaml.safe_dump({"models": {name: dict(options)}}), encoding="utf-8")
+    return path
+
+
+def load_params(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the server's worker is told for a model with these options, every automatic setting decided."""
+    with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
+        registry = load_registry(write_models_file(Path(folder), name, options))
+        params: dict[str, Any] = msgspec.to_builtins(
+            ServedModel(name, registry.models[name], Path(folder)).load_params()
+        )
+    if not isinstance(params["threads"], int):
+        params["threads"] = performance_cores()
+    return params
+
+
+@contextlib.contextmanager
+def bare_loop() -> Iterator[BareLoop]:
+    """Run the bare loop's process, still without a model."""
+    with running([sys.executable, str(HERE / "bare_loop.py")], _ENVIRONMENT) as (process, errors):
+        loop = BareLoop(process, errors)
+        loop.wait_until_started()
+        yield loop
+
+
+@contextlib.contextmanager
+def llamaserve(name: str, model: str, options: Mapping[str, Any]) -> Iterator[HttpServer]:
+    """Run llamaserve with one model in these settings, on a free port."""
+    with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
+        environment = {"LLAMASERVE_MODELS_FILE": str(write_models_file(Path(folder), model, options))}
+        environment |= {"PYTHONUNBUFFERED": "1", "LLAMASERVE_LOG_LEVEL": "warning"}
+        command = [sys.executable, "-m", "llamaserve", "run", model, "--port", "0"]
+        with running(command, environment) as (process, errors):
+            assert process.stdout is not None
+            for line in process.stdout:
+                if (match := re.search(rb"base URL\s+(\S+)", line)) is not None:
+                    yield HttpServer(name, match[1].decode(), model, process.pid, errors)
+                    return
+            raise StartFailed(f"llamaserve did not start: {last_words(errors)}")
+
+
+@contextlib.contextmanager
+def llama_cpp_server(name: str, params: Mapping[str, Any], *arguments: str) -> Iterator[HttpServer]:
+    """Run llama-cpp-python's own server with the same file, context, batch and threads."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", params["path"], "--n_ctx", str(params["kv_cells"])]
+    command += ["--n_batch", str(params["batch"]), "--n_threads", str(params["threads"])]
+    command += ["--n_threads_batch", str(params["threads"]), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    if params["gpu_layers"] in ("auto", "all"):
+        command += ["--n_gpu_layers", "-1"]
+    with running(command, talks=False) as (process, errors):
+        server = HttpServer(name, f"http://127.0.0.1:{port}/v1", None, process.pid, errors)
+        _wait_for(server, process, errors)
+        yield server
+
+
+def _wait_for(server: HttpServer, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+    deadline = time.monotonic() + _START_LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(Unreachable):
+            server.client.get("/v1/models")
+            return
+        time.sleep(0.2)
+    raise StartFailed(f"{server.name} did not start: {last_words(errors)}")
+
+
+def requantised(source: Path, kind: str | None, folder: Path) -> Path:
+    """Return a copy of the model in another type, which is made once; for None the file itself."""
+    if kind is None:
+        return source
+    target = folder / f"{source.stem}-{source.stat().st_size}-as-{kind}.gguf"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(HERE / "requantise.py"), str(source), str(target), kind]
+        done = subprocess.run(command, capture_output=True, check=False, env=os.environ)
+        if done.returncode != 0 or not target.exists():
+            words = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise StartFailed(f"the {kind} file could not be made: {' '.join(words) or done.returncode}")
+    return target

@@ -1,0 +1,102 @@
+"""The worker process with clocks in it: ``python profiled_host.py FD REPORT`` is ``llamaserve.worker.host FD``.
+
+From outside: functions are replaced by ones that time them, and the worker's own code has no timers. When the socket
+closes, the report is written: for each step, the rows of its batch and the seconds of each part, without what a part
+called that has a clock of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llamaserve.engine import engine, llama, runner, scheduler
+from llamaserve.worker import host
+
+_PARTS = (
+    ("plan", scheduler.Scheduler, ("plan",)),
+    ("fill the batch", llama.Batch, ("add", "clear")),
+    ("llama_decode", llama.lib, ("llama_decode",)),
+    ("sampler", llama.lib, ("llama_sampler_sample",)),
+    ("look at logits and sample", runner.LlamaRunner, ("_sample",)),
+    ("run the batch", runner.LlamaRunner, ("evaluate",)),
+    ("accept the token, make text", engine.Engine, ("_accept",)),
+    ("step", engine.Engine, ("step",)),
+    ("encode", host, ("encode_events",)),
+    ("send", host.FrameSocket, ("write",)),
+    ("occupancy", engine.Engine, ("occupancy",)),
+)
+
+
+class Clocks:
+    """The seconds of each part in the step under way, and of all steps before it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._now: dict[str, float] = {}
+        self._inner: list[float] = []  # of each part under way: the seconds of timed parts in it
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a clock around it."""
+        clock, inner = time.perf_counter, self._inner
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            inner.append(0.0)
+            start = clock()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent = clock() - start
+                self._now[name] = self._now.get(name, 0.0) + spent - inner.pop()
+                if inner:
+                    inner[-1] += spent
+
+        return timed
+
+    def next_step(self) -> None:
+        """Begin a new step; what was sent since the last one belongs to the last one."""
+        if self._now:
+            self.steps.append(self._now)
+        self._now = {}
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a figure of the step under way."""
+        self._now[name] = value
+
+
+def install(clocks: Clocks, report: Path) -> None:
+    """Put clocks around the parts that there are, and have the report written when the process ends."""
+    for name, owner, methods in _PARTS:
+        for method in methods:
+            if hasattr(owner, method):
+                setattr(owner, method, clocks.wrap(name, getattr(owner, method)))
+    step, decode, leave = engine.Engine.step, llama.lib.llama_decode, host.os._exit
+
+    def counted_step(self: engine.Engine) -> Any:
+        clocks.next_step()
+        return step(self)
+
+    def counted_decode(context: Any, batch: Any) -> Any:
+        clocks.note("rows", batch.n_tokens)
+        return decode(context, batch)
+
+    def exit_with_report(code: int) -> NoReturn:
+        clocks.next_step()
+        report.write_text(json.dumps(clocks.steps))
+        leave(code)
+        raise SystemExit(code)
+
+    engine.Engine.step = counted_step
+    llama.lib.llama_decode = counted_decode
+    host.os._exit = exit_with_report
+
+
+if __name__ == "__main__":
+    install(Clocks(), Path(sys.argv[2]))
+    host.main()
