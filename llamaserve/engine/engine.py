@@ -76,6 +76,7 @@ class Engine:
         )
         self._reported = Occupancy()
         self._next_progress = -math.inf
+        self._next_deadline = math.inf
         self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
 
     @property
@@ -136,6 +137,7 @@ class Engine:
         """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
         limit = generation.time_limit
         deadline = math.inf if limit is None else self._clock() + limit
+        self._next_deadline = min(self._next_deadline, deadline)
         for number, prompt in enumerate(prompts):
             for choice in range(generation.choices):
                 index = number * generation.choices + choice
@@ -206,9 +208,12 @@ class Engine:
 
     def _take_note(self, chunks: list[Chunk], seconds: float) -> None:
         """Learn what a step of this kind takes."""
-        decoding = [chunk for chunk in chunks if chunk.sequence.decoding]
-        rows = sum(chunk.rows for chunk in decoding)
-        prompt_tokens = sum(chunk.rows for chunk in chunks) - rows
+        rows = prompt_tokens = 0
+        for chunk in chunks:
+            if chunk.sequence.decoding:
+                rows += chunk.rows
+            else:
+                prompt_tokens += chunk.rows
         self._costs.record(rows, prompt_tokens, seconds)
         self._pace.record(rows, prompt_tokens, seconds)
 
@@ -274,18 +279,21 @@ class Engine:
 
     def _end_overdue(self) -> list[EngineEvent]:
         """End the sequences whose time is up: with what they have, or with an error when they have nothing."""
+        if self._clock() < self._next_deadline:
+            return []
         now = self._clock()
         events: list[EngineEvent] = []
         for sequence in [each for each in self._scheduler.sequences if each.deadline <= now]:
             if sequence.state is State.FINISHED:  # with its request, just now
                 continue
-            if sequence.generated:
+            if any(other.generated for other in self._of(sequence.request)):
                 events.append(self._finish(sequence, "length", ""))
             else:
                 self.cancel(sequence.request)
                 limit = sequence.generation.time_limit
                 error = TimeLimitExceeded(f"no token was generated within the time limit of {limit:g} seconds")
                 events.append(Failed(sequence.request, to_value(error)))
+        self._next_deadline = min((each.deadline for each in self._scheduler.sequences), default=math.inf)
         return events
 
     def _fail_running(self, error: LlamaserveError) -> list[EngineEvent]:

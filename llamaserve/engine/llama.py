@@ -129,6 +129,7 @@ class Vocab:
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._ends: dict[int, bool] = {}
 
     @property
     def handle(self) -> Any:
@@ -191,7 +192,10 @@ class Vocab:
 
     def is_end_of_generation(self, token: int) -> bool:
         """Tell whether the model says with this token that its answer is complete."""
-        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+        ends = self._ends.get(token)
+        if ends is None:
+            ends = self._ends[token] = bool(lib.llama_vocab_is_eog(self._vocab, token))
+        return ends
 
 
 class Model:
@@ -247,6 +251,7 @@ class Context:
         self._memory = lib.llama_get_memory(self.handle)
         self._abort = lib.ggml_abort_callback(lambda _user_data: _interrupting)
         self._no_abort = lib.ggml_abort_callback()
+        self._interruptible = False
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
         self._unified = params.kv_unified
@@ -260,7 +265,9 @@ class Context:
         go on costs a few milliseconds, too much for the short steps of decoding. CUDA does not ask at all.
         """
         global _interrupting
-        lib.llama_set_abort_callback(self.handle, self._abort if interruptible else self._no_abort, None)
+        if interruptible != self._interruptible:
+            self._interruptible = interruptible
+            lib.llama_set_abort_callback(self.handle, self._abort if interruptible else self._no_abort, None)
         code = lib.llama_decode(self.handle, batch.native)
         _interrupting = False  # not before: it may have been asked for while the batch was being filled
         if code == 1:

@@ -18,6 +18,7 @@ from llamaserve.engine.spill import Spill, Spilled
 
 SPARE = 64  # finished sequences that are kept beside the running ones; llama.cpp has 256 ids
 _WORTH_SPILLING = 64  # tokens: fewer are evaluated about as fast as they are saved and brought back
+_GRAIN = 32  # tokens: prefixes are cut to multiples, so that not every step of a full cache has to cut
 _BLOCK = 256  # tokens compared at once: comparing list slices is far faster than comparing tokens
 
 
@@ -233,7 +234,7 @@ class PrefixCache:
             return True
         for prefix in sorted(self._idle(), key=lambda prefix: prefix.last_used):
             missing = cells - (self.cells - self.used_cells)
-            keep = max(0, prefix.length - missing)
+            keep = max(0, prefix.length - missing) // _GRAIN * _GRAIN
             if self.divisible and prefix.cells_freed_from(keep) >= missing and not self._spill.budget:
                 self._cut(prefix, keep)
             else:

@@ -6,10 +6,14 @@ of requests or batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from llamaserve.engine.llama import Context, SamplerChain, Vocab
 from llamaserve.engine.params import Sampling
+from llamaserve.errors import EngineError
 
 _WHOLE_TEXT = 0  # our repetition_penalty_range for "all tokens"
 _GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
@@ -21,16 +25,41 @@ class Greedy:
     """
 
     def sample(self, context: Context, row: int) -> int:
-        """Pick a token from a row's logits, which must be numbers."""
-        return int(context.logits(row).argmax())
+        """Pick a token from a row's logits. Raises ``EngineError`` when they are not numbers."""
+        logits = context.logits(row)
+        token = int(logits.argmax())  # the first that is no number, if there is one
+        _check(logits[token])
+        return token
 
     def close(self) -> None:
         """There is nothing to free."""
 
 
+class Chain:
+    """Picks a token by llama.cpp's samplers, one after the other."""
+
+    def __init__(self) -> None:
+        self.native = SamplerChain()
+
+    def sample(self, context: Context, row: int) -> int:
+        """Pick a token from a row's logits. Raises ``EngineError`` when they are not numbers."""
+        _check(context.logits(row).max())  # which is no number as soon as one of them is none
+        return self.native.sample(context, row)
+
+    def close(self) -> None:
+        """Free the samplers."""
+        self.native.close()
+
+
+def _check(logit: np.float32) -> None:
+    """Refuse logits that are no numbers: they would become noise, or trip an assertion in a sampler."""
+    if not math.isfinite(logit):
+        raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
+
+
 def build_sampler(
     sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int
-) -> Greedy | SamplerChain:
+) -> Greedy | Chain:
     """Return what samples one sequence; its penalties already know ``history``, the prompt.
 
     ``context`` is the largest number of tokens a sequence can have; ``choice`` is added to the seed.
@@ -38,7 +67,8 @@ def build_sampler(
     window = _penalty_window(sampling, context)
     if sampling.temperature < _GREEDY_BELOW and not sampling.logit_bias and not window:
         return Greedy()
-    chain = SamplerChain()
+    sampler = Chain()
+    chain = sampler.native
     if sampling.logit_bias:
         chain.add_logit_bias(vocab, sampling.logit_bias)
     if window:
@@ -51,7 +81,7 @@ def build_sampler(
         _add_random_draw(chain, sampling, choice)
     for token in history[-window:] if window else ():
         chain.accept(token)
-    return chain
+    return sampler
 
 
 def _penalty_window(sampling: Sampling, context: int) -> int:

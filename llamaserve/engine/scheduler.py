@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence as TokenSequence
-from dataclasses import dataclass, replace
 from itertools import count
 from operator import attrgetter
 from typing import Protocol
+
+import msgspec
 
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.prefix_cache import PrefixCache, common_prefix
@@ -24,8 +25,7 @@ from llamaserve.errors import OutOfCells
 _WORTH_WAITING = 16  # tokens that a sequence need not evaluate if it waits for another's prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """The next ``length`` tokens of a sequence to evaluate, and the ``draft``, tokens guessed to follow them. When
     the former are its last, its next token is sampled, and one more for each guess that was right.
     """
@@ -53,6 +53,12 @@ class Pace(Protocol):
 
 
 _in_order = attrgetter("arrival")
+
+
+def _by_slot(chunk: Chunk) -> int:
+    return chunk.sequence.slot or 0
+
+
 Drafts = Callable[[list[Sequence], int], list[list[int]]]  # guesses for some decoding sequences, so many in all
 
 
@@ -133,12 +139,12 @@ class Scheduler:
         self._admit()
         chunks = self._chunks()
         if not self._make_room(chunks):
-            chunks = [replace(chunk, draft=()) for chunk in chunks]
+            chunks = [Chunk(chunk.sequence, chunk.length) for chunk in chunks]
         while not self._make_room(chunks):
             if len(self._running) == 1:
                 raise OutOfCells("the request has outgrown the key-value cache")
             self._preempt_newest()
-            chunks = [replace(chunk, draft=()) for chunk in self._chunks()]
+            chunks = [Chunk(chunk.sequence, chunk.length) for chunk in self._chunks()]
         return chunks
 
     def shed(self, chunks: list[Chunk]) -> bool:
@@ -156,8 +162,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait, in order, except where one had better wait for another's prompt."""
-        slots = self._cache.idle_slots
-        if not self._waiting or not slots:
+        if not self._waiting or not (slots := self._cache.idle_slots):
             return
         committed = self._cache.held_cells() + sum(sequence.pending for sequence in self._running)
         for sequence in list(self._waiting):
@@ -209,7 +214,8 @@ class Scheduler:
             room -= sum(chunk.rows for chunk in prompts)
         drafts = self._drafts(decoding, room) if self._drafts and decoding else [[]] * len(decoding)
         chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)] + prompts
-        return sorted(chunks, key=lambda chunk: chunk.sequence.slot or 0)  # a split cache wants them in this order
+        chunks.sort(key=_by_slot)  # a split cache wants them in this order
+        return chunks
 
     def _prompt_chunks(self, budget: int) -> list[Chunk]:
         chunks = []

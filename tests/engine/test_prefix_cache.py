@@ -100,18 +100,18 @@ def test_a_memory_that_cannot_cut_goes_on_at_the_end_of_a_prefix() -> None:
 
 def test_room_is_made_by_the_prefixes_unused_longest() -> None:
     memory = FakeMemory()
-    cache = PrefixCache(memory, 3, 9)
+    cache = PrefixCache(memory, 3, 240)
     for first in (1, 2, 3):
-        _leave_prefix(cache, memory, [first] * 3)
+        _leave_prefix(cache, memory, [first] * 80)
     assert cache.make_room(0)
-    assert memory.used == 9
-    assert cache.make_room(1)
-    assert sorted(map(tuple, memory.tokens.values())) == [(1, 1), (2, 2, 2), (3, 3, 3)]
-    assert cache.make_room(4)
-    assert sorted(map(tuple, memory.tokens.values())) == [(2, 2), (3, 3, 3)]
-    assert cache.make_room(9)
+    assert memory.used == 240
+    assert cache.make_room(10)
+    assert sorted(memory.tokens.values()) == [[1] * 64, [2] * 80, [3] * 80], "cut from the end, 32 at a time"
+    assert cache.make_room(90)
+    assert sorted(memory.tokens.values()) == [[2] * 64, [3] * 80]
+    assert cache.make_room(240)
     assert memory.used == cache.used_cells == 0
-    assert not cache.make_room(10)
+    assert not cache.make_room(241)
 
 
 def test_a_running_sequence_is_never_evicted() -> None:
@@ -189,12 +189,12 @@ def test_a_running_sequence_shares_what_it_has_evaluated() -> None:
 
 def test_shared_cells_are_free_when_the_last_holder_is_gone() -> None:
     memory = FakeMemory()
-    cache = PrefixCache(memory, 4, 100)
+    cache = PrefixCache(memory, 4, 200)
     for number in range(4):
-        _leave_prefix(cache, memory, [1, 2, 3, 4, 10 + number])
-    assert cache.used_cells == memory.used == 8
-    assert cache.make_room(99)
-    assert cache.used_cells == memory.used == 1
+        _leave_prefix(cache, memory, [1] * 64 + [10 + number])
+    assert cache.used_cells == memory.used == 68
+    assert cache.make_room(168)
+    assert cache.used_cells == memory.used == 32
     assert cache.drop_idle()
     assert cache.used_cells == memory.used == 0
     assert not cache.drop_idle()

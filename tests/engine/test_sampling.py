@@ -194,8 +194,7 @@ def test_range_0_means_the_whole_text_however_long(row: Row) -> None:
 def test_a_huge_range_costs_no_more_than_the_context(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """llama.cpp allocates and walks that many cells: 2**31 - 1 of them are 8 GB and half a minute."""
     seen: list[int] = []
-    chain_type = type(build_sampler(Sampling(seed=1), row.vocab, history=[], context=8, choice=0))
-    monkeypatch.setattr(chain_type, "add_penalties", lambda self, vocab, last, *others: seen.append(last))
+    monkeypatch.setattr(SamplerChain, "add_penalties", lambda self, vocab, last, *others: seen.append(last))
     row.draw(temperature=0.0, presence_penalty=1.0, repetition_penalty_range=2**31 - 1, context=_CONTEXT)
     assert seen[0] <= _CONTEXT
 
