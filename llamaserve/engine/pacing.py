@@ -1,16 +1,16 @@
 """How many prompt tokens a step takes, so that neither the running streams nor the prompts stand still.
 
-While others decode, prompts get a little less than half of the time: what decoding takes is credited to them, what they
-take is debited, and they wait while the balance is negative. A step's share of a prompt is bounded in time, so that the
-gap in the streams is; a balance saved up lets a short prompt through at once. Knows what steps cost, not what is in
-them.
+While others decode, prompts get a little less than half of the time, or more when there are more prompts than streams:
+what decoding takes is credited to them, what they take is debited, and they wait while the balance is negative. What a
+step takes of them is bounded in time, so that the gap in the streams is; a balance saved up lets a short prompt through
+at once. Knows what steps cost, not what is in them.
 """
 
 from __future__ import annotations
 
 from llamaserve.engine.costs import StepCosts
 
-_SHARE = 0.9  # of the time that decoding takes, what prompts may take beside it
+_SHARE = 0.9  # of the time that decoding takes, what prompts may take beside as many streams or more
 _SAVINGS = 0.25  # seconds that prompts may be ahead
 _DEBT = 2.0  # seconds that they may be behind: a step that took longer was held up by something else
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
@@ -25,12 +25,16 @@ class TimeShare:
         self._costs = costs
         self._batch = batch
         self._balance = _SAVINGS
+        self._majority = 1.0  # prompts for each stream, if there are more of them
 
-    def prompt_tokens(self, decoding: int) -> int:
+    def prompt_tokens(self, decoding: int, prompts: int) -> int:
         """See ``Pace``."""
         if not decoding:
             return self._tokens_in(_STEP)
-        return self._tokens_in(max(_GAP, self._costs.decode(decoding))) if self._balance > 0 else 0
+        self._majority = max(1.0, prompts / decoding)
+        if self._balance <= 0:
+            return 0
+        return self._tokens_in(min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding))))
 
     def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
@@ -38,7 +42,7 @@ class TimeShare:
             return
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams
-        balance = self._balance + _SHARE * for_streams - for_prompts
+        balance = self._balance + _SHARE * self._majority * for_streams - for_prompts
         self._balance = max(-_DEBT, min(_SAVINGS, balance))
 
     def _tokens_in(self, seconds: float) -> int:

@@ -48,8 +48,8 @@ class Chunk(msgspec.Struct, frozen=True):
 class Pace(Protocol):
     """How many prompt tokens a step should take."""
 
-    def prompt_tokens(self, decoding: int) -> int:
-        """Return how many, beside so many sequences that decode; 0 when those have waited enough."""
+    def prompt_tokens(self, decoding: int, prompts: int) -> int:
+        """Return how many of so many prompts, beside sequences that decode; 0 when those have waited enough."""
 
 
 _in_order = attrgetter("arrival")
@@ -210,7 +210,8 @@ class Scheduler:
         room = self._batch - len(decoding)
         prompts: list[Chunk] = []
         if len(decoding) < len(self._running):
-            prompts = self._prompt_chunks(min(self._pace.prompt_tokens(len(decoding)), room))
+            wanted = self._pace.prompt_tokens(len(decoding), len(self._running) - len(decoding))
+            prompts = self._prompt_chunks(min(wanted, room))
             room -= sum(chunk.rows for chunk in prompts)
         drafts = self._drafts(decoding, room) if self._drafts and decoding else [[]] * len(decoding)
         chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)] + prompts

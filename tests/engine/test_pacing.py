@@ -128,9 +128,20 @@ def test_a_share_is_taken_only_while_there_are_savings(step: float, row: float) 
     for _ in range(20):
         costs.record(1, 0, step + row)
     costs.record(1, 100, step + 101 * row)
-    assert share.prompt_tokens(1) >= 8
+    assert share.prompt_tokens(1, 1) >= 8
     share.record(1, 1000, step + 1001 * row + 1)
-    assert share.prompt_tokens(1) == 0
-    assert share.prompt_tokens(0) > 0, "nobody is disturbed"
-    while not share.prompt_tokens(1):
+    assert share.prompt_tokens(1, 1) == 0
+    assert share.prompt_tokens(0, 1) > 0, "nobody is disturbed"
+    while not share.prompt_tokens(1, 1):
         share.record(1, 0, step + row)
+
+
+def test_many_prompts_beside_one_stream_take_most_of_the_time(step: float, row: float) -> None:
+    streams = Streams(step, row)
+    start, tokens = streams.clock.now, len(streams.times)
+    for number in range(7):
+        streams.model.submit(100 + number, chr(65 + number) * 400, max_tokens=1)
+    while not all(streams.model.of(100 + number) for number in range(7)):
+        streams.run(1)
+    seconds, steps = streams.clock.now - start, len(streams.times) - tokens
+    assert seconds - steps * (step + row) > 0.6 * seconds or steps <= 12
