@@ -52,6 +52,6 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         allow_origins=settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[IGNORED_HEADER],
+        expose_headers=[IGNORED_HEADER, "Retry-After"],
     )
     return app

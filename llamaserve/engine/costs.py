@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+_LEAST_SECONDS = 1e-6  # of a step, for clocks that stand still
 _UNKNOWN_SECONDS = 0.03  # of a step of one row before any was measured
 _UNKNOWN_SLOPE = 0.6  # what a further row costs, in steps of one row, before a prompt was measured: little is gained
 _ROW_PER_PROMPT_TOKEN = 1.5  # a row among a few costs as much as 1.5 tokens of a prompt (SmolLM2 on a CPU)
@@ -50,6 +51,7 @@ class StepCosts:
 
     def record(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step of ``rows`` decoding rows and ``prompt_tokens`` tokens of prompts."""
+        seconds = max(seconds, _LEAST_SECONDS)
         if rows == 0:  # a prompt's last token is one
             rows = 1
             prompt_tokens -= 1

@@ -77,6 +77,7 @@ class Engine:
         self._reported = Occupancy()
         self._next_progress = -math.inf
         self._next_deadline = math.inf
+        self._begun: set[int] = set()  # requests of which some token was sampled
         self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
 
     @property
@@ -174,7 +175,10 @@ class Engine:
             self._take_note(chunks, self._clock() - start)
         except Interrupted:
             for chunk in chunks:
-                self._cache.rewind(chunk.sequence, chunk.sequence.evaluated)
+                sequence = chunk.sequence
+                self._cache.rewind(sequence, sequence.evaluated)
+                if not sequence.generated:
+                    sequence.cached = min(sequence.cached or 0, sequence.evaluated)
             return []
         except OutOfCells as error:
             return [] if chunks and self._scheduler.shed(chunks) else self._fail_running(error)
@@ -231,13 +235,12 @@ class Engine:
         if now < self._next_progress:
             return []
         self._next_progress = now + _PROGRESS_INTERVAL
-        begun = {sequence.request for sequence in self._scheduler.sequences if sequence.generated}
         reports: dict[int, Progress] = {}
         for place, sequence in enumerate(self._scheduler.waiting, start=1):
-            if sequence.generation.stream and sequence.request not in begun:
+            if sequence.generation.stream and sequence.request not in self._begun:
                 reports.setdefault(sequence.request, Progress(sequence.request, place, 0, sequence.prompt_length))
         for sequence in self._scheduler.running:
-            if sequence.generation.stream and sequence.request not in begun:
+            if sequence.generation.stream and sequence.request not in self._begun:
                 report = Progress(sequence.request, 0, sequence.evaluated, sequence.prompt_length)
                 reports[sequence.request] = report
         return list(reports.values())
@@ -251,6 +254,7 @@ class Engine:
         wrong = len(chunk.draft) + 1 - len(tokens)
         if wrong:
             self._cache.rewind(sequence, sequence.evaluated - wrong)
+        self._begun.add(sequence.request)
         pieces: list[str] = []
         for token in tokens:
             if self.vocab.is_end_of_generation(token):
@@ -278,7 +282,9 @@ class Engine:
         )
 
     def _end_overdue(self) -> list[EngineEvent]:
-        """End the sequences whose time is up: with what they have, or with an error when they have nothing."""
+        """End the sequences whose time is up: with what they have, or with an error when none of the request has
+        anything.
+        """
         if self._clock() < self._next_deadline:
             return []
         now = self._clock()
@@ -286,7 +292,7 @@ class Engine:
         for sequence in [each for each in self._scheduler.sequences if each.deadline <= now]:
             if sequence.state is State.FINISHED:  # with its request, just now
                 continue
-            if any(other.generated for other in self._of(sequence.request)):
+            if sequence.request in self._begun:
                 events.append(self._finish(sequence, "length", ""))
             else:
                 self.cancel(sequence.request)
@@ -306,6 +312,8 @@ class Engine:
 
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence)
+        if not self._of(sequence.request):
+            self._begun.discard(sequence.request)
         if sequence.sampler is not None:
             sequence.sampler.close()
             sequence.sampler = None
@@ -385,17 +393,19 @@ class LoadedEngine(ContextEngine):
             raise
         super().__init__(self._model, self._native, params)
         self._threads = ThreadController(params.threads) if params.adaptive_threads else None
-        self._paused = True
+
+    def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
+        """See ``Engine``."""
+        if self.idle and self._threads is not None:
+            self._threads.resume()
+        super().submit(request, prompts, generation)
 
     def step(self) -> list[EngineEvent]:
         """See ``Engine``."""
         if self._threads is None:
             return super().step()
-        if self._paused:
-            self._threads.resume()
         events = super().step()
-        self._paused = self.idle
-        if self._paused:
+        if self.idle:
             self._threads.pause()
         elif (threads := self._threads.update()) is not None and self._native is not None:
             self._native.set_threads(threads)

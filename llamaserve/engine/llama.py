@@ -309,14 +309,17 @@ class Context:
         lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
         return self.truncate(target, length)
 
-    def save(self, sequence: int) -> bytearray:
-        """Return the state of a sequence, 23 kB a token of the starter model; nothing when llama.cpp can't."""
+    def save(self, sequence: int, limit: int) -> bytearray:
+        """Return the state of a sequence, 23 kB a token of the starter model; nothing when it has more than ``limit``
+        bytes, or llama.cpp can't.
+        """
         if self._scratch is not None:
             lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, -1, -1)
         source = sequence if self._scratch is None else self._scratch
-        state = bytearray(lib.llama_state_seq_get_size(self.handle, source))
+        size = lib.llama_state_seq_get_size(self.handle, source)
+        state = bytearray(size if size <= limit else 0)
         buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
-        written = lib.llama_state_seq_get_data(self.handle, buffer, len(state), source)
+        written = lib.llama_state_seq_get_data(self.handle, buffer, size, source) if state else 0
         if self._scratch is not None:
             lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         return state if written == len(state) else bytearray()

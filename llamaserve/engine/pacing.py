@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llamaserve.engine.costs import StepCosts
 
-_SHARE = 0.9  # of the time that decoding takes, what prompts may take beside as many streams or more
+_SHARE = 0.8  # of the time that decoding takes, what prompts may take beside as many streams or more
 _SAVINGS = 0.25  # seconds that prompts may be ahead
 _DEBT = 2.0  # seconds that they may be behind: a step that took longer was held up by something else
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
@@ -39,6 +39,7 @@ class TimeShare:
     def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
         if not decoding:
+            self._balance = max(0.0, self._balance)  # nobody is owed anything
             return
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams

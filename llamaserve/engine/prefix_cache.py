@@ -9,7 +9,7 @@ behind ``Memory``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as TokenSequence
+from collections.abc import Iterable, Sequence as TokenSequence
 from itertools import count
 from typing import Protocol
 
@@ -33,8 +33,8 @@ class Memory(Protocol):
         which is that or 0.
         """
 
-    def save(self, sequence: int) -> bytearray:
-        """Return a sequence's state as bytes; none when that is not possible."""
+    def save(self, sequence: int, limit: int) -> bytearray:
+        """Return a sequence's state as bytes; none when there are more than ``limit``, or that is not possible."""
 
     def restore(self, sequence: int, state: bytearray) -> bool:
         """Give an empty sequence a state that was saved; False, and it stays empty, when that is not possible."""
@@ -84,11 +84,10 @@ class _Prefix:
         """Number of resident tokens."""
         return self.owner.evaluated if self.owner else len(self.idle_tokens)
 
-    def common(self, wanted: TokenSequence[int]) -> int:
-        """Return how many of the wanted tokens are resident here."""
-        if self.owner is None:
-            return common_prefix(self.idle_tokens, wanted)
-        return min(self.owner.evaluated, common_prefix(self.owner.tokens, wanted))
+    @property
+    def tokens(self) -> list[int]:
+        """The resident tokens; those of a running sequence go on."""
+        return self.owner.tokens if self.owner else self.idle_tokens
 
     def cells_in_runs(self) -> int:
         """Return the number of cells that are not its own."""
@@ -102,6 +101,10 @@ class _Prefix:
             if run.holders == 1:
                 freed += min(run.length, max(0, position - length))
         return freed + self.length - max(position, length)
+
+
+def _by_use(prefix: _Prefix) -> int:
+    return prefix.last_used
 
 
 class PrefixCache:
@@ -150,8 +153,7 @@ class PrefixCache:
 
     def reusable(self, wanted: TokenSequence[int]) -> int:
         """Return how many of the wanted tokens a sequence that starts now would find resident."""
-        resident = max(self._reusable_of(prefix, wanted) for prefix in self._prefixes)
-        return max(resident, self._spilled(wanted)[0])
+        return max(self._longest(self._prefixes, wanted)[0], self._spilled(wanted)[0])
 
     def held_cells(self) -> int:
         """Return the number of cells that running sequences hold."""
@@ -163,21 +165,21 @@ class PrefixCache:
         """Return how many of the wanted tokens lie in cells that a running sequence holds."""
         if not self._shares_cells:
             return 0
-        return max((self._reusable_of(slot, wanted) for slot in self._slots if slot.owner), default=0)
+        return self._longest([slot for slot in self._slots if slot.owner], wanted)[0]
 
     def acquire(self, sequence: Sequence) -> None:
         """Give the sequence a slot that begins with as many of its tokens as any prefix does."""
         wanted = self.wanted(sequence)
-        donor = max(self._prefixes, key=lambda prefix: (self._reusable_of(prefix, wanted), prefix.last_used))
-        reusable = self._reusable_of(donor, wanted)
-        whole = reusable == donor.length and donor.owner is None
-        slot = self._slot_for(donor, in_place=whole)
+        reusable, donor = self._longest(self._prefixes, wanted)
+        whole = donor is not None and donor.owner is None and reusable == donor.length
+        slot = self._slot_for(donor if whole else None)
         if slot is donor:
             self._cut(slot, reusable)
+        elif donor is None:
+            self._evict(slot)
         else:
             self._evict(slot)
-            if reusable:
-                self._copy(donor, slot, reusable)
+            self._copy(donor, slot, reusable)
             if whole and slot.length == reusable:
                 self._cut(donor, 0)  # it holds nothing that the slot does not
         self._bring_back(slot, wanted)
@@ -257,17 +259,27 @@ class PrefixCache:
         assert sequence.slot is not None
         return self._slots[sequence.slot]
 
-    def _reusable_of(self, prefix: _Prefix, wanted: TokenSequence[int]) -> int:
-        common = prefix.common(wanted)
-        return common if self.divisible or common == prefix.length else 0
+    def _longest(self, prefixes: Iterable[_Prefix], wanted: TokenSequence[int]) -> tuple[int, _Prefix | None]:
+        """Return how many of the wanted tokens the best of some prefixes has, and that one: the latest of equally good
+        ones.
+        """
+        best, found = 0, None
+        for prefix in sorted(prefixes, key=_by_use, reverse=True):
+            length, tokens = prefix.length, prefix.tokens
+            if min(length, len(wanted)) <= best or tokens[best] != wanted[best]:
+                continue  # it can't have more in common: many prefixes begin alike, and comparing them all takes long
+            common = min(length, common_prefix(tokens, wanted))
+            if common > best and (self.divisible or common == length):
+                best, found = common, prefix
+        return best, found
 
-    def _slot_for(self, donor: _Prefix, *, in_place: bool) -> _Prefix:
-        """Return the idle slot for a sequence that begins like the donor: the donor itself if it may go on in place,
-        else an empty one, else the one unused longest.
+    def _slot_for(self, continued: _Prefix | None) -> _Prefix:
+        """Return the idle slot for a sequence: the one that it continues, if it lies in a slot, else an empty one, else
+        the one unused longest.
         """
         idle = [slot for slot in self._slots if slot.owner is None]
-        if in_place and donor in idle:
-            return donor
+        if continued in idle:
+            return continued
         return min(idle, key=lambda slot: slot.last_used if slot.idle_tokens else 0)
 
     def _set_aside(self, slot: _Prefix) -> None:
@@ -284,7 +296,7 @@ class PrefixCache:
         """Let an empty slot begin like the donor, if llama.cpp can do it."""
         if self._memory.copy(donor.id, slot.id, length) != length:
             return
-        slot.idle_tokens = (donor.owner.tokens if donor.owner else donor.idle_tokens)[:length]
+        slot.idle_tokens = donor.tokens[:length]
         if not self._shares_cells:
             self.used_cells += length
             return
@@ -298,7 +310,7 @@ class PrefixCache:
     def _evict(self, prefix: _Prefix) -> None:
         """Drop an idle prefix from the cache, into main memory if there is room for it."""
         if self._spill.budget and len(prefix.idle_tokens) >= _WORTH_SPILLING and prefix.cells_freed_from(0):
-            state = self._memory.save(prefix.id)
+            state = self._memory.save(prefix.id, self._spill.budget)
             if state:
                 self._spill.put(Spilled(prefix.idle_tokens[:], state))
         self._cut(prefix, 0)

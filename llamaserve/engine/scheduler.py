@@ -128,8 +128,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.state = State.FINISHED
         sequence.leader = None
-        if self.idle:
-            self._cache.cells = self._cells  # what ``shed`` had taken away
+        self._cache.cells = self._cells  # what ``shed`` had taken away
 
     def plan(self) -> list[Chunk]:
         """Decide the next step. Empty only when there is nothing to do.
@@ -180,8 +179,9 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         self._cache.acquire(sequence)
-        if sequence.cached is None:
-            sequence.cached = sequence.evaluated
+        if not sequence.generated:  # one that begins again may find less than the first time
+            found = sequence.evaluated
+            sequence.cached = found if sequence.cached is None else min(sequence.cached, found)
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_in_order)
 

@@ -69,7 +69,7 @@ class Sequence:
         self.arrival = 0  # the scheduler numbers its sequences
         self.slot: int | None = None
         self.evaluated = 0
-        self.cached: int | None = None  # prompt tokens reused when it first started
+        self.cached: int | None = None  # prompt tokens that were reused, once it has started
         self.deadline = deadline  # on the engine's clock, seconds
         self.leader: tuple[Sequence, int] | None = None  # one whose first so many tokens this one waits to copy
         self.sampler: Sampler | None = None

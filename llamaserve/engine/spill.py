@@ -31,7 +31,9 @@ class Spill:
         return sum(len(each.state) for each in self._prefixes)
 
     def put(self, prefix: Spilled) -> None:
-        """Keep a prefix, and drop the oldest ones where there are too many bytes."""
+        """Keep a prefix, and drop the oldest ones where there are too many bytes. One that is too large is not kept."""
+        if len(prefix.state) > self.budget:
+            return
         self._prefixes.append(prefix)
         while self.size > self.budget:
             del self._prefixes[0]

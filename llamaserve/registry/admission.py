@@ -37,17 +37,18 @@ class Admission:
         self._parallel = parallel
         self._queue = queue
         self._clock = clock
-        self._duration = _LEAST_WAIT  # mean seconds of a request
+        self._duration = _LEAST_WAIT  # mean seconds of a request, waiting included
         self.open = 0
 
     def enter(self, sequences: int) -> Place:
         """Let a request in, however many sequences it has, as long as the queue is not full before it.
 
-        Raises ``QueueFull`` with the seconds after which one that runs now has probably ended.
+        Raises ``QueueFull`` with the seconds after which a place is probably free: if those that are here stay for the
+        mean time, one of them leaves after that time divided by their number.
         """
         if self.open >= self._parallel + self._queue:
             waiting = self.open - self._parallel
-            wait = min(max(_LEAST_WAIT, self._duration * (waiting + 1) / self._parallel), _LONGEST_WAIT)
+            wait = min(max(_LEAST_WAIT, self._duration / self.open), _LONGEST_WAIT)
             raise QueueFull(
                 f"{waiting} answers wait for this model already, and no more may; try again later, or raise `queue` "
                 "for it in models.yaml",

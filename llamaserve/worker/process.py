@@ -288,7 +288,11 @@ class WorkerProcess:
 
     async def _dispatch(self) -> None:
         """Hand out events until the child ends, then fail what is left."""
-        await self._heard(self._link.deliver(self._hand_out))
+        try:
+            await self._heard(self._link.deliver(self._hand_out))
+        except Exception:  # a bug of ours: nobody would hear of the child any more
+            logger.exception("%s: reading from the process failed", self._name)
+            self._kill()
         self.ended.set()
         self._link.close()
         self.occupancy = Occupancy()

@@ -52,6 +52,7 @@ def test_one_whose_time_is_up_before_it_has_begun_is_told_so(narrow_server: Runn
         next(ahead)
         response = narrow_server.post(COMPLETIONS, {**TINY, "time_limit": 0.3})
     assert "0.3 seconds" in assert_error(response, 504, "time_limit_exceeded")
+    assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("limit", [0, -1, "soon", 1e300])

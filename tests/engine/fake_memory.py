@@ -68,9 +68,10 @@ class FakeMemory:
         self.copied += length
         return length
 
-    def save(self, sequence: int) -> bytearray:
+    def save(self, sequence: int, limit: int) -> bytearray:
         """See ``Memory``: one byte a token, so tokens must be small."""
-        return bytearray(self.resident(sequence))
+        state = bytearray(self.resident(sequence))
+        return state if len(state) <= limit else bytearray()
 
     def restore(self, sequence: int, state: bytearray) -> bool:
         """See ``Memory``."""

@@ -459,15 +459,19 @@ def test_a_choice_that_is_finished_stays_so_when_the_others_run_out_of_time() ->
     assert (model.finished(1, 1).text, model.finished(1, 1).reason) == ("......", "length")
 
 
-def test_a_choice_without_a_token_fails_its_request_once() -> None:
-    """The others have some, but a request is answered whole or not at all."""
-    model, _ = _limited(slots=2)
-    model.submit(1, "p", choices=5, time_limit=4)
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_choice_without_a_token_does_not_cost_the_others_theirs(slots: int) -> None:
+    """Whichever of them have run, are running or still wait when the time is up."""
+    model, _ = _limited(slots=slots)
+    model.runner.answers = {(1, 0): b"ab"}
+    model.submit(1, "p", choices=5, time_limit=6)
     model.submit(2, "q", max_tokens=3)
     model.run()
-    assert _failures(model) == [(1, "TimeLimitExceeded")]
-    last = [event for event in model.events if getattr(event, "request", None) == 1][-1]
-    assert isinstance(last, Failed)
+    assert _failures(model) == []
+    assert (model.text(1, 0), model.finished(1, 0).reason) == ("ab", "stop")
+    assert all(model.finished(1, choice).reason == "length" for choice in range(1, 5))
+    assert model.text(1, 1)
+    assert model.text(1, 4) == ""
     assert model.text(2) == "..."
 
 

@@ -422,7 +422,7 @@ def test_a_sequence_that_was_saved_and_restored_goes_on_the_same(
             kept = 40
             assert context.copy(0, kept, len(tokens)) == len(tokens)
             context.truncate(0, 0)
-        state = context.save(kept)
+        state = context.save(kept, 1 << 30)
         assert len(state) > 1000 * len(tokens)
         context.clear()
         assert context.restore(2, state)
@@ -442,7 +442,8 @@ def test_a_state_that_has_no_room_is_not_restored(load_params: LoadParams, model
         batch = Batch(200)
         batch.add([5] * 200, 0, 0, logits=0)
         context.evaluate(batch)
-        state = context.save(0)
+        assert not context.save(0, 1000)
+        state = context.save(0, 1 << 30)
         assert not context.restore(1, state)
         assert context.truncate(0, 0) == 0
         assert context.restore(1, state)

@@ -51,7 +51,7 @@ def test_the_time_to_wait_follows_from_how_long_requests_take() -> None:
         clock.now += 8.0
         places.pop(0).leave()
         places.append(admission.enter(1))
-    assert refused() == pytest.approx(24.0, rel=0.01)  # three at a time leave one every 8 s, and two waits before it
+    assert refused() == pytest.approx(8.0, rel=0.01)  # each of three stays for 24 s
     for _ in range(60):
         clock.now += 1000.0
         places.pop(0).leave()
