@@ -87,8 +87,8 @@ class ServedModel:
         """Return how the model is loaded, with every automatic setting decided.
 
         Sequences share all cells of the cache, so that prefixes can be shared without copying. With flash attention
-        that costs little: a step of eight sequences of 600 tokens takes 55 ms, and 53 with cells for each; idle prefixes
-        make it slower, by 14 % when there are 4,000 tokens of them. With flash attention off attention goes over all
+        that costs little: a step of eight sequences of 600 tokens takes 55 ms, and 53 with cells for each. Idle
+        prefixes make it slower, by 14 % when there are 4,000 tokens of them. With flash attention off it goes over all
         cells at full cost (measured: 89 against 51 ms for a step of eight sequences of 600 tokens), and what a sequence
         computes would depend on where its cells happen to lie. With cells of its own, a short one computes the same as
         alone.
