@@ -67,7 +67,7 @@ class Host:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._vocabulary_jobs: queue.SimpleQueue[_VocabularyJob] = queue.SimpleQueue()
         self._unsent: list[Event] = []
-        self._sent = -math.inf  # when the last frame of the engine's was
+        self._sent = -math.inf  # when the last frame with text was
         self._lock = threading.Lock()
         self._encoding: dict[int, Cancel | Stop | None] = {}  # requests being encoded, and what came for them meanwhile
 
@@ -104,7 +104,7 @@ class Host:
             self._report(engine, list(engine.step()))
 
     def _report(self, engine: Engine, events: list[Event]) -> None:
-        """Send what has happened in one frame. Text waits for the next step's if the last frame is not a moment old."""
+        """Send what has happened in one frame. Text waits for the next step's if the last text is not a moment old."""
         events += engine.progress()
         if (changed := engine.occupancy()) is not None:
             events.append(changed)
@@ -113,8 +113,10 @@ class Host:
         if now - self._sent < _FRAME and engine.steady and all(isinstance(event, Delta) for event in events):
             return
         if self._unsent:
+            if any(isinstance(event, Delta) for event in self._unsent):
+                self._sent = now
             self._send(self._unsent)
-            self._unsent, self._sent = [], now
+            self._unsent = []
 
     def _take(self, engine: Engine, job: _Job) -> list[Event]:
         match job:
