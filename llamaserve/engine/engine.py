@@ -10,6 +10,9 @@ import math
 import time
 from collections.abc import Callable, Sequence as TokenSequence
 
+import msgspec
+import psutil
+
 from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy, Progress
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all
@@ -20,6 +23,7 @@ from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.scheduler import Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
+from llamaserve.engine.spill import Spill
 from llamaserve.engine.threads import ThreadController
 from llamaserve.errors import (
     ContextLengthExceeded,
@@ -36,6 +40,7 @@ MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a seco
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _PROGRESS_INTERVAL = 0.5  # seconds
+_STATES = 64  # finished sequences of a model with recurrent state that have a place in main memory, if there is enough
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -221,6 +226,12 @@ class Engine:
         self._costs.record(rows, prompt_tokens, seconds)
         self._pace.record(rows, prompt_tokens, seconds)
 
+    def save_ahead(self) -> bool:
+        """Use an idle moment to copy some of what the cache holds to main memory, which takes milliseconds, so that the
+        next request need not wait for it; False when there is nothing to copy.
+        """
+        return self._cache.save_ahead()
+
     def occupancy(self) -> Occupancy | None:
         """Return how busy the engine is when that has changed since the last call, else None."""
         now = self._scheduler.occupancy
@@ -356,9 +367,9 @@ class ContextEngine(Engine):
             spare=SPARE if params.kv_unified and not state else 0,
             divisible=not state,
             kept_back=2 if exact else 1,
-            # In a split cache llama.cpp puts copies off until the next evaluation, and would overwrite what is brought
-            # back meanwhile.
-            spill=params.spill if params.kv_unified else 0,
+            # In a split cache no sequence's cells slow down another. And llama.cpp puts copies off there until the next
+            # evaluation, and would overwrite what is brought back meanwhile.
+            spill=Spill(params.spill or 0, in_blocks=not state and not model.sliding_window) if not exact else None,
         )
         can_take_back = not state and not model.sliding_window
         super().__init__(
@@ -387,10 +398,13 @@ class LoadedEngine(ContextEngine):
         self._native: Context | None = None
         try:
             self._native = Context(self._model, params)
-            _warm_up(self._native, self._model.vocab)
+            state = _warm_up(self._native, self._model.vocab)
         except LlamaserveError:
             self.close()
             raise
+        if params.spill is None:
+            spill = _default_spill(state * (_STATES if self._model.has_state else self._native.cells))
+            params = msgspec.structs.replace(params, spill=spill)
         super().__init__(self._model, self._native, params)
         self._threads = ThreadController(params.threads) if params.adaptive_threads else None
 
@@ -418,9 +432,20 @@ class LoadedEngine(ContextEngine):
         close_all(self._native, self._model)
 
 
-def _warm_up(context: Context, vocab: Vocab) -> None:
-    """Evaluate one token, so that the first request does not pay for reading the weights and building the graph."""
+def _warm_up(context: Context, vocab: Vocab) -> int:
+    """Evaluate one token, so that the first request does not pay for reading the weights and building the graph.
+    Returns the bytes of its state.
+    """
     batch = Batch(1)
     batch.add([max(0, vocab.bos)], 0, 0, logits=1)
     context.evaluate(batch)
+    size = context.state_size(0)
     context.clear()
+    return size
+
+
+def _default_spill(cache: int) -> int:
+    """Return how many bytes of main memory prefixes may take: as many as the key-value ``cache`` has, since that is how
+    much could be kept without them, but never more than a quarter of what is free now.
+    """
+    return min(cache, psutil.virtual_memory().available // 4)

@@ -114,10 +114,10 @@ def context_params(params: LoadParams) -> Any:
 
 
 def _scratch_sequences(params: LoadParams) -> int:
-    """Return the number of sequence ids to reserve: in a unified cache, where ids beyond those that can be evaluated
-    hold prefixes, llama.cpp saves the state of the former only.
+    """Return the number of sequence ids to reserve: one, to copy to what is saved and from what is restored. llama.cpp
+    saves no sequence with an id beyond those that can be evaluated, and restores nothing behind other tokens.
     """
-    return 1 if params.kv_unified and params.spill else 0
+    return 1 if params.kv_unified and params.spill != 0 else 0
 
 
 class Vocab:
@@ -255,7 +255,7 @@ class Context:
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
         self._unified = params.kv_unified
-        self._scratch = params.parallel if _scratch_sequences(params) else None
+        self._scratch = params.parallel  # the sequence id for saving and restoring
         self._logits: dict[int, npt.NDArray[np.float32]] = {}  # by address: one for each row that had some
 
     def evaluate(self, batch: Batch, *, interruptible: bool = False) -> None:
@@ -309,28 +309,32 @@ class Context:
         lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
         return self.truncate(target, length)
 
-    def save(self, sequence: int, limit: int) -> bytearray:
-        """Return the state of a sequence, 23 kB a token of the starter model; nothing when it has more than ``limit``
-        bytes, or llama.cpp can't.
+    def state_size(self, sequence: int) -> int:
+        """Return the bytes of a sequence's state."""
+        return int(lib.llama_state_seq_get_size(self.handle, sequence))
+
+    def save(self, sequence: int, start: int, end: int) -> bytearray:
+        """Return the state of some of a sequence's tokens, 23 kB each of the starter model; nothing when llama.cpp
+        can't. Recurrent states have no parts: it must be all of them.
         """
-        if self._scratch is not None:
-            lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, -1, -1)
-        source = sequence if self._scratch is None else self._scratch
-        size = lib.llama_state_seq_get_size(self.handle, source)
-        state = bytearray(size if size <= limit else 0)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
-        written = lib.llama_state_seq_get_data(self.handle, buffer, size, source) if state else 0
-        if self._scratch is not None:
-            lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-        return state if written == len(state) else bytearray()
+        lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, start, end)
+        size = self.state_size(self._scratch)
+        state = bytearray(size)
+        buffer = (ctypes.c_uint8 * size).from_buffer(state)
+        written = lib.llama_state_seq_get_data(self.handle, buffer, size, self._scratch)
+        lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        return state if written == size else bytearray()
 
     def restore(self, sequence: int, state: bytearray) -> bool:
-        """Give an empty sequence a state that was saved; False when there are no cells for it."""
+        """Append a state that was saved to a sequence, which must end where it began; False when there are no cells for
+        it.
+        """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
-        if lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence):
-            return True
-        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-        return False
+        restored = lib.llama_state_seq_set_data(self.handle, buffer, len(state), self._scratch)
+        if restored:
+            lib.llama_memory_seq_cp(self._memory, self._scratch, sequence, -1, -1)
+        lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        return bool(restored)
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads from the next evaluation on."""

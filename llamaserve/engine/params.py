@@ -21,8 +21,9 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     the key-value cache holds for all sequences together. ``kv_unified`` says that any sequence may use any cell;
     otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``. ``adaptive_threads``
     lets the number of ``threads`` fall while other programs use the cores, ``prefix_cache`` allows to reuse what was
-    evaluated for another request, ``spill`` is the bytes of main memory that this may take beside the cache, and
-    ``speculation`` allows to evaluate guessed tokens beforehand.
+    evaluated for another request, ``spill`` is the bytes of main memory that this may take beside the cache (None: as
+    many as the cache has, or a quarter of what is free), and ``speculation`` allows to evaluate guessed tokens
+    beforehand.
     """
 
     path: str
@@ -38,7 +39,7 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     key_type: KVType
     value_type: KVType
     prefix_cache: bool
-    spill: int
+    spill: int | None
     speculation: bool
 
 

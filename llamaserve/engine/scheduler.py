@@ -18,8 +18,8 @@ from typing import Protocol
 import msgspec
 
 from llamaserve.engine.events import Occupancy
-from llamaserve.engine.prefix_cache import PrefixCache, common_prefix
-from llamaserve.engine.sequence import Sequence, State
+from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.sequence import Sequence, State, common_prefix
 from llamaserve.errors import OutOfCells
 
 _WORTH_WAITING = 16  # tokens that a sequence need not evaluate if it waits for another's prompt
@@ -164,18 +164,21 @@ class Scheduler:
         if not self._waiting or not (slots := self._cache.idle_slots):
             return
         committed = self._cache.held_cells() + sum(sequence.pending for sequence in self._running)
+        started = 0
         for sequence in list(self._waiting):
+            if started == slots:
+                break
             if self._follows(sequence):
                 continue
             wanted = self._cache.wanted(sequence)
             committed += len(sequence.tokens) + 1 - self._cache.held_in_common(wanted)
             if self._running and committed > self._cache.cells:
-                return
+                break
             self._waiting.remove(sequence)
             self._start(sequence)
-            slots -= 1
-            if not slots:
-                return
+            started += 1
+        if started:
+            self._cache.make_way()
 
     def _start(self, sequence: Sequence) -> None:
         self._cache.acquire(sequence)

@@ -34,6 +34,12 @@ MEBIBYTE = 1024 * 1024
 _FAILURE_KEPT = 5.0  # seconds for which a header that could not be read is not tried again, only to list the model
 
 
+def _spill_bytes(spec: ModelSpec) -> int | None:
+    if not spec.prefix_cache:
+        return 0
+    return None if spec.spill == "auto" else spec.spill * MEBIBYTE
+
+
 class ServedModel:
     """One model: its settings, its file and its process."""
 
@@ -88,7 +94,7 @@ class ServedModel:
 
         Sequences share all cells of the cache, so that prefixes can be shared without copying. With flash attention
         that costs little: a step of eight sequences of 600 tokens takes 55 ms, and 53 with cells for each. Idle
-        prefixes make it slower, by 14 % when there are 4,000 tokens of them. With flash attention off it goes over all
+        prefixes would make it slower, so they are kept in main memory. With flash attention off it goes over all
         cells at full cost (measured: 89 against 51 ms for a step of eight sequences of 600 tokens), and what a sequence
         computes would depend on where its cells happen to lie. With cells of its own, a short one computes the same as
         alone.
@@ -109,7 +115,7 @@ class ServedModel:
             key_type=spec.key_type,
             value_type=spec.value_type,
             prefix_cache=spec.prefix_cache,
-            spill=spec.spill * MEBIBYTE if spec.prefix_cache else 0,
+            spill=_spill_bytes(spec),
             speculation=spec.speculation,
         )
 

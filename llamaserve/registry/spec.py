@@ -48,6 +48,12 @@ def _threads(value: object) -> object:
     raise ValueError(f"should be auto or a number from 1 to 1024, not {_shown(value)}")
 
 
+def _spill(value: object) -> object:
+    if value == "auto" or (type(value) is int and 0 <= value <= 1 << 30):
+        return value
+    raise ValueError(f"should be auto or a number of MiB, not {_shown(value)}")
+
+
 def _on_off(value: object) -> object:
     """YAML 1.1 reads a bare ``on`` or ``off`` as a truth value."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -56,7 +62,7 @@ def _on_off(value: object) -> object:
 class RunOptions(BaseModel):
     """How a model is run. ``context`` is the tokens of one request, ``parallel`` the requests evaluated together,
     ``kv_cells`` the tokens that the key-value cache holds for all of them (None: as many as one context) and
-    ``batch`` the tokens of one step. ``spill`` is MiB of main memory for prefixes that the cache has no cells for,
+    ``batch`` the tokens of one step. ``spill`` is MiB of main memory for prefixes that no running request needs,
     ``queue`` how many answers may wait, and ``time_limit`` the seconds of a request.
     """
 
@@ -72,7 +78,7 @@ class RunOptions(BaseModel):
     key_type: KVType = "f16"
     value_type: KVType = "f16"
     prefix_cache: Annotated[bool, Field(strict=True)] = True
-    spill: Annotated[int, Field(strict=True, ge=0, le=1 << 30)] = 0
+    spill: Annotated[int | Literal["auto"], BeforeValidator(_spill)] = "auto"
     speculation: Annotated[bool, Field(strict=True)] = True
     queue: Annotated[int, Field(strict=True, ge=0, le=1 << 20)] = 64
     time_limit: Annotated[float, Field(gt=0, le=1 << 30)] | None = None

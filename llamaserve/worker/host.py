@@ -99,6 +99,8 @@ class Host:
 
     def _run_engine(self, engine: Engine) -> None:
         while True:
+            while engine.idle and self._jobs.empty() and engine.save_ahead():
+                pass
             while engine.idle or not self._jobs.empty():
                 self._report(engine, self._take(engine, self._jobs.get()))  # nobody's end waits for another's step
             self._report(engine, list(engine.step()))

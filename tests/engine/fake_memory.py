@@ -25,6 +25,7 @@ class FakeMemory:
         self.cells: dict[int, list[_Cell]] = {}
         self.evaluated = 0  # tokens, ever
         self.copied = 0  # tokens, ever
+        self.saved = 0  # tokens, ever
         self.restored = 0  # tokens, ever
 
     @property
@@ -68,15 +69,16 @@ class FakeMemory:
         self.copied += length
         return length
 
-    def save(self, sequence: int, limit: int) -> bytearray:
+    def save(self, sequence: int, start: int, end: int) -> bytearray:
         """See ``Memory``: one byte a token, so tokens must be small."""
-        state = bytearray(self.resident(sequence))
-        return state if len(state) <= limit else bytearray()
+        assert 0 <= start < end <= len(self.cells[sequence])
+        assert self.cuttable or (start, end) == (0, len(self.cells[sequence]))
+        self.saved += end - start
+        return bytearray(self.resident(sequence)[start:end])
 
     def restore(self, sequence: int, state: bytearray) -> bool:
         """See ``Memory``."""
-        assert not self.cells.get(sequence), f"sequence {sequence} is not empty"
-        self.cells[sequence] = [_Cell(token) for token in state]
+        self.cells.setdefault(sequence, []).extend(_Cell(token) for token in state)
         self.restored += len(state)
         return True
 

@@ -400,15 +400,9 @@ def test_a_sampler_that_llama_cpp_refuses_is_an_engine_error() -> None:
         chain.close()
 
 
-@pytest.mark.parametrize("unified", [True, False])
-def test_a_sequence_that_was_saved_and_restored_goes_on_the_same(
-    load_params: LoadParams, model: Model, unified: bool
-) -> None:
-    """Also one that lies under an id that can't be evaluated, where finished sequences are kept in a unified cache."""
-    attention = "auto" if unified else "off"
-    params = _changed(
-        load_params, kv_unified=unified, flash_attention=attention, context=256, kv_cells=1024, spill=1 << 30
-    )
+def test_parts_of_a_sequence_that_were_saved_and_restored_go_on_the_same(load_params: LoadParams, model: Model) -> None:
+    """Also of one that lies under an id that can't be evaluated, where finished sequences are kept."""
+    params = _changed(load_params, kv_unified=True, flash_attention="auto", context=256, kv_cells=1024, spill=1 << 30)
     context = Context(model, params)
     try:
         tokens = model.vocab.tokenize("Once upon a time there was a fox who", add_bos=True, parse_special=False)
@@ -417,15 +411,12 @@ def test_a_sequence_that_was_saved_and_restored_goes_on_the_same(
         context.evaluate(batch)
         expected = context.logits(row).copy()
         assert context.truncate(0, len(tokens)) == len(tokens)
-        kept = 0
-        if unified:
-            kept = 40
-            assert context.copy(0, kept, len(tokens)) == len(tokens)
-            context.truncate(0, 0)
-        state = context.save(kept, 1 << 30)
-        assert len(state) > 1000 * len(tokens)
+        assert context.copy(0, 40, len(tokens)) == len(tokens)
+        context.truncate(0, 0)
+        states = [context.save(40, 0, 5), context.save(40, 5, len(tokens))]
+        assert all(len(state) > 1000 * 4 for state in states)
         context.clear()
-        assert context.restore(2, state)
+        assert all(context.restore(2, state) for state in states)
         batch.clear()
         row = batch.add([28], len(tokens), 2, logits=1)
         context.evaluate(batch)
@@ -442,8 +433,7 @@ def test_a_state_that_has_no_room_is_not_restored(load_params: LoadParams, model
         batch = Batch(200)
         batch.add([5] * 200, 0, 0, logits=0)
         context.evaluate(batch)
-        assert not context.save(0, 1000)
-        state = context.save(0, 1 << 30)
+        state = context.save(0, 0, 200)
         assert not context.restore(1, state)
         assert context.truncate(0, 0) == 0
         assert context.restore(1, state)

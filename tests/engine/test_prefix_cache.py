@@ -5,8 +5,9 @@ from fake_memory import FakeMemory
 from hypothesis import given, strategies as st
 
 from llamaserve.engine.params import Generation, Sampling
-from llamaserve.engine.prefix_cache import PrefixCache, common_prefix
-from llamaserve.engine.sequence import Sequence
+from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.sequence import Sequence, common_prefix
+from llamaserve.engine.spill import Spill
 
 _GENERATION = Generation(sampling=Sampling(seed=0))
 
@@ -237,7 +238,7 @@ def test_tokens_guessed_wrong_are_taken_back() -> None:
 
 def test_what_leaves_the_cache_comes_back_from_main_memory() -> None:
     memory = FakeMemory()
-    cache = PrefixCache(memory, 1, 250, spill=250)
+    cache = PrefixCache(memory, 1, 250, spill=Spill(450))
     one, other = [1] * 100 + [2] * 100, [3] * 200
     _leave_prefix(cache, memory, one)
     assert cache.make_room(200), "the first one leaves"
@@ -257,14 +258,95 @@ def test_what_leaves_the_cache_comes_back_from_main_memory() -> None:
     assert cache.used_cells == memory.used == 200
 
 
-def test_main_memory_is_never_over_its_budget() -> None:
+def test_idle_prefixes_make_way_for_running_sequences() -> None:
     memory = FakeMemory()
-    cache = PrefixCache(memory, 1, 100, spill=250)
-    for token in (1, 2, 3, 4):
-        _leave_prefix(cache, memory, [token] * 100)
-        assert cache.make_room(100)
-    found = [cache.reusable([token] * 100) for token in (1, 2, 3, 4)]
-    assert found == [0, 0, 100, 100]
-    _leave_prefix(cache, memory, [5] * 63)
-    assert cache.make_room(100)
-    assert cache.reusable([5] * 63) == 0, "short ones are not worth it"
+    cache = PrefixCache(memory, 2, 1000, spill=Spill(1000))
+    system, one, other = [1] * 300, [2] * 40, [3] * 50
+    _leave_prefix(cache, memory, system + one)
+    sequence = _sequence(system + other)
+    cache.acquire(sequence)
+    cache.make_way()
+    assert (cache.used_cells, memory.used, memory.saved) == (300, 300, 340)
+    _evaluate(cache, memory, sequence)
+    cache.release(sequence)
+    assert cache.used_cells == 350, "it stays as long as it is in nobody's way"
+    new = _sequence([4] * 10)
+    cache.acquire(new)
+    cache.make_way()
+    assert cache.used_cells == memory.used == 0
+    assert memory.saved == 340 + 94, "the first 256 tokens are there already"
+    back = _sequence([*system, *one, 5])
+    cache.acquire(back)
+    assert (back.evaluated, memory.resident(back.slot or 0)) == (340, system + one)
+    assert memory.restored == 340
+
+
+def test_what_runs_beside_it_is_shared_and_only_the_rest_brought_back() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 2000, spill=Spill(2000))
+    system, rest = [1] * 600, [2] * 200
+    _leave_prefix(cache, memory, system + rest)
+    first = _sequence([*system, 7])
+    cache.acquire(first)
+    cache.make_way()
+    assert cache.used_cells == 600
+    second = _sequence([*system, *rest, 8])
+    cache.acquire(second)
+    assert second.evaluated == 800
+    assert memory.resident(second.slot or 0) == system + rest
+    assert memory.restored == 800 - 512, "from the beginning of the block"
+    assert cache.used_cells == memory.used == 600 + 288
+    _evaluate(cache, memory, second)
+    cache.release(first)
+    cache.release(second)
+    assert cache.drop_idle()
+    assert cache.used_cells == memory.used == 0
+
+
+def test_what_was_saved_ahead_need_not_be_saved_when_it_makes_way() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 1000, spill=Spill(1000))
+    _leave_prefix(cache, memory, [1] * 300)
+    _leave_prefix(cache, memory, [2] * 20)
+    assert [cache.save_ahead() for _ in range(4)] == [True, True, True, False]
+    assert (memory.saved, memory.used) == (320, 320)
+    new = _sequence([4] * 10)
+    cache.acquire(new)
+    cache.make_way()
+    assert (memory.saved, memory.used) == (320, 0)
+
+
+def test_what_main_memory_has_no_room_for_stays() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 500, spill=Spill(100))
+    _leave_prefix(cache, memory, [1] * 110)
+    assert cache.save_ahead() is False
+    new = _sequence([4] * 10)
+    cache.acquire(new)
+    cache.make_way()
+    assert cache.used_cells == 110
+
+
+def test_without_main_memory_nothing_is_saved() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 500)
+    _leave_prefix(cache, memory, [1] * 110)
+    assert not cache.save_ahead()
+    cache.make_way()
+    assert (cache.used_cells, memory.saved) == (110, 0)
+
+
+def test_a_state_without_parts_is_spilled_as_a_whole() -> None:
+    memory = FakeMemory(cuttable=False)
+    cache = PrefixCache(memory, 2, 2000, spare=0, divisible=False, spill=Spill(2000, in_blocks=False))
+    text = [1] * 300
+    for tokens in (text, [*text, 2, 3]):
+        _leave_prefix(cache, memory, tokens)
+        cache.make_way()
+    assert (memory.used, memory.saved) == (0, 602)
+    for wanted, found in (([*text, 2, 3, 4], 302), ([*text, 5], 300), ([1] * 200, 0)):
+        sequence = _sequence(wanted)
+        cache.acquire(sequence)
+        assert sequence.evaluated == found
+        cache.release(sequence)
+        cache.make_way()
