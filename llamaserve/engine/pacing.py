@@ -3,12 +3,13 @@
 While others decode, prompts get a little less than half of the time, or more when there are more prompts than streams:
 what decoding takes is credited to them, what they take is debited, and they wait while the balance is negative. What a
 step takes of them is bounded in time, so that the gap in the streams is; a balance saved up lets a short prompt through
-at once. Knows what steps cost, not what is in them.
+at once. Where large steps are much cheaper, the gap may be longer, for the sake of who waits for the prompt. Knows what
+steps cost, not what is in them.
 """
 
 from __future__ import annotations
 
-from llamaserve.engine.costs import StepCosts
+from llamaserve.engine.costs import LARGE, StepCosts
 
 _SHARE = 0.8  # of the time that decoding takes, what prompts may take beside as many streams or more
 _SAVINGS = 0.25  # seconds that prompts may be ahead
@@ -16,6 +17,9 @@ _DEBT = 2.0  # seconds that they may be behind: a step that took longer was held
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
 _STEP = 0.5  # seconds of a step of prompts alone: how long a request that comes meanwhile waits for its turn
 _LEAST = 8  # tokens: fewer at a time are evaluated no faster
+_WORTH = 1.4  # how many times cheaper a token must be in a large step for a long gap in the streams ...
+_LONG_GAP = 0.75  # ... of up to so many seconds
+_TRIAL = 8  # prompt steps of which one is small all the same, to see whether large ones are still cheaper
 
 
 class TimeShare:
@@ -26,25 +30,42 @@ class TimeShare:
         self._batch = batch
         self._balance = _SAVINGS
         self._majority = 1.0  # prompts for each stream, if there are more of them
+        self._large_steps = _TRIAL - 1  # beside streams, since the last small one with prompts
 
     def prompt_tokens(self, decoding: int, prompts: int) -> int:
         """See ``Pace``."""
         if not decoding:
-            return self._tokens_in(_STEP)
+            return max(min(LARGE, self._batch), self._tokens_in(_STEP, 0))
         self._majority = max(1.0, prompts / decoding)
         if self._balance <= 0:
             return 0
-        return self._tokens_in(min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding))))
+        tokens = self._tokens_in(min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding))), decoding)
+        return max(tokens, self._bargain(decoding))
 
     def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
         if not decoding:
             self._balance = max(0.0, self._balance)  # nobody is owed anything
             return
+        if prompt_tokens:
+            self._large_steps = self._large_steps + 1 if decoding + prompt_tokens >= LARGE else 0
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams
         balance = self._balance + _SHARE * self._majority * for_streams - for_prompts
         self._balance = max(-_DEBT, min(_SAVINGS, balance))
 
-    def _tokens_in(self, seconds: float) -> int:
-        return min(self._batch, max(_LEAST, round(seconds / self._costs.prompt_token)))
+    def _tokens_in(self, seconds: float, decoding: int) -> int:
+        """Return how many prompt tokens take so long beside some decoding sequences."""
+        many = round(seconds / self._costs.prompt_token(large=True))
+        if decoding + many >= LARGE:
+            return min(self._batch, many)
+        few = max(_LEAST, round(seconds / self._costs.prompt_token()))
+        return min(self._batch, few, max(_LEAST, LARGE - 1 - decoding))
+
+    def _bargain(self, decoding: int) -> int:
+        """Return the prompt tokens of the least large step, if they are worth a longer gap than usual; else 0."""
+        tokens = LARGE - decoding
+        large, small = self._costs.prompt_token(large=True), self._costs.prompt_token()
+        if tokens * large > _LONG_GAP or large * _WORTH > small or self._large_steps % _TRIAL == _TRIAL - 1:
+            return 0
+        return min(self._batch, tokens)

@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given, strategies as st
 
-from llamaserve.engine.costs import StepCosts
+from llamaserve.engine.costs import LARGE, StepCosts
 
 _STEEP = {1: 7.3e-3, 2: 14.5e-3, 4: 20.5e-3, 8: 36e-3, 16: 68e-3, 32: 130e-3}  # seconds by rows
 
@@ -23,7 +23,7 @@ def _measured(curve: dict[int, float], times: int = 20, noise: float = 0.0) -> S
 def test_further_rows_seem_dear_before_anything_is_measured() -> None:
     costs = StepCosts()
     assert costs.decode(8) / costs.decode(1) == pytest.approx(1 + 0.6 * 7)
-    assert costs.prompt_token == pytest.approx(0.4 * costs.decode(1))
+    assert costs.prompt_token() == pytest.approx(0.4 * costs.decode(1))
     assert costs.decode(0) == 0
 
 
@@ -106,9 +106,9 @@ def test_what_a_prompt_adds_to_a_step_is_learnt() -> None:
     for _ in range(10):
         costs.record(8, 128, _STEEP[8] + 128 * 0.003)
         costs.record(0, 257, _STEEP[1] + 256 * 0.003)
-    assert costs.prompt_token == pytest.approx(0.003, rel=0.01)
+    assert costs.prompt_token() == pytest.approx(0.003, rel=0.01)
     costs.record(8, 128, 20.0)
-    assert costs.prompt_token == pytest.approx(0.003, rel=0.15)
+    assert costs.prompt_token() == pytest.approx(0.003, rel=0.15)
     assert costs.decode(8) == pytest.approx(_STEEP[8], rel=0.01)
 
 
@@ -117,16 +117,27 @@ def test_what_prompts_cost_may_change() -> None:
     for seconds in (0.003, 0.004):
         for _ in range(20):
             costs.record(1, 256, _STEEP[1] + 256 * seconds)
-    assert costs.prompt_token == pytest.approx(0.004, rel=0.01)
+    assert costs.prompt_token() == pytest.approx(0.004, rel=0.01)
 
 
 def test_a_prompt_that_seemed_free_is_soon_known_not_to_be() -> None:
     costs = _measured(_STEEP)
     costs.record(8, 4, _STEEP[8] / 2)
-    assert 0 < costs.prompt_token < 1e-4
+    assert 0 < costs.prompt_token() < 1e-4
     for _ in range(20):
-        costs.record(1, 128, _STEEP[1] + 128 * 0.003)
-    assert costs.prompt_token > 0.002
+        costs.record(1, 16, _STEEP[1] + 16 * 0.003)
+    assert costs.prompt_token() > 0.002
+
+
+def test_a_prompt_may_cost_less_in_large_steps() -> None:
+    costs = _measured(_STEEP)
+    assert costs.prompt_token(large=True) == costs.prompt_token() / 2, "which is worth a try"
+    costs.record(1, LARGE - 1, _STEEP[1] + (LARGE - 1) * 0.004)
+    assert costs.prompt_token() == costs.prompt_token(large=True) == pytest.approx(0.004, rel=0.01)
+    for _ in range(20):
+        costs.record(1, LARGE - 2, _STEEP[1] + (LARGE - 2) * 0.01)
+    assert costs.prompt_token() == pytest.approx(0.01, rel=0.01)
+    assert costs.prompt_token(large=True) == pytest.approx(0.004, rel=0.01)
 
 
 def test_a_prompt_of_one_token_is_a_step_of_one_row() -> None:
@@ -141,4 +152,5 @@ def test_a_cost_is_always_a_positive_number_of_seconds(steps: list[tuple[int, in
     for step in steps:
         costs.record(*step)
     assert 0 < costs.decode(rows) < math.inf
-    assert 0 < costs.prompt_token < math.inf
+    assert 0 < costs.prompt_token() < math.inf
+    assert 0 < costs.prompt_token(large=True) < math.inf

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.parametrize(("step", "row"), _MACHINES)
 class Streams:
     """Some endless streams, and when each token of theirs came."""
 
-    def __init__(self, step: float, row: float, count: int = 1) -> None:
-        self.clock = SimulatedClock(step, row)
+    def __init__(self, step: float, row: float, count: int = 1, small: float = 1.0) -> None:
+        self.clock = SimulatedClock(step, row, small)
         self.model = FakeModel(slots=8, cells=40_000, batch=_BATCH, context=8000, clock=self.clock)
         self.count = count
         self.times: list[float] = []  # of the steps in which the streams got a token
@@ -71,7 +71,8 @@ def test_a_long_prompt_leaves_a_stream_half_of_its_rate_and_no_long_gap(step: fl
     chunk = max(streams.prompt_tokens) * row
     assert len(times) > 0.5 * (times[-1] - times[0] - _SAVINGS) / usual
     assert max(_gaps(times)) <= 4 * usual + chunk
-    assert chunk <= max(0.05, usual, 8 * row) * 1.5
+    _, second, *_ = sorted(streams.prompt_tokens, reverse=True)
+    assert second * row <= max(0.05, usual, 8 * row) * 1.5, "one large step may be tried"
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -79,6 +80,29 @@ def test_a_long_prompt_is_answered_in_little_more_than_twice_its_time(step: floa
     """It gets a little less than half of the time, and the rest of the batch where rows are nearly free."""
     streams = Streams(step, row, count)
     assert streams.answer("p" * _LONG) < 2.5 * _LONG * row + 20 * (step + row * count)
+
+
+def test_steps_are_large_where_that_is_cheaper_and_no_stream_stops_for_long(step: float, row: float) -> None:
+    streams = Streams(step, row, small=2.2)
+    usual = median(_gaps(streams.times))
+    start = len(streams.times)
+    spent = streams.answer("p" * _LONG)
+    times = streams.times[start - 1 :]
+    assert len(times) > 0.5 * (times[-1] - times[0] - 0.5) / usual
+    possible = 63 * row < 0.5
+    assert max(_gaps(times)) <= 4 * usual + (0.5 if possible else 8 * 2.2 * row)
+    assert spent < 2.6 * _LONG * row * (1 if possible else 2.2) + 20 * (step + row)
+
+
+def test_a_cheap_prompt_after_a_dear_one_takes_small_steps_again(step: float, row: float) -> None:
+    streams = Streams(step, row, small=2.2)
+    streams.answer("p" * _LONG)
+    streams.clock.small, streams.clock.row = 1.0, row / 3  # the next one is not as deep
+    streams.answer("q" * 1000, number=101)
+    streams.prompt_tokens.clear()
+    streams.answer("r" * 1000, number=102)
+    chunk = max(streams.prompt_tokens) * row / 3
+    assert chunk <= max(0.05, step + row, 8 * row / 3) * 1.5
 
 
 def test_a_prompt_alone_takes_large_steps(step: float, row: float) -> None:
