@@ -35,6 +35,12 @@ _RAISE = 0.25  # up to it there may be one more
 _SOON = 5  # windows
 _LONGEST_REST = 32  # windows
 
+# After a pause it may be long since the threads were fewer for a reason, so a first short look decides whether all may
+# be back: the answer to a short request would be over before two windows are.
+_FORGOTTEN = 1.0  # seconds of pause
+_FIRST_LOOK = 0.1  # seconds of running time
+_RAISE_AT_FIRST = 0.5  # as ``_RAISE``; so short a look is less exact
+
 _COUNTED = ("user", "system", "irq", "softirq")  # kinds of CPU time
 
 
@@ -86,12 +92,15 @@ class ThreadController:
         self._since_raise = _SOON  # windows
         self._rest = 0  # windows in which no thread is added
         self._longest_rest = 1
-        self.resume()
+        self._first_look = False  # whether this is the first window after a long pause with fewer threads
+        self._looked, self._usage = self._clock(), self._read()
 
     def resume(self) -> None:
         """There is work again."""
-        self._looked = self._clock()
-        self._usage = self._read()
+        paused, self._looked, self._usage = self._looked, self._clock(), self._read()
+        if self._looked - paused > _FORGOTTEN:
+            self._forget()
+            self._first_look = self.threads < self._most
 
     def pause(self) -> None:
         """There is no work; what is used until ``resume`` does not count."""
@@ -101,10 +110,13 @@ class ThreadController:
         """After a step: return the number of threads if it should be another one from now on. Takes 0.1 µs where no
         window ends.
         """
-        if self._seconds + self._clock() - self._looked < _WINDOW:
+        if self._seconds + self._clock() - self._looked < (_FIRST_LOOK if self._first_look else _WINDOW):
             return None
         self._look()
         before, used = self._last_window, self._others / self._seconds
+        if self._first_look:
+            self._forget()
+            return self._raise_to(math.floor(self._usage.cores - used + _RAISE_AT_FIRST))
         self._last_window = used
         self._seconds = self._others = 0.0
         self._since_raise += 1
@@ -120,15 +132,26 @@ class ThreadController:
     def _decide(self, least: float, most: float) -> int | None:
         """Change the number of threads if need be, beside others that use ``least`` to ``most`` cores."""
         fewer = max(1, math.floor(self._usage.cores - least + _LOWER))
-        more = min(self._most, math.floor(self._usage.cores - most + _RAISE))
+        more = math.floor(self._usage.cores - most + _RAISE)
         if fewer < self.threads:
             self._longest_rest = min(2 * self._longest_rest, _LONGEST_REST) if self._since_raise < _SOON else 1
             self._rest = random.randrange(self._longest_rest)  # noqa: S311
             self.threads = fewer
-        elif more > self.threads and not self._rest:
-            self._since_raise = 0
-            self.threads = more
-        else:
+            self._last_window = None  # it was measured beside another number of threads
+            return fewer
+        return None if self._rest else self._raise_to(more)
+
+    def _raise_to(self, threads: int) -> int | None:
+        threads = min(self._most, threads)
+        if threads <= self.threads:
             return None
-        self._last_window = None  # it was measured beside another number of threads
-        return self.threads
+        self._since_raise = 0
+        self._last_window = None
+        self.threads = threads
+        return threads
+
+    def _forget(self) -> None:
+        """Begin a new window, the first that counts."""
+        self._seconds = self._others = 0.0
+        self._last_window = None
+        self._first_look = False

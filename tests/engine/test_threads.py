@@ -81,6 +81,35 @@ def test_gives_way_to_a_busy_program_and_comes_back() -> None:
     assert run.steps(10) == []
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_after_a_pause_all_threads_are_back_at_once(exact: bool) -> None:
+    run = start(2, 2, 1.0, exact=exact)
+    run.steps(2)
+    assert run.controller.threads == 1
+    for demand, expected in ((0.3, [2]), (1.0, [1])):
+        run.controller.pause()
+        run.machine.run(3, 0)
+        run.machine.demand = demand
+        run.controller.resume()
+        assert run.steps(0.12) == ([2] if demand < 0.5 else [])
+        assert run.steps(1) == ([] if demand < 0.5 else expected)
+    run.controller.pause()
+    run.machine.run(3, 0)
+    run.controller.resume()
+    assert run.steps(3) == [], "there still is a busy program"
+
+
+def test_a_short_pause_changes_nothing() -> None:
+    run = start(2, 2, 1.0)
+    run.steps(2)
+    run.machine.demand = 0.0
+    run.controller.pause()
+    run.machine.run(0.5, 0)
+    run.controller.resume()
+    assert run.steps(0.38) == []
+    assert run.steps(0.1) == [2]
+
+
 @pytest.mark.parametrize(("demand", "threads"), [(0.3, 8), (1, 7), (3, 5), (6, 3), (20, 1)])
 def test_leaves_the_cores_that_others_use(demand: float, threads: int) -> None:
     run = start(8, 8, demand)
