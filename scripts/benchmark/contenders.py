@@ -173,6 +173,19 @@ def bare_loop() -> Iterator[BareLoop]:
         yield loop
 
 
+def obedient_rates(params: Mapping[str, Any], edits: Sequence[tuple[str, str]], tokens: int) -> dict[str, list[float]]:
+    """Return the tokens a second of the engine, with speculation "on" and "off", where the answers to some prompts are
+    what they should be.
+    """
+    with running([sys.executable, str(HERE / "obedient.py")], _ENVIRONMENT) as (process, errors):
+        command = {"params": params, "edits": edits, "tokens": tokens}
+        out, _ = process.communicate(json.dumps(command).encode() + b"\n")
+        if not out:
+            raise StartFailed(f"the obedient engine ended: {last_words(errors)}")
+        rates: dict[str, list[float]] = json.loads(out)
+        return rates
+
+
 @contextlib.contextmanager
 def llamaserve(name: str, model: str, options: Mapping[str, Any]) -> Iterator[HttpServer]:
     """Run llamaserve with one model in these settings, on a free port."""

@@ -52,6 +52,7 @@ def run_code(lab: Lab) -> None:
 def _measure_file(lab: Lab, workload: str, file: Path) -> None:
     source = f"file:{file}"
     _step_costs(lab, workload, source=source)
+    _edit_as_asked(lab, workload, source=source)
     with ExitStack() as stack:
         on = stack.enter_context(lab.server(OURS, source=source))
         off = stack.enter_context(lab.server(PLAIN, source=source, **PLAIN_SETTINGS))
@@ -65,6 +66,15 @@ def _step_costs(lab: Lab, workload: str, **changes: str) -> None:
         costs = loop.step_costs(text, ROWS, _REPEATS)
     for count, seconds in costs.items():
         lab.results.add(workload, f"{count} rows", "seconds", statistics.median(seconds))
+
+
+def _edit_as_asked(lab: Lab, workload: str, **changes: str) -> None:
+    """Measure edits in which the answer is what was wanted: a tiny model seldom does as it is asked."""
+    edits = [(edit.prompt, edit.wanted) for edit in texts.code_edits()[: lab.plan.rounds]]
+    rates = contenders.obedient_rates(lab.load_params(**changes), edits, int(1.5 * lab.plan.tokens))
+    for name, values in rates.items():
+        for value in values:
+            lab.results.add(workload, f"as asked, {name}", "rate", value)
 
 
 def _edit_files(lab: Lab, workload: str, servers: list[HttpServer]) -> None:
@@ -137,6 +147,12 @@ def _file_rows(results: Results, workload: str, file: str, bound: float | None) 
     rounds = len(results.get(workload, "both", "same"))
     return [
         *(cost(count) for count in ROWS[1:]),
+        results.ratio(
+            key("as asked, on", "rate"),
+            key("as asked, off", "rate"),
+            f"code edit done as asked, {file}, engine alone: speculation on / off",
+            target=target,
+        ),
         results.ratio(key(OURS, "decode_rate"), key(PLAIN, "decode_rate"), f"{on_off}, answer alone", target=target),
         _copies_row(results, workload, f"{on_off}, answer alone, where it is a copy"),
         results.ratio(key(OURS, "rate"), key(PLAIN, "rate"), f"{on_off}, prompt and answer"),
