@@ -2,7 +2,7 @@
 # make test    install and run the tests
 # make lint    check style and types
 # make format  put the code into the project's style
-# make bench   measure speed, about ten minutes:  make bench ARGS=--quick
+# make bench   measure speed, about forty minutes:  make bench ARGS=--quick
 # make models  list the models there are
 # make clean   remove the virtual environment and caches
 #

@@ -1,6 +1,6 @@
 """Measure llamaserve against the bare loop over llama.cpp's C API and against other servers, in one run on one machine.
 
-    make bench                                            everything, five rounds: about ten minutes
+    make bench                                            everything, five rounds: about forty minutes
     python scripts/bench.py --quick                       everything, one round
     python scripts/bench.py --only single,streams         some workloads
     python scripts/bench.py --profile                     where a step's time goes

@@ -47,18 +47,20 @@ class StepCosts:
         self._relative = {0: 0.0, 1: 1.0}  # by number of rows; one row is the unit
         self._measured = [1]  # the numbers of rows of which the relative cost is known, in order
         self._times: dict[int, int] = {}  # how often each was measured
-        self._small_steps, self._large_steps = _PromptCost(8 * _REMEMBERED), _PromptCost(LARGE * _REMEMBERED)
+        self._in_small_steps, self._in_large_steps = _PromptCost(8 * _REMEMBERED), _PromptCost(LARGE * _REMEMBERED)
 
     def prompt_token(self, *, large: bool = False) -> float:
         """Return the seconds that one more token of a prompt adds to a step of fewer rows than ``LARGE``, or a
         ``large`` one.
         """
+        if large and not self._in_large_steps.tokens:
+            return self.prompt_token() * _LARGE_IS_CHEAPER
         if large:
-            return self._large_steps.token if self._large_steps.tokens else self.prompt_token() * _LARGE_IS_CHEAPER
-        if self._small_steps.tokens:
-            return self._small_steps.token
-        if self._large_steps.tokens:
-            return self._large_steps.token
+            return self._in_large_steps.token
+        if self._in_small_steps.tokens:
+            return self._in_small_steps.token
+        if self._in_large_steps.tokens:
+            return self._in_large_steps.token
         return self._scale * _UNKNOWN_SLOPE / _ROW_PER_PROMPT_TOKEN
 
     def decode(self, rows: int) -> float:
@@ -92,7 +94,7 @@ class StepCosts:
         return low * (1 + slope * (rows - 1)) / (1 + slope * (left - 1))
 
     def _learn_prompt(self, rows: int, prompt_tokens: int, seconds: float) -> None:
-        cost = self._large_steps if rows + prompt_tokens >= LARGE else self._small_steps
+        cost = self._in_large_steps if rows + prompt_tokens >= LARGE else self._in_small_steps
         rest = self.decode(rows) if self._steps else 0.0
         if cost.tokens == cost.most:
             seconds = min(seconds, _SURPRISE * (rest + prompt_tokens * cost.token))

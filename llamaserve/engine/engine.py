@@ -15,7 +15,7 @@ import psutil
 
 from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy, Progress
-from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all
+from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all, uses_gpu
 from llamaserve.engine.pacing import TimeShare
 from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams
 from llamaserve.engine.prefix_cache import SPARE, PrefixCache
@@ -40,7 +40,6 @@ MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a seco
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _PROGRESS_INTERVAL = 0.5  # seconds
-_STATES = 64  # finished sequences of a model with recurrent state that have a place in main memory, if there is enough
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -71,7 +70,7 @@ class Engine:
         self._drafter = drafter
         self._clock = clock
         self._costs = StepCosts()
-        self._pace = TimeShare(self._costs, batch)
+        self._pace = TimeShare(self._costs)
         self._scheduler = Scheduler(
             cache,
             self._pace,
@@ -398,12 +397,12 @@ class LoadedEngine(ContextEngine):
         self._native: Context | None = None
         try:
             self._native = Context(self._model, params)
-            state = _warm_up(self._native, self._model.vocab)
+            sizes = _warm_up(self._native, self._model.vocab)
         except LlamaserveError:
             self.close()
             raise
         if params.spill is None:
-            spill = _default_spill(state * (_STATES if self._model.has_state else self._native.cells))
+            spill = 0 if uses_gpu(params) else _default_spill(*sizes, self._native.cells)
             params = msgspec.structs.replace(params, spill=spill)
         super().__init__(self._model, self._native, params)
         self._threads = ThreadController(params.threads) if params.adaptive_threads else None
@@ -432,20 +431,25 @@ class LoadedEngine(ContextEngine):
         close_all(self._native, self._model)
 
 
-def _warm_up(context: Context, vocab: Vocab) -> int:
-    """Evaluate one token, so that the first request does not pay for reading the weights and building the graph.
-    Returns the bytes of its state.
+def _warm_up(context: Context, vocab: Vocab) -> tuple[int, int]:
+    """Evaluate two tokens, so that the first request does not pay for reading the weights and building the graph.
+    Returns the bytes of the state after each.
     """
+    sizes: list[int] = []
     batch = Batch(1)
-    batch.add([max(0, vocab.bos)], 0, 0, logits=1)
-    context.evaluate(batch)
-    size = context.state_size(0)
+    for position in range(2):
+        batch.clear()
+        batch.add([max(0, vocab.bos)], position, 0, logits=1)
+        context.evaluate(batch)
+        sizes.append(context.state_size(0))
     context.clear()
-    return size
+    return sizes[0], sizes[1]
 
 
-def _default_spill(cache: int) -> int:
-    """Return how many bytes of main memory prefixes may take: as many as the key-value ``cache`` has, since that is how
-    much could be kept without them, but never more than a quarter of what is free now.
+def _default_spill(first: int, second: int, cells: int) -> int:
+    """Return how many bytes of main memory prefixes may take: as many as could be kept in the key-value cache without
+    it, but never more than a quarter of what is free now. ``first`` and ``second`` are the bytes of the state of one
+    and two tokens, which differ by a cell; the rest of it is recurrent.
     """
-    return min(cache, psutil.virtual_memory().available // 4)
+    cell = second - first
+    return min(cells * cell + SPARE * (first - cell), psutil.virtual_memory().available // 4)

@@ -305,8 +305,7 @@ class Context:
         ``length``, or 0 where the model's memory can't be cut there. In a unified cache the two share the cells (5 µs);
         in a split one llama.cpp copies all of the source's cells before the next evaluation, and no less.
         """
-        whole = (-1, -1)
-        lib.llama_memory_seq_cp(self._memory, source, target, *((0, length) if self._unified else whole))
+        lib.llama_memory_seq_cp(self._memory, source, target, *self._part(0, length))
         return self.truncate(target, length)
 
     def state_size(self, sequence: int) -> int:
@@ -315,26 +314,35 @@ class Context:
 
     def save(self, sequence: int, start: int, end: int) -> bytearray:
         """Return the state of some of a sequence's tokens, 23 kB each of the starter model; nothing when llama.cpp
-        can't. Recurrent states have no parts: it must be all of them.
+        can't, or there is no memory. Recurrent states have no parts: it must be all of them.
         """
-        lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, start, end)
+        lib.llama_memory_seq_cp(self._memory, sequence, self._scratch, *self._part(start, end))
         size = self.state_size(self._scratch)
-        state = bytearray(size)
-        buffer = (ctypes.c_uint8 * size).from_buffer(state)
-        written = lib.llama_state_seq_get_data(self.handle, buffer, size, self._scratch)
+        state = bytearray()
+        with contextlib.suppress(MemoryError):
+            state = bytearray(size)
+            buffer = (ctypes.c_uint8 * size).from_buffer(state)
+            if lib.llama_state_seq_get_data(self.handle, buffer, size, self._scratch) != size:
+                state = bytearray()
         lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-        return state if written == size else bytearray()
+        return state
 
-    def restore(self, sequence: int, state: bytearray) -> bool:
-        """Append a state that was saved to a sequence, which must end where it began; False when there are no cells for
-        it.
+    def restore(self, sequence: int, state: bytearray, start: int, end: int) -> bool:
+        """Append the tokens from ``start`` to ``end`` of a state that was saved to a sequence of ``start`` tokens;
+        False when there are no cells for the whole state.
         """
         buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
         restored = lib.llama_state_seq_set_data(self.handle, buffer, len(state), self._scratch)
         if restored:
-            lib.llama_memory_seq_cp(self._memory, self._scratch, sequence, -1, -1)
+            lib.llama_memory_seq_cp(self._memory, self._scratch, sequence, *self._part(start, end))
         lib.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         return bool(restored)
+
+    def _part(self, start: int, end: int) -> tuple[int, int]:
+        """Return the range of positions for a copy. Split caches and recurrent states are copied whole: llama.cpp ends
+        the process on parts of the former, and of some of the latter.
+        """
+        return (start, end) if self._unified and not self._model.has_state else (-1, -1)
 
     def set_threads(self, threads: int) -> None:
         """Use so many CPU threads from the next evaluation on."""

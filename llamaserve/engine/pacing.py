@@ -15,7 +15,7 @@ _SHARE = 0.8  # of the time that decoding takes, what prompts may take beside as
 _SAVINGS = 0.25  # seconds that prompts may be ahead
 _DEBT = 2.0  # seconds that they may be behind: a step that took longer was held up by something else
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
-_STEP = 0.5  # seconds of a step of prompts alone: how long a request that comes meanwhile waits for its turn
+_STEP = 0.5  # seconds of a step of prompts alone, for which a request that comes meanwhile waits; more if ``LARGE`` is
 _LEAST = 8  # tokens: fewer at a time are evaluated no faster
 _WORTH = 1.4  # how many times cheaper a token must be in a large step for a long gap in the streams ...
 _LONG_GAP = 0.75  # ... of up to so many seconds
@@ -25,22 +25,21 @@ _TRIAL = 8  # prompt steps of which one is small all the same, to see whether la
 class TimeShare:
     """Shares the time of one context between its prompts and its streams."""
 
-    def __init__(self, costs: StepCosts, batch: int) -> None:
+    def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self._batch = batch
         self._balance = _SAVINGS
         self._majority = 1.0  # prompts for each stream, if there are more of them
-        self._large_steps = _TRIAL - 1  # beside streams, since the last small one with prompts
+        self._since_small = _TRIAL - 1  # large steps beside streams since the last small one with prompts
 
-    def prompt_tokens(self, decoding: int, prompts: int) -> int:
+    def prompt_tokens(self, decoding: int, prompts: int, pending: int) -> int:
         """See ``Pace``."""
         if not decoding:
-            return max(min(LARGE, self._batch), self._tokens_in(_STEP, 0))
+            return max(LARGE, self._tokens_in(_STEP, 0, pending))
         self._majority = max(1.0, prompts / decoding)
         if self._balance <= 0:
             return 0
-        tokens = self._tokens_in(min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding))), decoding)
-        return max(tokens, self._bargain(decoding))
+        seconds = min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding)))
+        return max(self._tokens_in(seconds, decoding, pending), self._bargain(decoding, pending))
 
     def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
@@ -48,24 +47,25 @@ class TimeShare:
             self._balance = max(0.0, self._balance)  # nobody is owed anything
             return
         if prompt_tokens:
-            self._large_steps = self._large_steps + 1 if decoding + prompt_tokens >= LARGE else 0
+            self._since_small = self._since_small + 1 if decoding + prompt_tokens >= LARGE else 0
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams
         balance = self._balance + _SHARE * self._majority * for_streams - for_prompts
         self._balance = max(-_DEBT, min(_SAVINGS, balance))
 
-    def _tokens_in(self, seconds: float, decoding: int) -> int:
-        """Return how many prompt tokens take so long beside some decoding sequences."""
-        many = round(seconds / self._costs.prompt_token(large=True))
+    def _tokens_in(self, seconds: float, decoding: int, pending: int) -> int:
+        """Return how many prompt tokens, of those that there are, take so long beside some decoding sequences."""
+        many = min(pending, round(seconds / self._costs.prompt_token(large=True)))
         if decoding + many >= LARGE:
-            return min(self._batch, many)
-        few = max(_LEAST, round(seconds / self._costs.prompt_token()))
-        return min(self._batch, few, max(_LEAST, LARGE - 1 - decoding))
+            return many
+        few = round(seconds / self._costs.prompt_token())
+        return max(_LEAST, min(few, LARGE - 1 - decoding))
 
-    def _bargain(self, decoding: int) -> int:
+    def _bargain(self, decoding: int, pending: int) -> int:
         """Return the prompt tokens of the least large step, if they are worth a longer gap than usual; else 0."""
         tokens = LARGE - decoding
         large, small = self._costs.prompt_token(large=True), self._costs.prompt_token()
-        if tokens * large > _LONG_GAP or large * _WORTH > small or self._large_steps % _TRIAL == _TRIAL - 1:
+        small_turn = self._since_small % _TRIAL == _TRIAL - 1
+        if tokens > pending or tokens * large > _LONG_GAP or large * _WORTH > small or small_turn:
             return 0
-        return min(self._batch, tokens)
+        return tokens

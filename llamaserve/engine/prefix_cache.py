@@ -9,6 +9,7 @@ first. Knows the length of things and who holds them; the data itself is behind 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence as TokenSequence
 from itertools import count
 from typing import Protocol
@@ -18,6 +19,7 @@ from llamaserve.engine.spill import Spill
 
 SPARE = 64  # finished sequences that are kept beside the running ones; llama.cpp has 256 ids
 _WORTH_BRINGING = 16  # tokens: fewer are evaluated about as fast as they are brought back
+_SAVED_AT_ONCE = 4  # blocks that a sequence waits for when it starts: 10 ms for the starter model
 _GRAIN = 32  # tokens: prefixes are cut to multiples, so that not every step of a full cache has to cut
 
 
@@ -35,8 +37,10 @@ class Memory(Protocol):
     def save(self, sequence: int, start: int, end: int) -> bytearray:
         """Return the state of a sequence's tokens from ``start`` to ``end``; no bytes when that is not possible."""
 
-    def restore(self, sequence: int, state: bytearray) -> bool:
-        """Append tokens that were saved to a sequence, which ends where they began; False when that is not possible."""
+    def restore(self, sequence: int, state: bytearray, start: int, end: int) -> bool:
+        """Append the tokens from ``start`` to ``end`` to a sequence of ``start`` tokens, from a state that was saved;
+        False when that is not possible. The state may have more of them, which need cells meanwhile.
+        """
 
     def clear(self) -> None:
         """Forget everything."""
@@ -141,7 +145,7 @@ class PrefixCache:
 
     def reusable(self, wanted: TokenSequence[int]) -> int:
         """Return how many of the wanted tokens a sequence that starts now would find resident."""
-        return max(self._longest(self._prefixes, wanted)[0], self._spill.longest(wanted, whole=not self.divisible)[0])
+        return max(self._longest(self._prefixes, wanted)[0], self._spill.longest(wanted)[0])
 
     def held_cells(self) -> int:
         """Return the number of cells that running sequences hold."""
@@ -170,11 +174,12 @@ class PrefixCache:
             self._copy(donor, slot, reusable)
             if whole and slot.length == reusable:
                 self._cut(donor, 0)  # it holds nothing that the slot does not
-        self._bring_back(slot, wanted)
         sequence.slot = slot.id
         sequence.evaluated = slot.length
         slot.owner = sequence
         slot.idle_tokens = []
+        self._make_way()
+        self._bring_back(sequence, wanted)
 
     def advance(self, sequence: Sequence, tokens: int) -> None:
         """Take note that so many more of the sequence's tokens are evaluated."""
@@ -217,44 +222,27 @@ class PrefixCache:
             if prefix.owner is not None:
                 prefix.owner.evaluated = 0
 
-    def make_way(self) -> None:
-        """Move idle prefixes to main memory, as far as there is room for them, since running sequences are faster
-        without: attention goes over all cells that are in use.
-
-        Measured with the starter model: 4,000 idle cells make a step of eight sequences 14 % slower, or take 0.15 µs
-        for each cell and row. Bringing a token back takes 2 to 3 µs; saving it, which is mostly done already, 2 to 15.
-        """
-        if self._spill.budget:
-            for prefix in self._idle():
-                self._save(prefix)
-                if self._spill.missing(prefix.idle_tokens) is None:
-                    self._cut(prefix, 0)
-
     def save_ahead(self) -> bool:
         """Copy a block of an idle prefix to main memory, so that it can leave the cache at once; False when there is
         nothing to copy.
         """
-        if not self._spill.budget:
-            return False
-        unsaved = [prefix for prefix in self._idle() if not prefix.saved]
-        return any(self._save_block(prefix) for prefix in sorted(unsaved, key=_by_use))
+        return self._moves and any(self._save(prefix, 1) for prefix in self._idle())
 
     def make_room(self, cells: int) -> bool:
         """Cut idle prefixes from their ends, those unused longest first, until so many cells are free; False when that
-        is not enough.
+        is not enough. What main memory has room for is saved before.
         """
-        if self.cells - self.used_cells >= cells:
-            return True
-        for prefix in sorted(self._idle(), key=lambda prefix: prefix.last_used):
+        for prefix in self._idle():
             missing = cells - (self.cells - self.used_cells)
+            if missing <= 0:
+                return True
             keep = max(0, prefix.length - missing) // _GRAIN * _GRAIN
-            if self.divisible and prefix.cells_freed_from(keep) >= missing and not self._spill.budget:
+            if self.divisible and prefix.cells_freed_from(keep) >= missing:
+                self._save(prefix)
                 self._cut(prefix, keep)
             else:
                 self._evict(prefix)
-            if self.cells - self.used_cells >= cells:
-                return True
-        return False
+        return self.cells - self.used_cells >= cells
 
     def drop_idle(self) -> bool:
         """Drop all prefixes that no running sequence needs; False when there are none."""
@@ -264,7 +252,30 @@ class PrefixCache:
         return bool(idle)
 
     def _idle(self) -> list[_Prefix]:
-        return [prefix for prefix in self._prefixes if prefix.idle_tokens]
+        """Return the prefixes that no running sequence has, those unused longest first."""
+        return sorted((prefix for prefix in self._prefixes if prefix.idle_tokens), key=_by_use)
+
+    @property
+    def _moves(self) -> bool:
+        """Whether idle prefixes move to main memory before cells are short. Where a state has no parts they don't: in
+        the cache a beginning of theirs may serve, and in main memory all of a conversation would be copied every turn.
+        """
+        return self._spill.budget > 0 and self._spill.in_blocks
+
+    def _make_way(self) -> None:
+        """Move idle prefixes to main memory, as far as there is room for them, since running sequences are faster
+        without: attention goes over all cells up to the last one in use.
+
+        Measured with the starter model: 4,000 idle cells make a step of eight sequences 14 % slower, or take 0.15 µs
+        for each cell and row. Bringing a token back takes 2 to 3 µs; saving it, which is mostly done already, 2 to 15.
+        """
+        if not self._moves:
+            return
+        most = _SAVED_AT_ONCE
+        for prefix in self._idle():
+            most -= self._save(prefix, most)
+            if self._spill.missing(prefix.idle_tokens) is None:
+                self._cut(prefix, 0)
 
     def _slot_of(self, sequence: Sequence) -> _Prefix:
         assert sequence.slot is not None
@@ -324,37 +335,36 @@ class PrefixCache:
             self._save(prefix)
         self._cut(prefix, 0)
 
-    def _save(self, prefix: _Prefix) -> None:
-        while self._spill.budget and self._save_block(prefix):
-            pass
-
-    def _save_block(self, prefix: _Prefix) -> bool:
-        """Copy the first block of an idle prefix that main memory does not have; False when nothing is left to do."""
-        if not prefix.saved and (place := self._spill.missing(prefix.idle_tokens)):
-            state = self._memory.save(prefix.id, *place)
+    def _save(self, prefix: _Prefix, most: float = math.inf) -> int:
+        """Copy blocks of an idle prefix that main memory does not have, at most so many; return how many it were."""
+        saved = 0
+        while self._spill.budget and saved < most and not prefix.saved:
+            place = self._spill.missing(prefix.idle_tokens)
+            state = self._memory.save(prefix.id, *place) if place else None
             if state and self._spill.add(prefix.idle_tokens, state):
-                return True
-        prefix.saved = True
-        return False
+                saved += 1
+            else:
+                prefix.saved = True
+        return saved
 
-    def _bring_back(self, slot: _Prefix, wanted: TokenSequence[int]) -> None:
-        """Let an idle slot go on with blocks from main memory, if it has much more of the wanted tokens then."""
-        shared, blocks = self._spill.longest(wanted, whole=not self.divisible)
-        if shared < slot.length + _WORTH_BRINGING:
+    def _bring_back(self, sequence: Sequence, wanted: TokenSequence[int]) -> None:
+        """Let a sequence that starts go on with blocks from main memory, if it has much more of its tokens then."""
+        shared, blocks = self._spill.longest(wanted)
+        if shared < sequence.evaluated + _WORTH_BRINGING:
             return
-        start = 0
-        while blocks and start + len(blocks[0].tokens) <= slot.length:
-            start += len(blocks.pop(0).tokens)
-        self._cut(slot, start)
-        if slot.length != start or not self.make_room(sum(len(block.tokens) for block in blocks)):
-            return
+        end = 0
         for block in blocks:
-            if slot.length != start or not self._memory.restore(slot.id, block.state):
-                break
-            start += len(block.tokens)
-            slot.idle_tokens += block.tokens
-            self.used_cells += len(block.tokens)
-        self._cut(slot, shared)
+            end += len(block.tokens)
+            if end <= sequence.evaluated:
+                continue
+            if not self.make_room(len(block.tokens)):
+                return
+            if not self._spill.in_blocks:
+                self.rewind(sequence, 0)
+            start, keep = sequence.evaluated, min(end, shared)
+            if not self._memory.restore(self._slot_of(sequence).id, block.state, start, keep):
+                return
+            self.advance(sequence, keep - start)
 
     def _cut(self, prefix: _Prefix, length: int) -> None:
         """Shorten an idle prefix; to nothing where llama.cpp can't cut it there."""

@@ -48,8 +48,10 @@ class Chunk(msgspec.Struct, frozen=True):
 class Pace(Protocol):
     """How many prompt tokens a step should take."""
 
-    def prompt_tokens(self, decoding: int, prompts: int) -> int:
-        """Return how many of so many prompts, beside sequences that decode; 0 when those have waited enough."""
+    def prompt_tokens(self, decoding: int, prompts: int, pending: int) -> int:
+        """Return how many of the ``pending`` tokens of so many prompts, beside sequences that decode; 0 when those have
+        waited enough.
+        """
 
 
 _in_order = attrgetter("arrival")
@@ -177,8 +179,6 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._start(sequence)
             started += 1
-        if started:
-            self._cache.make_way()
 
     def _start(self, sequence: Sequence) -> None:
         self._cache.acquire(sequence)
@@ -213,7 +213,8 @@ class Scheduler:
         room = self._batch - len(decoding)
         prompts: list[Chunk] = []
         if len(decoding) < len(self._running):
-            wanted = self._pace.prompt_tokens(len(decoding), len(self._running) - len(decoding))
+            pending = [sequence.pending for sequence in self._running if not sequence.decoding]
+            wanted = self._pace.prompt_tokens(len(decoding), len(pending), min(sum(pending), room))
             prompts = self._prompt_chunks(min(wanted, room))
             room -= sum(chunk.rows for chunk in prompts)
         drafts = self._drafts(decoding, room) if self._drafts and decoding else [[]] * len(decoding)

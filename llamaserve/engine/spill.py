@@ -1,9 +1,9 @@
 """Prefixes kept as bytes in main memory, where they cost running sequences nothing.
 
-Attention goes over all cells of a unified cache that are in use, also over those of finished conversations, so these
-are kept here until they go on. A prefix is cut into blocks, each with the state of its own tokens, and prefixes that
-begin alike have their first blocks in common: a system prompt lies here once, and of a conversation that has grown only
-the new tokens are saved. Knows tokens and bytes; what the bytes mean is llama.cpp's business.
+Attention goes over all cells of a unified cache up to the last one in use, so finished conversations are kept here
+until they go on. A prefix is cut into blocks, each with the state of its own tokens, and prefixes that begin alike have
+their first blocks in common: a system prompt lies here once, and of a conversation that has grown only the new tokens
+are saved. Knows tokens and bytes; what the bytes mean is llama.cpp's business.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Spill:
 
     def __init__(self, budget: int = 0, *, in_blocks: bool = True) -> None:
         """With a ``budget`` of 0 nothing is kept. ``in_blocks`` must be off for a memory whose state can't be put
-        together from those of parts; each prefix is one block then.
+        together from those of parts, and serves as a whole only: each prefix is one block then.
         """
         self.budget = budget
+        self.in_blocks = in_blocks
         self.size = 0  # bytes in use
-        self._in_blocks = in_blocks
         self._length = BLOCK if in_blocks else sys.maxsize
         self._root = Block(None, [], bytearray())
         self._clock = count(1)
@@ -49,7 +49,7 @@ class Spill:
         *_, last = self._path(tokens)
         start = _end(last)
         rest = tokens[start : start + self._length]
-        if not rest or (self._in_blocks and any(child.tokens[: len(rest)] == rest for child in last.children.values())):
+        if not rest or (self.in_blocks and any(child.tokens[: len(rest)] == rest for child in last.children.values())):
             return None
         return start, start + len(rest)
 
@@ -58,30 +58,29 @@ class Spill:
         same prefix before it; other blocks make room, those unused longest and without successors first.
         """
         *_, parent = self._path(tokens)
+        if sum(len(each.state) for each in _line(parent)) + len(state) > self.budget:
+            return False
         start = _end(parent)
         block = Block(parent, tokens[start : start + self._length], state)
         for key, other in list(parent.children.items()):
-            if self._in_blocks and other.tokens == block.tokens[: len(other.tokens)]:
+            if self.in_blocks and other.tokens == block.tokens[: len(other.tokens)]:
                 self._drop(key, other)  # a last block that has grown
         parent.children[tuple(block.tokens)] = block
         self.size += len(state)
         self._touch(block)
         while self.size > self.budget:
-            key, oldest = min(self._leaves(), key=lambda leaf: leaf[1].last_used)
-            self._drop(key, oldest)
-            if oldest is block:
-                return False
+            self._drop(*min(self._leaves(), key=lambda leaf: leaf[1].last_used))
         return True
 
-    def longest(self, wanted: TokenSequence[int], *, whole: bool = False) -> tuple[int, list[Block]]:
+    def longest(self, wanted: TokenSequence[int]) -> tuple[int, list[Block]]:
         """Return how many of the wanted tokens the best prefix here has, and its blocks up to the one in which it
-        departs from them. With ``whole`` a block that departs does not count.
+        departs from them.
         """
         *_, last = self._path(wanted)
         start = best = _end(last)
         for child in last.children.values():
             common = start + common_prefix(child.tokens, wanted[start : start + len(child.tokens)])
-            if common > best and not (whole and common < start + len(child.tokens)):
+            if common > best and (self.in_blocks or common == len(child.tokens)):
                 best, last = common, child
         if best:
             self._touch(last)

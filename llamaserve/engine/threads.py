@@ -98,9 +98,9 @@ class ThreadController:
     def resume(self) -> None:
         """There is work again."""
         paused, self._looked, self._usage = self._looked, self._clock(), self._read()
-        if self._looked - paused > _FORGOTTEN:
+        if self._looked - paused > _FORGOTTEN and self.threads < self._most and not self._first_look:
             self._forget()
-            self._first_look = self.threads < self._most
+            self._first_look = True
 
     def pause(self) -> None:
         """There is no work; what is used until ``resume`` does not count."""
@@ -139,13 +139,15 @@ class ThreadController:
             self.threads = fewer
             self._last_window = None  # it was measured beside another number of threads
             return fewer
-        return None if self._rest else self._raise_to(more)
+        if self._rest or (raised := self._raise_to(more)) is None:
+            return None
+        self._since_raise = 0
+        return raised
 
     def _raise_to(self, threads: int) -> int | None:
         threads = min(self._most, threads)
         if threads <= self.threads:
             return None
-        self._since_raise = 0
         self._last_window = None
         self.threads = threads
         return threads

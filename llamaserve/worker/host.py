@@ -99,11 +99,12 @@ class Host:
 
     def _run_engine(self, engine: Engine) -> None:
         while True:
-            while engine.idle and self._jobs.empty() and engine.save_ahead():
-                pass
-            while engine.idle or not self._jobs.empty():
+            if engine.idle and self._jobs.empty() and engine.save_ahead():
+                continue
+            if engine.idle or not self._jobs.empty():
                 self._report(engine, self._take(engine, self._jobs.get()))  # nobody's end waits for another's step
-            self._report(engine, list(engine.step()))
+            else:
+                self._report(engine, list(engine.step()))
 
     def _report(self, engine: Engine, events: list[Event]) -> None:
         """Send what has happened in one frame. Text waits for the next step's if the last text is not a moment old."""

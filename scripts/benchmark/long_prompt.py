@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 from benchmark import texts
 from benchmark.answers import Answer, Request
 from benchmark.client import Stream
@@ -65,7 +63,7 @@ def _note(lab: Lab, server: HttpServer, running: Answer, beside: Answer) -> None
     # grows meanwhile and makes its steps slower: undisturbed they would take the mean of before and after.
     step = ((sent - start) / before + (running.times[-1] - beside.ended) / after) / 2
     held_up = [gap for gap in during if gap > _CHUNK * step] or [max(during)]
-    chunk = statistics.quantiles(held_up, n=10)[-1] - step if len(held_up) > 1 else held_up[0] - step
+    chunk = sorted(held_up)[round(0.9 * (len(held_up) - 1))] - step
     rate_during = running.tokens_between(sent, end) / (end - sent)
     figures = {"before": (sent - start) / before, "step": step, "chunk": chunk, "worst": max(during)}
     figures |= {"first": beside.first, "worst_of_limit": max(during) / (4 * step + chunk)}

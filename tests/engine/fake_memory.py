@@ -12,6 +12,12 @@ class _Cell:
         self.token = token
 
 
+class _State(bytearray):
+    """A byte for each of some tokens, the first of which is at ``start`` of its sequence."""
+
+    start = 0
+
+
 class FakeMemory:
     """Remembers which tokens are evaluated in which sequence, and refuses what llama.cpp could not do.
 
@@ -74,12 +80,20 @@ class FakeMemory:
         assert 0 <= start < end <= len(self.cells[sequence])
         assert self.cuttable or (start, end) == (0, len(self.cells[sequence]))
         self.saved += end - start
-        return bytearray(self.resident(sequence)[start:end])
+        state = _State(self.resident(sequence)[start:end])
+        state.start = start
+        return state
 
-    def restore(self, sequence: int, state: bytearray) -> bool:
+    def restore(self, sequence: int, state: bytearray, start: int, end: int) -> bool:
         """See ``Memory``."""
-        self.cells.setdefault(sequence, []).extend(_Cell(token) for token in state)
-        self.restored += len(state)
+        resident = self.cells.setdefault(sequence, [])
+        assert len(resident) == start
+        assert self.cuttable or (start, end) == (0, len(state))
+        assert isinstance(state, _State)
+        tokens = state[start - state.start : end - state.start]
+        assert state.start <= start < end == start + len(tokens)
+        resident += map(_Cell, tokens)
+        self.restored += len(tokens)
         return True
 
     def clear(self) -> None:

@@ -6,6 +6,7 @@ import gc
 import random
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from running_engine import RunningEngine
 
@@ -18,9 +19,10 @@ _AT_ONCE = 12  # three times as many as run together
 _BEGINNINGS = ("", "a", "Once upon a time there", "Once upon a time there", "0123456789012345678901234567890")
 
 
-@pytest.fixture
-def running(loud: Model, loud_params: LoadParams) -> Iterator[RunningEngine]:
-    engine = RunningEngine(loud, loud_params)
+@pytest.fixture(params=[0, 100_000])
+def running(request: pytest.FixtureRequest, loud: Model, loud_params: LoadParams) -> Iterator[RunningEngine]:
+    """An engine without and with main memory for prefixes, of which there are many more than it has room for."""
+    engine = RunningEngine(loud, msgspec.structs.replace(loud_params, spill=request.param))
     yield engine
     engine.close()
 
@@ -101,5 +103,6 @@ def test_ten_thousand_short_requests_leave_nothing_behind(running: RunningEngine
     assert running.runner.full == 0
     assert running.engine.occupancy() is None  # nothing runs or waits, as it was first reported
     running.check_nothing_is_left()
+    assert (running.engine._cache._spill.size > 0) == (running.params.spill > 0)
     assert _open_samplers() == samplers
     assert _count(Sequence) == sequences

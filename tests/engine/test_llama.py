@@ -416,7 +416,9 @@ def test_parts_of_a_sequence_that_were_saved_and_restored_go_on_the_same(load_pa
         states = [context.save(40, 0, 5), context.save(40, 5, len(tokens))]
         assert all(len(state) > 1000 * 4 for state in states)
         context.clear()
-        assert all(context.restore(2, state) for state in states)
+        assert context.restore(2, states[0], 0, 4)
+        assert context.restore(2, states[0], 4, 5)
+        assert context.restore(2, states[1], 5, len(tokens))
         batch.clear()
         row = batch.add([28], len(tokens), 2, logits=1)
         context.evaluate(batch)
@@ -434,8 +436,8 @@ def test_a_state_that_has_no_room_is_not_restored(load_params: LoadParams, model
         batch.add([5] * 200, 0, 0, logits=0)
         context.evaluate(batch)
         state = context.save(0, 0, 200)
-        assert not context.restore(1, state)
+        assert not context.restore(1, state, 0, 200)
         assert context.truncate(0, 0) == 0
-        assert context.restore(1, state)
+        assert context.restore(1, state, 0, 200)
     finally:
         context.close()

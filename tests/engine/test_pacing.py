@@ -25,9 +25,9 @@ pytestmark = pytest.mark.parametrize(("step", "row"), _MACHINES)
 class Streams:
     """Some endless streams, and when each token of theirs came."""
 
-    def __init__(self, step: float, row: float, count: int = 1, small: float = 1.0) -> None:
+    def __init__(self, step: float, row: float, count: int = 1, *, small: float = 1.0, batch: int = _BATCH) -> None:
         self.clock = SimulatedClock(step, row, small)
-        self.model = FakeModel(slots=8, cells=40_000, batch=_BATCH, context=8000, clock=self.clock)
+        self.model = FakeModel(slots=8, cells=40_000, batch=batch, context=8000, clock=self.clock)
         self.count = count
         self.times: list[float] = []  # of the steps in which the streams got a token
         self.prompt_tokens: list[int] = []  # of each step
@@ -94,6 +94,31 @@ def test_steps_are_large_where_that_is_cheaper_and_no_stream_stops_for_long(step
     assert spent < 2.6 * _LONG * row * (1 if possible else 2.2) + 20 * (step + row)
 
 
+@pytest.mark.parametrize("pending", [40, 62 + 63 * 4])
+def test_a_step_that_can_not_be_large_is_short(step: float, row: float, pending: int) -> None:
+    """The gap is longer than usual only where many tokens are evaluated in it: not for a short prompt or the rest."""
+    streams = Streams(step, row, small=3.0)
+    streams.answer("p" * _LONG)
+    start = len(streams.times)
+    streams.prompt_tokens.clear()
+    streams.answer("q" * pending, number=101)
+    gaps = _gaps(streams.times[start - 1 :])
+    small = [gap for gap, tokens in zip(gaps, streams.prompt_tokens, strict=False) if 0 < tokens < 63]
+    assert small or row < 1e-3
+    assert max(small, default=0.0) <= 2 * (step + 3 * row) + max(0.05, step + 3 * row, 8 * 3 * row) * 1.5
+
+
+@pytest.mark.parametrize("batch", [32, 64])
+def test_a_small_batch_has_no_large_steps(step: float, row: float, batch: int) -> None:
+    streams = Streams(step, row, small=3.0, batch=batch)
+    usual = median(_gaps(streams.times))
+    start = len(streams.times)
+    streams.answer("p" * 1000)
+    if batch < 64:
+        assert max(_gaps(streams.times[start - 1 :])) <= 4 * usual + max(0.05, usual, 8 * 3 * row) * 1.5
+    assert max(streams.prompt_tokens) < batch
+
+
 def test_a_cheap_prompt_after_a_dear_one_takes_small_steps_again(step: float, row: float) -> None:
     streams = Streams(step, row, small=2.2)
     streams.answer("p" * _LONG)
@@ -148,15 +173,15 @@ def test_after_a_pause_of_the_machine_prompts_do_not_wait_it_out(step: float, ro
 
 def test_a_share_is_taken_only_while_there_are_savings(step: float, row: float) -> None:
     costs = StepCosts()
-    share = TimeShare(costs, _BATCH)
+    share = TimeShare(costs)
     for _ in range(20):
         costs.record(1, 0, step + row)
     costs.record(1, 100, step + 101 * row)
-    assert share.prompt_tokens(1, 1) >= 8
+    assert share.prompt_tokens(1, 1, 500) >= 8
     share.record(1, 1000, step + 1001 * row + 1)
-    assert share.prompt_tokens(1, 1) == 0
-    assert share.prompt_tokens(0, 1) > 0, "nobody is disturbed"
-    while not share.prompt_tokens(1, 1):
+    assert share.prompt_tokens(1, 1, 500) == 0
+    assert share.prompt_tokens(0, 1, 500) > 0, "nobody is disturbed"
+    while not share.prompt_tokens(1, 1, 500):
         share.record(1, 0, step + row)
 
 

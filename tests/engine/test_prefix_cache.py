@@ -241,20 +241,21 @@ def test_what_leaves_the_cache_comes_back_from_main_memory() -> None:
     cache = PrefixCache(memory, 1, 250, spill=Spill(450))
     one, other = [1] * 100 + [2] * 100, [3] * 200
     _leave_prefix(cache, memory, one)
-    assert cache.make_room(200), "the first one leaves"
-    assert memory.used == cache.used_cells == 0
+    assert cache.make_room(200), "the end of the first one leaves"
+    assert memory.used == cache.used_cells == 32
     _leave_prefix(cache, memory, other)
+    assert memory.used == 200, "and the rest makes way"
     sequence = _sequence([*one[:150], 9])
     assert cache.reusable(cache.wanted(sequence)) == 150
     cache.acquire(sequence)
     assert sequence.evaluated == 150
     assert memory.resident(sequence.slot or 0) == one[:150]
-    assert memory.restored == 200
-    assert cache.used_cells == memory.used == 150, "the other one made room"
+    assert (memory.saved, memory.restored) == (400, 150)
+    assert cache.used_cells == memory.used == 150
     cache.release(sequence)
     again = _sequence([*other, 9])
     cache.acquire(again)
-    assert (again.evaluated, memory.restored) == (200, 400)
+    assert (again.evaluated, memory.saved, memory.restored) == (200, 400, 350)
     assert cache.used_cells == memory.used == 200
 
 
@@ -265,14 +266,12 @@ def test_idle_prefixes_make_way_for_running_sequences() -> None:
     _leave_prefix(cache, memory, system + one)
     sequence = _sequence(system + other)
     cache.acquire(sequence)
-    cache.make_way()
     assert (cache.used_cells, memory.used, memory.saved) == (300, 300, 340)
     _evaluate(cache, memory, sequence)
     cache.release(sequence)
     assert cache.used_cells == 350, "it stays as long as it is in nobody's way"
     new = _sequence([4] * 10)
     cache.acquire(new)
-    cache.make_way()
     assert cache.used_cells == memory.used == 0
     assert memory.saved == 340 + 94, "the first 256 tokens are there already"
     back = _sequence([*system, *one, 5])
@@ -288,14 +287,13 @@ def test_what_runs_beside_it_is_shared_and_only_the_rest_brought_back() -> None:
     _leave_prefix(cache, memory, system + rest)
     first = _sequence([*system, 7])
     cache.acquire(first)
-    cache.make_way()
     assert cache.used_cells == 600
     second = _sequence([*system, *rest, 8])
     cache.acquire(second)
     assert second.evaluated == 800
     assert memory.resident(second.slot or 0) == system + rest
-    assert memory.restored == 800 - 512, "from the beginning of the block"
-    assert cache.used_cells == memory.used == 600 + 288
+    assert memory.restored == 200
+    assert cache.used_cells == memory.used == 800
     _evaluate(cache, memory, second)
     cache.release(first)
     cache.release(second)
@@ -303,16 +301,44 @@ def test_what_runs_beside_it_is_shared_and_only_the_rest_brought_back() -> None:
     assert cache.used_cells == memory.used == 0
 
 
+def test_where_there_is_no_room_to_bring_a_block_back_what_is_shared_stays() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 3, 700, spill=Spill(2000))
+    system, rest = [1] * 500, [2] * 100
+    _leave_prefix(cache, memory, system + rest)
+    first = _sequence([*system, 7])
+    cache.acquire(first)
+    _evaluate(cache, memory, first)
+    other = _sequence([4] * 120)
+    cache.acquire(other)
+    _evaluate(cache, memory, other)
+    second = _sequence([*system, *rest, 8])
+    cache.acquire(second)
+    assert second.evaluated == 500, "a block needs more than the 79 cells that are free"
+    assert cache.used_cells == memory.used == 621
+
+
+def test_a_start_waits_for_a_few_blocks_only() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 5000, spill=Spill(5000))
+    _leave_prefix(cache, memory, [1] * 2000)
+    new = [_sequence([number] * 10) for number in (4, 5)]
+    cache.acquire(new[0])
+    assert (memory.saved, memory.used) == (4 * 256, 2000)
+    cache.acquire(new[1])
+    assert (memory.saved, memory.used) == (2000, 0)
+
+
 def test_what_was_saved_ahead_need_not_be_saved_when_it_makes_way() -> None:
     memory = FakeMemory()
     cache = PrefixCache(memory, 2, 1000, spill=Spill(1000))
-    _leave_prefix(cache, memory, [1] * 300)
-    _leave_prefix(cache, memory, [2] * 20)
-    assert [cache.save_ahead() for _ in range(4)] == [True, True, True, False]
-    assert (memory.saved, memory.used) == (320, 320)
+    for tokens in ([1] * 300, [2] * 20):
+        _leave_prefix(cache, memory, tokens)
+        while cache.save_ahead():
+            pass
+    assert (memory.saved, memory.used) == (320, 20)
     new = _sequence([4] * 10)
     cache.acquire(new)
-    cache.make_way()
     assert (memory.saved, memory.used) == (320, 0)
 
 
@@ -323,7 +349,6 @@ def test_what_main_memory_has_no_room_for_stays() -> None:
     assert cache.save_ahead() is False
     new = _sequence([4] * 10)
     cache.acquire(new)
-    cache.make_way()
     assert cache.used_cells == 110
 
 
@@ -332,21 +357,38 @@ def test_without_main_memory_nothing_is_saved() -> None:
     cache = PrefixCache(memory, 1, 500)
     _leave_prefix(cache, memory, [1] * 110)
     assert not cache.save_ahead()
-    cache.make_way()
+    cache.acquire(_sequence([4] * 10))
     assert (cache.used_cells, memory.saved) == (110, 0)
 
 
-def test_a_state_without_parts_is_spilled_as_a_whole() -> None:
+def test_a_state_without_parts_is_spilled_as_a_whole_when_it_has_to_leave() -> None:
     memory = FakeMemory(cuttable=False)
     cache = PrefixCache(memory, 2, 2000, spare=0, divisible=False, spill=Spill(2000, in_blocks=False))
     text = [1] * 300
     for tokens in (text, [*text, 2, 3]):
         _leave_prefix(cache, memory, tokens)
-        cache.make_way()
+        assert not cache.save_ahead()
+        assert cache.make_room(2000)
     assert (memory.used, memory.saved) == (0, 602)
     for wanted, found in (([*text, 2, 3, 4], 302), ([*text, 5], 300), ([1] * 200, 0)):
         sequence = _sequence(wanted)
         cache.acquire(sequence)
         assert sequence.evaluated == found
         cache.release(sequence)
-        cache.make_way()
+        assert cache.make_room(2000)
+
+
+def test_a_window_that_has_moved_on_serves_as_a_whole_only() -> None:
+    """What departs earlier would be brought back for nothing, and cost what a running sequence shares."""
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 3, 2000, spill=Spill(2000, in_blocks=False))
+    system = [1] * 300
+    _leave_prefix(cache, memory, [*system, 2, 3])
+    assert cache.make_room(2000)
+    running = _sequence([*system, 4])
+    cache.acquire(running)
+    assert (running.evaluated, memory.restored) == (0, 0)
+    _evaluate(cache, memory, running)
+    second = _sequence([*system, 5])
+    cache.acquire(second)
+    assert (second.evaluated, memory.restored) == (300, 0)

@@ -37,7 +37,7 @@ class FixedPace:
         self.alone = alone
         self.beside = beside
 
-    def prompt_tokens(self, decoding: int, prompts: int) -> int:
+    def prompt_tokens(self, decoding: int, prompts: int, pending: int) -> int:
         """See ``Pace``."""
         return self.beside if decoding else self.alone
 

@@ -24,9 +24,9 @@ def _keep(spill: Spill, tokens: list[int]) -> bool:
     return True
 
 
-def _check(spill: Spill, wanted: list[int], *, whole: bool = False) -> int:
+def _check(spill: Spill, wanted: list[int]) -> int:
     """Return how much of what is wanted is there, after a look at the blocks with it."""
-    shared, blocks = spill.longest(wanted, whole=whole)
+    shared, blocks = spill.longest(wanted)
     tokens = [token for block in blocks for token in block.tokens]
     assert tokens[:shared] == wanted[:shared]
     assert [list(block.state) for block in blocks] == [block.tokens for block in blocks]
@@ -51,8 +51,7 @@ def test_whole_prefixes_are_found_as_they_were_saved(kept: list[list[int]], want
         assert place in (None, (0, len(tokens)))
         assert _keep(spill, tokens)
     fitting = [len(tokens) for tokens in kept if wanted[: len(tokens)] == tokens]
-    assert _check(spill, wanted, whole=True) == max(fitting, default=0)
-    assert _check(spill, wanted) == max((common_prefix(tokens, wanted) for tokens in kept), default=0)
+    assert _check(spill, wanted) == max(fitting, default=0)
     assert spill.size == sum(map(len, set(map(tuple, kept))))
 
 
@@ -67,6 +66,14 @@ def test_it_never_takes_more_than_its_budget(kept: list[list[int]], wanted: list
     assert _check(spill, wanted) <= max((common_prefix(tokens, wanted) for tokens in kept), default=0)
     spill.clear()
     assert (spill.size, _check(spill, wanted)) == (0, 0)
+
+
+def test_what_is_too_large_costs_nobody_else_a_place() -> None:
+    spill = Spill(10)
+    assert _keep(spill, [1] * 4)
+    assert _keep(spill, [2] * 4)
+    assert not spill.add([3] * 4, bytearray(11))
+    assert [_check(spill, [token] * 4) for token in (1, 2, 3)] == [4, 4, 0]
 
 
 def test_what_was_unused_longest_goes_first_from_its_end() -> None:
