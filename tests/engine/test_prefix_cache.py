@@ -34,6 +34,12 @@ def _leave_prefix(cache: PrefixCache, memory: FakeMemory, tokens: list[int]) -> 
     return slot
 
 
+def _save_all(cache: PrefixCache) -> None:
+    """What an idle engine does."""
+    while cache.save_ahead():
+        pass
+
+
 @given(
     st.lists(st.integers(0, 3), max_size=20),
     st.lists(st.integers(0, 3), max_size=20),
@@ -245,6 +251,7 @@ def test_what_leaves_the_cache_comes_back_from_main_memory() -> None:
     assert memory.used == cache.used_cells == 32
     _leave_prefix(cache, memory, other)
     assert memory.used == 200, "and the rest makes way"
+    _save_all(cache)
     sequence = _sequence([*one[:150], 9])
     assert cache.reusable(cache.wanted(sequence)) == 150
     cache.acquire(sequence)
@@ -264,12 +271,14 @@ def test_idle_prefixes_make_way_for_running_sequences() -> None:
     cache = PrefixCache(memory, 2, 1000, spill=Spill(1000))
     system, one, other = [1] * 300, [2] * 40, [3] * 50
     _leave_prefix(cache, memory, system + one)
+    _save_all(cache)
     sequence = _sequence(system + other)
     cache.acquire(sequence)
     assert (cache.used_cells, memory.used, memory.saved) == (300, 300, 340)
     _evaluate(cache, memory, sequence)
     cache.release(sequence)
     assert cache.used_cells == 350, "it stays as long as it is in nobody's way"
+    _save_all(cache)
     new = _sequence([4] * 10)
     cache.acquire(new)
     assert cache.used_cells == memory.used == 0
@@ -285,6 +294,7 @@ def test_what_runs_beside_it_is_shared_and_only_the_rest_brought_back() -> None:
     cache = PrefixCache(memory, 2, 2000, spill=Spill(2000))
     system, rest = [1] * 600, [2] * 200
     _leave_prefix(cache, memory, system + rest)
+    _save_all(cache)
     first = _sequence([*system, 7])
     cache.acquire(first)
     assert cache.used_cells == 600
@@ -306,6 +316,7 @@ def test_where_there_is_no_room_to_bring_a_block_back_what_is_shared_stays() -> 
     cache = PrefixCache(memory, 3, 700, spill=Spill(2000))
     system, rest = [1] * 500, [2] * 100
     _leave_prefix(cache, memory, system + rest)
+    _save_all(cache)
     first = _sequence([*system, 7])
     cache.acquire(first)
     _evaluate(cache, memory, first)
@@ -318,9 +329,15 @@ def test_where_there_is_no_room_to_bring_a_block_back_what_is_shared_stays() -> 
     assert cache.used_cells == memory.used == 621
 
 
-def test_a_start_waits_for_a_few_blocks_only() -> None:
+def test_a_start_waits_for_a_few_blocks_only_and_only_where_it_pays() -> None:
     memory = FakeMemory()
     cache = PrefixCache(memory, 2, 5000, spill=Spill(5000))
+    _leave_prefix(cache, memory, [2] * 1000)
+    little = _sequence([3] * 10)
+    cache.acquire(little)
+    assert (memory.saved, memory.used) == (0, 1000)
+    cache.release(little)
+    assert cache.drop_idle()
     _leave_prefix(cache, memory, [1] * 2000)
     new = [_sequence([number] * 10) for number in (4, 5)]
     cache.acquire(new[0])
@@ -334,8 +351,7 @@ def test_what_was_saved_ahead_need_not_be_saved_when_it_makes_way() -> None:
     cache = PrefixCache(memory, 2, 1000, spill=Spill(1000))
     for tokens in ([1] * 300, [2] * 20):
         _leave_prefix(cache, memory, tokens)
-        while cache.save_ahead():
-            pass
+        _save_all(cache)
     assert (memory.saved, memory.used) == (320, 20)
     new = _sequence([4] * 10)
     cache.acquire(new)
