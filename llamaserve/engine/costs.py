@@ -23,10 +23,6 @@ _SURPRISE = 1.5  # otherwise a step counts as at most so many times longer or sh
 _SCALE_WEIGHT = 0.15  # of the newest step
 _RELATIVE_WEIGHT = 0.02  # of the newest step, at least
 _LEAST_PROMPT_TOKEN = 1e-3  # in steps of one row: what is lost among other costs is not free
-_LARGE_IS_CHEAPER = 0.5  # a token in a large step, as long as that is not known, compared with one in a small step
-_OTHER_TIMES = (
-    1.5  # what was measured of large steps is not known any more when small ones cost so many times more or less
-)
 _REMEMBERED = 8  # steps' worth of tokens of earlier prompts that count: large steps have 64 or more, small ones often 8
 
 
@@ -50,29 +46,15 @@ class StepCosts:
         self._relative = {0: 0.0, 1: 1.0}  # by number of rows; one row is the unit
         self._measured = [1]  # the numbers of rows of which the relative cost is known, in order
         self._times: dict[int, int] = {}  # how often each was measured
-        self._small_then = (
-            0.0  # a prompt's token in small steps when one in large steps was measured last; 0 for unknown
-        )
         self._in_small_steps, self._in_large_steps = _PromptCost(8 * _REMEMBERED), _PromptCost(LARGE * _REMEMBERED)
 
     def prompt_token(self, *, large: bool = False) -> float:
         """Return the seconds that one more token of a prompt adds to a step of fewer rows than ``LARGE``, or a
-        ``large`` one.
+        ``large`` one. As long as only one of the two was measured, the other is believed to cost the same.
         """
-        if large:
-            known = self._in_large_steps.tokens and not self._times_have_changed
-            return self._in_large_steps.token if known else self.prompt_token() * _LARGE_IS_CHEAPER
-        if self._in_small_steps.tokens:
-            return self._in_small_steps.token
-        if self._in_large_steps.tokens:
-            return self._in_large_steps.token
-        return self._scale * _UNKNOWN_SLOPE / _ROW_PER_PROMPT_TOKEN
-
-    @property
-    def _times_have_changed(self) -> bool:
-        """Whether a deeper prompt or a busier machine has changed what small steps cost since a large one was taken."""
-        now, then = self._in_small_steps.token, self._small_then
-        return now > 0 < then and not then / _OTHER_TIMES < now < then * _OTHER_TIMES
+        costs = (self._in_large_steps, self._in_small_steps) if large else (self._in_small_steps, self._in_large_steps)
+        measured = next((cost for cost in costs if cost.tokens), None)
+        return self._scale * _UNKNOWN_SLOPE / _ROW_PER_PROMPT_TOKEN if measured is None else measured.token
 
     def decode(self, rows: int) -> float:
         """Return the seconds of a step of ``rows`` decoding rows.
@@ -105,12 +87,7 @@ class StepCosts:
         return low * (1 + slope * (rows - 1)) / (1 + slope * (left - 1))
 
     def _learn_prompt(self, rows: int, prompt_tokens: int, seconds: float) -> None:
-        cost = self._in_small_steps
-        if rows + prompt_tokens >= LARGE:
-            cost = self._in_large_steps
-            if self._times_have_changed:
-                cost.tokens = 0
-            self._small_then = self._in_small_steps.token
+        cost = self._in_large_steps if rows + prompt_tokens >= LARGE else self._in_small_steps
         rest = self.decode(rows) if self._steps else 0.0
         if cost.tokens == cost.most:
             seconds = min(seconds, _SURPRISE * (rest + prompt_tokens * cost.token))

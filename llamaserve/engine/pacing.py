@@ -3,8 +3,7 @@
 While others decode, prompts get a little less than half of the time, or more when there are more prompts than streams:
 what decoding takes is credited to them, what they take is debited, and they wait while the balance is negative. What a
 step takes of them is bounded in time, so that the gap in the streams is; a balance saved up lets a short prompt through
-at once. Where large steps are much cheaper, the gap may be longer, for the sake of who waits for the prompt. Knows what
-steps cost, not what is in them.
+at once. Knows what steps cost, not what is in them.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ _DEBT = 2.0  # seconds that they may be behind: a step that took longer was held
 _GAP = 0.05  # seconds that a prompt may add to a step of decoding sequences, or one such step if that is longer
 _STEP = 0.5  # seconds of a step of prompts alone, for which a request that comes meanwhile waits; more if ``LARGE`` is
 _LEAST = 8  # tokens: fewer at a time are evaluated no faster
-_WORTH = 1.4  # how many times cheaper a token must be in a large step for a long gap in the streams ...
-_LONG_GAP = 0.75  # ... of up to so many seconds
-_TRIAL = 8  # prompt steps of which one is small all the same, to see whether large ones are still cheaper
 
 
 class TimeShare:
@@ -29,7 +25,6 @@ class TimeShare:
         self._costs = costs
         self._balance = _SAVINGS
         self._majority = 1.0  # prompts for each stream, if there are more of them
-        self._since_small = _TRIAL - 1  # large steps beside streams since the last small one with prompts
 
     def prompt_tokens(self, decoding: int, prompts: int, pending: int) -> int:
         """See ``Pace``."""
@@ -39,15 +34,13 @@ class TimeShare:
         if self._balance <= 0:
             return 0
         seconds = min(_STEP, self._majority * max(_GAP, self._costs.decode(decoding)))
-        return max(self._tokens_in(seconds, decoding, pending), self._bargain(decoding, pending))
+        return self._tokens_in(seconds, decoding, pending)
 
     def record(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Take note of a step: its rows of decoding sequences, its prompt tokens and what it took."""
         if not decoding:
             self._balance = max(0.0, self._balance)  # nobody is owed anything
             return
-        if prompt_tokens:
-            self._since_small = self._since_small + 1 if decoding + prompt_tokens >= LARGE else 0
         for_streams = min(seconds, self._costs.decode(decoding)) if prompt_tokens else seconds
         for_prompts = seconds - for_streams
         balance = self._balance + _SHARE * self._majority * for_streams - for_prompts
@@ -60,12 +53,3 @@ class TimeShare:
             return many
         few = round(seconds / self._costs.prompt_token())
         return max(_LEAST, min(few, LARGE - 1 - decoding))
-
-    def _bargain(self, decoding: int, pending: int) -> int:
-        """Return the prompt tokens of the least large step, if they are worth a longer gap than usual; else 0."""
-        tokens = LARGE - decoding
-        large, small = self._costs.prompt_token(large=True), self._costs.prompt_token()
-        small_turn = self._since_small % _TRIAL == _TRIAL - 1
-        if tokens > pending or tokens * large > _LONG_GAP or large * _WORTH > small or small_turn:
-            return 0
-        return tokens
