@@ -22,8 +22,8 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     otherwise each has its own ``kv_cells / parallel``, which must not be less than ``context``. ``adaptive_threads``
     lets the number of ``threads`` fall while other programs use the cores, ``prefix_cache`` allows to reuse what was
     evaluated for another request, ``spill`` is the bytes of main memory that this may take beside the cache (None: as
-    many as the cache has, or a quarter of what is free), and ``speculation`` allows to evaluate guessed tokens
-    beforehand.
+    many as the cache has, but at most a quarter of what is free, and none with a GPU), and ``speculation`` allows to
+    evaluate guessed tokens beforehand.
     """
 
     path: str

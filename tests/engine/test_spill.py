@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import msgspec
+import psutil
 import pytest
 from hypothesis import given, strategies as st
 
-from llamaserve.engine import spill as spilling
+from llamaserve.engine import engine as engines, spill as spilling
+from llamaserve.engine.engine import LoadedEngine
+from llamaserve.engine.params import LoadParams
 from llamaserve.engine.sequence import common_prefix
 from llamaserve.engine.spill import Spill
 
@@ -94,3 +98,22 @@ def test_of_a_conversation_that_goes_on_only_the_new_blocks_are_saved() -> None:
     assert _keep(spill, [*text, 10, 11, 12])
     assert spill.size == 13
     assert spill.missing(text) is None
+
+
+def test_by_default_it_takes_as_much_as_the_cache_and_nothing_with_a_gpu(
+    backend: None, load_params: LoadParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = msgspec.structs.replace(load_params, kv_unified=True, flash_attention="auto", spill=None)
+
+    def budget() -> int:
+        engine = LoadedEngine(params, lambda fraction: True)
+        try:
+            return engine._cache._spill.budget
+        finally:
+            engine.close()
+
+    free = psutil.virtual_memory().available
+    cell = 30 * 2 * 3 * 64 * 2  # layers, keys and values, heads, their size, bytes
+    assert params.kv_cells * cell <= budget() <= min(1.05 * params.kv_cells * cell, free / 4)
+    monkeypatch.setattr(engines, "uses_gpu", lambda params: True)
+    assert budget() == 0

@@ -124,6 +124,8 @@ def test_the_default_model_may_be_an_alias(folder: Path) -> None:
         ("gpu_layers", "-1", "should be auto, all, none or a number of layers, not -1"),
         ("gpu_layers", "[]", "should be auto, all, none or a number of layers, not []"),
         ("flash_attention", "maybe", "should be 'auto', 'on' or 'off', not 'maybe'"),
+        ("spill", "lots", "should be auto or a number of MiB, not 'lots'"),
+        ("spill", "-1", "should be auto or a number of MiB, not -1"),
         ("key_type", "q3_k", "should be 'f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1', 'q4_0' or 'iq4_nl'"),
         ("sha256", "abc", "should be the 64 hexadecimal digits of a SHA-256 sum"),
         ("task", "chat", "should be 'generation', 'embedding' or 'transcription', not 'chat'"),
