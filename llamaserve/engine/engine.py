@@ -20,6 +20,7 @@ from llamaserve.engine.pacing import TimeShare
 from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams
 from llamaserve.engine.prefix_cache import SPARE, PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
+from llamaserve.engine.sampling import SamplerFactory
 from llamaserve.engine.scheduler import Chunk, Scheduler
 from llamaserve.engine.sequence import Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
@@ -57,6 +58,7 @@ class Engine:
         drafted_rows: int = 0,
         drafter: Callable[[list[int]], Drafter] = PromptLookup,
         one_prompt_a_step: bool = False,
+        samplers: SamplerFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``drafted_rows``: how many guessed tokens a step may evaluate; 0 switches speculation off. ``drafter`` makes
@@ -68,6 +70,7 @@ class Engine:
         self._context = context
         self._drafted_rows = drafted_rows
         self._drafter = drafter
+        self._samplers = samplers or SamplerFactory(vocab, context)
         self._clock = clock
         self._costs = StepCosts()
         self._pace = TimeShare(self._costs)
@@ -135,8 +138,8 @@ class Engine:
         return self.vocab.detokenize(tokens, special=special)
 
     def check(self, generation: Generation) -> None:
-        """Refuse sampling options that name tokens the model does not have. Thread-safe."""
-        self.vocab.check(generation.sampling.logit_bias, "logit_bias")
+        """Refuse sampling options that can't work with this model. Thread-safe."""
+        self._samplers.check(generation.sampling)
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
         """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
@@ -196,6 +199,16 @@ class Engine:
             self._cache.advance(chunk.sequence, chunk.rows)
             if completes:
                 events += self._accept(chunk, next(sampled))
+        return events + self._end_blocked(chunks)
+
+    def _end_blocked(self, chunks: list[Chunk]) -> list[EngineEvent]:
+        """Fail the requests of which a sequence can't go on."""
+        events: list[EngineEvent] = []
+        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.blocked]:
+            if sequence.state is not State.FINISHED:
+                self.cancel(sequence.request)
+                error = InvalidRequest("the request bans every token that could come next, so the answer can't go on")
+                events.append(Failed(sequence.request, to_value(error)))
         return events
 
     def _drafts(self, decoding: list[Sequence], limit: int) -> list[list[int]]:
@@ -349,11 +362,11 @@ class ContextEngine(Engine):
         # are evaluated apart, two tokens after a cached prefix, and no rows of guessed tokens.
         exact = not params.kv_unified
         state = model.has_state
+        samplers = SamplerFactory(model.vocab, params.context)
         runner = LlamaRunner(
             native,
-            model.vocab,
+            samplers,
             batch=params.batch,
-            max_tokens=params.context,
             prompts_apart=exact,
             interruptible=not state,
         )
@@ -380,6 +393,7 @@ class ContextEngine(Engine):
             drafter=drafter,
             drafted_rows=DRAFTED_ROWS if params.speculation and can_take_back and not exact else 0,
             one_prompt_a_step=exact,
+            samplers=samplers,
             clock=clock,
         )
 

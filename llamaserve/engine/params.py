@@ -43,24 +43,77 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     speculation: bool
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen from the logits.
+# The stages of a sampler in their usual order: text-generation-webui's, with those it has no place for put first.
+STAGES = (
+    "no_repeat_ngram",
+    "encoder_repetition_penalty",
+    "penalties",
+    "dry",
+    "top_n_sigma",
+    "temperature",
+    "quadratic_sampling",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "tfs",
+    "top_a",
+    "min_p",
+    "xtc",
+)
 
-    ``temperature`` 0 takes the most probable token. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and the neutral penalties
-    switch their stage off. ``repetition_penalty_range`` is the number of last tokens, prompt included, that the three
-    penalties look at; 0 means all of them. ``logit_bias`` maps token ids to what is added to their logit.
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen from the logits. Every option's default is neutral.
+
+    First come ``logit_bias``, by token id, and the bans: of ``banned_tokens``, and of the tokens that end an answer,
+    for ever (``ban_eos``) or for the first ``min_tokens``. Then the ``stages`` in their order; one that is not listed
+    is off. ``penalties`` are the repetition, frequency and presence penalty, which look at the last
+    ``repetition_penalty_range`` tokens, prompt included; 0 means all of them, as it does for ``dry_range``. At
+    ``temperature`` 0 the most probable token is taken after the penalties, whatever else is set. With a
+    ``dynatemp_range`` the temperature moves by so much to either side. ``mirostat_mode`` 1 or 2 replaces all stages
+    from ``top_n_sigma`` on but the temperatures, an ``adaptive_target`` the draw.
     """
 
     seed: int
+    stages: tuple[str, ...] = STAGES
     temperature: float = 1.0
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    smoothing_factor: float = 0.0
+    smoothing_curve: float = 1.0
     top_k: int = 0
-    top_p: float = 0.95
+    top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    tfs: float = 1.0
+    top_a: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat_mode: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    adaptive_target: float = 0.0
+    adaptive_decay: float = 0.9
     repetition_penalty: float = 1.0
-    repetition_penalty_range: int = 1024
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty_range: int = 1024
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 1024
+    dry_sequence_breakers: tuple[str, ...] = ()
     logit_bias: dict[int, float] = {}
+    banned_tokens: tuple[int, ...] = ()
+    ban_eos: bool = False
+    min_tokens: int = 0
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):

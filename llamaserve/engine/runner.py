@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as TokenSequence
 from typing import Protocol
 
-from llamaserve.engine.llama import Batch, Context, Vocab
-from llamaserve.engine.sampling import Chain, Greedy, build_sampler
+from llamaserve.engine.candidates import NothingLeft
+from llamaserve.engine.llama import Batch, Context
+from llamaserve.engine.sampling import Greedy, Sampler, SamplerFactory
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
 
@@ -16,7 +17,7 @@ class Runner(Protocol):
 
     def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """Evaluate the chunks and return the next tokens of each that completes its sequence: one, and one more for
-        each token of its draft that turned out to be right.
+        each token of its draft that turned out to be right; fewer where a sequence is ``blocked``.
 
         Raises ``OutOfCells`` when nothing was evaluated for want of cells, ``Interrupted``, or ``EngineError`` when
         what was evaluated can't be trusted.
@@ -32,10 +33,9 @@ class LlamaRunner:
     def __init__(
         self,
         context: Context,
-        vocab: Vocab,
+        samplers: SamplerFactory,
         *,
         batch: int,
-        max_tokens: int,
         prompts_apart: bool = False,
         interruptible: bool = True,
     ) -> None:
@@ -47,9 +47,8 @@ class LlamaRunner:
         self._interruptible = interruptible
         self._prompts_apart = prompts_apart
         self._context = context
-        self._vocab = vocab
+        self._samplers = samplers
         self._batch = Batch(batch)
-        self._max_tokens = max_tokens  # of one sequence, prompt included
 
     def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """See ``Runner``."""
@@ -90,20 +89,19 @@ class LlamaRunner:
         drawn as it would be without a draft, from the same logits and with the same random number.
         """
         sampler = chunk.sequence.sampler or self._start_sampling(chunk.sequence)
-        assert isinstance(sampler, Greedy | Chain)
+        assert isinstance(sampler, Greedy | Sampler)
         tokens: list[int] = []
         for guess in (*chunk.draft, None):
-            tokens.append(sampler.sample(self._context, row + len(tokens)))
+            try:
+                tokens.append(sampler.sample(self._context.logits(row + len(tokens))))
+            except NothingLeft:
+                chunk.sequence.blocked = True
+                break
             if tokens[-1] != guess:
                 break
         return tokens
 
-    def _start_sampling(self, sequence: Sequence) -> Greedy | Chain:
-        sequence.sampler = sampler = build_sampler(
-            sequence.generation.sampling,
-            self._vocab,
-            history=sequence.tokens,
-            context=self._max_tokens,
-            choice=sequence.choice,
-        )
+    def _start_sampling(self, sequence: Sequence) -> Greedy | Sampler:
+        sampling = sequence.generation.sampling
+        sequence.sampler = sampler = self._samplers.build(sampling, sequence.tokens, sequence.choice)
         return sampler

@@ -1,104 +1,247 @@
-"""From a request's sampling options to what samples: mostly a chain of llama.cpp's samplers.
+"""From a request's sampling options to what picks the next token: a row of stages, then a draw.
 
-The order is that of the seed API: logit bias, penalties, temperature, top-k, top-p, min-p, then the draw. Knows nothing
-of requests or batches.
+Biases and bans come first, then the stages in the order of the request. Knows nothing of requests or batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from random import Random
+from typing import Protocol
 
 import numpy as np
 
-from llamaserve.engine.llama import Context, SamplerChain, Vocab
+from llamaserve.engine import stages
+from llamaserve.engine.candidates import Candidates, Floats, Places, draw
+from llamaserve.engine.llama import NativeSampler, Vocab
 from llamaserve.engine.params import Sampling
+from llamaserve.engine.penalties import LeastLength, NoRepeatedNgrams, OccurrencePenalty, PromptPreference, TextStage
 from llamaserve.errors import EngineError
 
-_WHOLE_TEXT = 0  # our repetition_penalty_range for "all tokens"
+Stage = Callable[[Candidates], None]
+
+_WHOLE_TEXT = 0  # a range of "all tokens"
 _GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
+_SEEDS = 2**64  # different ones
+_BEFORE_GREEDY = ("no_repeat_ngram", "encoder_repetition_penalty", "penalties", "dry")
+_BESIDE_MIROSTAT = (*_BEFORE_GREEDY, "temperature", "quadratic_sampling")
+_PREPARED = 16  # DRY samplers of a model that are kept to be cloned
+
+
+class Observer(Protocol):
+    """What learns from each draw."""
+
+    def observe(self, place: int) -> None:
+        """Take note of the place of the candidate that is drawn."""
 
 
 class Greedy:
-    """Picks the most probable token. llama.cpp's sampler for this makes a list of the whole vocabulary first: 95 µs
-    instead of 5 for 49,152 tokens.
-    """
+    """Picks the most probable token."""
 
-    def sample(self, context: Context, row: int) -> int:
-        """Pick a token from a row's logits. Raises ``EngineError`` when they are not numbers."""
-        logits = context.logits(row)
+    def sample(self, logits: Floats) -> int:
+        """Pick a token from the logits, shape (vocabulary,). Raises ``EngineError`` when they are not numbers."""
         token = int(logits.argmax())  # the first that is no number, if there is one
         _check(logits[token])
         return token
+
+    def candidates(self, logits: Floats) -> Candidates:
+        """Return the one token that could be picked."""
+        candidates = Candidates(logits)
+        stages.only_best(candidates)
+        return candidates
 
     def close(self) -> None:
         """There is nothing to free."""
 
 
-class Chain:
-    """Picks a token by llama.cpp's samplers, one after the other."""
+class Sampler:
+    """Picks a token at random from what its stages leave."""
 
-    def __init__(self) -> None:
-        self.native = SamplerChain()
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        followers: Sequence[TextStage] = (),
+        observers: Sequence[Observer] = (),
+        chance: Random | None = None,
+    ) -> None:
+        """``followers`` are those of the stages that follow the text, ``observers`` those that learn from draws."""
+        self._stages = stages
+        self._followers = followers
+        self._observers = observers
+        self._chance = chance or Random()  # noqa: S311
 
-    def sample(self, context: Context, row: int) -> int:
-        """Pick a token from a row's logits. Raises ``EngineError`` when they are not numbers."""
-        _check(context.logits(row).max())  # which is no number as soon as one of them is none
-        return self.native.sample(context, row)
+    def sample(self, logits: Floats) -> int:
+        """Pick a token from the logits, shape (vocabulary,), and take note of it as the text's next. Raises
+        ``EngineError`` when they are not numbers, and ``NothingLeft``.
+        """
+        candidates = self.candidates(logits)
+        place = draw(candidates.weights(), self._chance.random())
+        for observer in self._observers:
+            observer.observe(place)
+        token = candidates.token(place)
+        for follower in self._followers:
+            follower.accept(token)
+        return token
+
+    def candidates(self, logits: Floats) -> Candidates:
+        """Return the tokens that could be picked, with what their probabilities are the softmax of. Raises
+        ``NothingLeft``.
+        """
+        _check(logits.max())  # which is no number as soon as one of them is none
+        candidates = Candidates(logits.copy())
+        for stage in self._stages:
+            stage(candidates)
+        return candidates
 
     def close(self) -> None:
-        """Free the samplers."""
-        self.native.close()
+        """Free what is not Python's."""
+        for follower in self._followers:
+            follower.close()
 
 
 def _check(logit: np.float32) -> None:
-    """Refuse logits that are no numbers: they would become noise, or trip an assertion in a sampler."""
+    """Refuse logits that are no numbers: they would become noise."""
     if not math.isfinite(logit):
         raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
 
 
-def build_sampler(
-    sampling: Sampling, vocab: Vocab, *, history: Sequence[int], context: int, choice: int
-) -> Greedy | Chain:
-    """Return what samples one sequence; its penalties already know ``history``, the prompt.
+class SamplerFactory:
+    """Makes the samplers of one model's sequences. ``context`` is the largest number of tokens of one."""
 
-    ``context`` is the largest number of tokens a sequence can have; ``choice`` is added to the seed.
-    """
-    window = _penalty_window(sampling, context)
-    if sampling.temperature < _GREEDY_BELOW and not sampling.logit_bias and not window:
-        return Greedy()
-    sampler = Chain()
-    chain = sampler.native
-    if sampling.logit_bias:
-        chain.add_logit_bias(vocab, sampling.logit_bias)
-    if window:
-        chain.add_penalties(
-            vocab, window, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
-        )
-    if sampling.temperature < _GREEDY_BELOW:
-        chain.add_greedy()
-    else:
-        _add_random_draw(chain, sampling, choice)
-    for token in history[-window:] if window else ():
-        chain.accept(token)
-    return sampler
+    def __init__(self, vocab: Vocab, context: int) -> None:
+        self.vocab = vocab
+        self.context = context
+        self.dry = lru_cache(_PREPARED)(self._make_dry)
 
+    def check(self, sampling: Sampling) -> None:
+        """Refuse options that name tokens the model does not have, and do what takes long in ``build``. Thread-safe."""
+        self.vocab.check(sampling.logit_bias, "logit_bias")
+        self.vocab.check(sampling.banned_tokens, "custom_token_bans")
+        if sampling.dry_multiplier > 0:
+            self.dry(*dry_options(sampling))
 
-def _penalty_window(sampling: Sampling, context: int) -> int:
-    """Return how many last tokens the penalties look at; 0 when all three are neutral."""
-    if (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.0, 0.0, 0.0):
-        return 0
-    wanted = sampling.repetition_penalty_range
-    return context if wanted == _WHOLE_TEXT else min(wanted, context)  # llama.cpp allocates what it is told
+    def build(self, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> Greedy | Sampler:
+        """Return what samples one sequence, and knows its prompt. ``choice`` is added to the seed."""
+        return _Builder(self, sampling, prompt, choice).build()
+
+    def range(self, wanted: int) -> int:
+        """Return how many last tokens a penalty looks at: llama.cpp allocates what it is told."""
+        return self.context if wanted == _WHOLE_TEXT else min(wanted, self.context)
+
+    def _make_dry(
+        self, last: int, multiplier: float, base: float, allowed_length: int, breakers: tuple[str, ...]
+    ) -> NativeSampler:
+        encoded = [breaker.encode() for breaker in breakers]
+        return NativeSampler.dry(self.vocab, self.range(last), multiplier, base, allowed_length, encoded)
 
 
-def _add_random_draw(chain: SamplerChain, sampling: Sampling, choice: int) -> None:
-    if sampling.temperature != 1:
-        chain.add_temperature(sampling.temperature)
-    if sampling.top_k > 0:
-        chain.add_top_k(sampling.top_k)
-    if sampling.top_p < 1:
-        chain.add_top_p(sampling.top_p)
-    if sampling.min_p > 0:
-        chain.add_min_p(sampling.min_p)
-    chain.add_distribution(sampling.seed + choice)
+def dry_options(s: Sampling) -> tuple[int, float, float, int, tuple[str, ...]]:
+    """Return what a DRY sampler depends on."""
+    return s.dry_range, s.dry_multiplier, s.dry_base, s.dry_allowed_length, s.dry_sequence_breakers
+
+
+class _Builder:
+    def __init__(self, factory: SamplerFactory, sampling: Sampling, prompt: Sequence[int], choice: int) -> None:
+        self._factory = factory
+        self._vocab = factory.vocab
+        self._sampling = sampling
+        self._prompt = prompt
+        self._chance = Random((sampling.seed + choice) % _SEEDS)  # noqa: S311
+        self._followers: list[TextStage] = []
+        self._observers: list[Observer] = []
+
+    def build(self) -> Greedy | Sampler:
+        sampling = self._sampling
+        greedy = sampling.temperature < _GREEDY_BELOW and not sampling.dynatemp_range
+        kept = _BEFORE_GREEDY if greedy else _BESIDE_MIROSTAT if sampling.mirostat_mode else sampling.stages
+        made = [*self._bans(), *(stage for name in sampling.stages if name in kept for stage in self._stages(name))]
+        if greedy and not made:
+            return Greedy()
+        made += [stages.only_best] if greedy else self._shapers()
+        return Sampler(made, followers=self._followers, observers=self._observers, chance=self._chance)
+
+    def _bans(self) -> Iterator[Stage]:
+        """Yield what changes the logits of certain tokens."""
+        sampling = self._sampling
+        changes = dict(sampling.logit_bias)
+        banned = (*sampling.banned_tokens, *(self._vocab.ends if sampling.ban_eos else ()))
+        changes |= dict.fromkeys(banned, -math.inf)
+        if changes:
+            tokens = np.array(list(changes), np.intp)
+            yield partial(_add, tokens=tokens, values=np.array(list(changes.values()), np.float32))
+        if sampling.min_tokens:
+            yield self._follow(LeastLength(sampling.min_tokens, self._vocab.ends), 0)
+
+    def _stages(self, name: str) -> Iterator[Stage]:
+        """Yield the stage of this name, unless the options leave it without effect."""
+        s = self._sampling
+        match name:
+            case "no_repeat_ngram" if s.no_repeat_ngram_size > 0:
+                yield self._follow(NoRepeatedNgrams(s.no_repeat_ngram_size), self._factory.context)
+            case "encoder_repetition_penalty" if s.encoder_repetition_penalty != 1:
+                yield PromptPreference(s.encoder_repetition_penalty, self._prompt)
+            case "penalties" if (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0):
+                last = self._factory.range(s.repetition_penalty_range)
+                penalties = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
+                yield self._follow(OccurrencePenalty(NativeSampler.penalties(self._vocab, last, *penalties)), last)
+            case "dry" if s.dry_multiplier > 0:
+                native = self._factory.dry(*dry_options(s)).clone()
+                yield self._follow(OccurrencePenalty(native), self._factory.range(s.dry_range))
+            case "top_n_sigma" if s.top_n_sigma > 0:
+                yield partial(stages.top_n_sigma, n=s.top_n_sigma)
+            case "temperature" if s.dynatemp_range > 0:
+                low, high = max(0.0, s.temperature - s.dynatemp_range), s.temperature + s.dynatemp_range
+                yield partial(stages.dynamic_temperature, low=low, high=high, exponent=s.dynatemp_exponent)
+            case "temperature" if s.temperature != 1:
+                yield partial(stages.temperature, temperature=s.temperature)
+            case "quadratic_sampling" if s.smoothing_factor > 0:
+                yield partial(stages.quadratic, factor=s.smoothing_factor, curve=s.smoothing_curve)
+            case "top_k" if s.top_k > 0:
+                yield partial(stages.top_k, k=s.top_k)
+            case "top_p" if s.top_p < 1:
+                yield partial(stages.top_p, p=s.top_p)
+            case "typical_p" if s.typical_p < 1:
+                yield partial(stages.typical_p, p=s.typical_p)
+            case "epsilon_cutoff" if s.epsilon_cutoff > 0:
+                yield partial(stages.epsilon_cutoff, epsilon=s.epsilon_cutoff)
+            case "eta_cutoff" if s.eta_cutoff > 0:
+                yield partial(stages.eta_cutoff, eta=s.eta_cutoff)
+            case "tfs" if s.tfs < 1:
+                yield partial(stages.tail_free, z=s.tfs)
+            case "top_a" if s.top_a > 0:
+                yield partial(stages.top_a, a=s.top_a)
+            case "min_p" if s.min_p > 0:
+                yield partial(stages.min_p, p=s.min_p)
+            case "xtc" if s.xtc_probability > 0:
+                xtc = partial(stages.xtc, probability=s.xtc_probability, threshold=s.xtc_threshold)
+                yield partial(xtc, chance=self._chance)
+
+    def _shapers(self) -> Iterator[Stage]:
+        """Yield what comes last and learns from what is drawn."""
+        sampling = self._sampling
+        mirostat: stages.Mirostat | stages.Mirostat2
+        if sampling.mirostat_mode:
+            if sampling.mirostat_mode == 1:
+                mirostat = stages.Mirostat(sampling.mirostat_tau, sampling.mirostat_eta, self._vocab.size)
+            else:
+                mirostat = stages.Mirostat2(sampling.mirostat_tau, sampling.mirostat_eta)
+            self._observers.append(mirostat)
+            yield mirostat
+        elif sampling.adaptive_target > 0:
+            adaptive = stages.AdaptiveP(sampling.adaptive_target, sampling.adaptive_decay)
+            self._observers.append(adaptive)
+            yield adaptive
+
+    def _follow(self, stage: TextStage, last: int) -> TextStage:
+        """Have a stage follow the text from so many tokens before the prompt's end."""
+        self._followers.append(stage)
+        for token in self._prompt[-last:] if last else ():
+            stage.accept(token)
+        return stage
+
+
+def _add(candidates: Candidates, tokens: Places, values: Floats) -> None:
+    candidates.logits[tokens] += values

@@ -49,6 +49,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "blocked",
         "cached",
         "deadline",
         "drafter",
@@ -87,6 +88,7 @@ class Sequence:
         self.deadline = deadline  # on the engine's clock, seconds
         self.leader: tuple[Sequence, int] | None = None  # one whose first so many tokens this one waits to copy
         self.sampler: Sampler | None = None
+        self.blocked = False  # no token may come next
         self.drafter: Drafter | None = None  # made when it is first asked for
         self.text = Detokenizer(generation.stop)
         self.unsent: list[str] = []  # text of a request that is not streamed

@@ -36,9 +36,12 @@ _END = 2  # the tiny model's end-of-generation token
 _SAMPLINGS = (
     Sampling(seed=1, temperature=0.0),
     Sampling(seed=2, temperature=0.9, top_p=0.95),
-    Sampling(seed=3, temperature=1.2, top_k=40, min_p=0.02),
+    Sampling(seed=6, temperature=1.2, top_k=40, min_p=0.02),
     Sampling(seed=4, temperature=0.8, repetition_penalty=1.2, frequency_penalty=0.3),
     Sampling(seed=5, temperature=1.0, logit_bias={_END: 8.0}),  # ends early
+    Sampling(seed=6, mirostat_mode=2, mirostat_tau=3.0),  # the rest remember what they have drawn
+    Sampling(seed=7, adaptive_target=0.3, xtc_probability=0.5, dry_multiplier=1.0, dry_allowed_length=1),
+    Sampling(seed=8, no_repeat_ngram_size=3, min_tokens=5, logit_bias={_END: 8.0}),
 )
 _GREEDY, *_ = _SAMPLINGS
 _LASTING = _SAMPLINGS[:4]
@@ -653,6 +656,7 @@ def test_a_whole_draft_is_right(running: RunningEngine, alone: Undisturbed) -> N
 def test_max_tokens_end_an_answer_inside_a_draft(
     running: RunningEngine, alone: Undisturbed, sampling: Sampling, max_tokens: int
 ) -> None:
+    sampling = _changed(sampling, ban_eos=True)
     answer = _speculate(running, alone, Generation(sampling=sampling, max_tokens=max_tokens), beyond=10)
     assert len(answer.tokens) == max_tokens
     assert running.runner.drafts == ([(max_tokens - 2, max_tokens - 2)] if max_tokens > 2 else [])

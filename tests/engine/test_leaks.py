@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from running_engine import RunningEngine
 
-from llamaserve.engine.llama import Model, SamplerChain
+from llamaserve.engine.llama import Model, NativeSampler
 from llamaserve.engine.params import Generation, LoadParams, Sampling
 from llamaserve.engine.sequence import Sequence
 
@@ -34,7 +34,7 @@ def _count(kind: type) -> int:
 
 def _open_samplers() -> int:
     gc.collect()
-    return sum(isinstance(each, SamplerChain) and each.handle is not None for each in gc.get_objects())
+    return sum(isinstance(each, NativeSampler) and each.handle is not None for each in gc.get_objects())
 
 
 class Crowd:

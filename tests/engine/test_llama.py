@@ -15,7 +15,7 @@ from loud_model import write_loud_model
 
 from llamaserve.engine import llama
 from llamaserve.engine.engine import LoadedEngine
-from llamaserve.engine.llama import Batch, Context, Model, SamplerChain, Vocab
+from llamaserve.engine.llama import Batch, Context, Model, NativeSampler, Vocab
 from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams, Sampling
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
@@ -391,13 +391,20 @@ def test_a_row_without_logits_is_an_engine_error(context: Context) -> None:
 
 
 def test_a_sampler_that_llama_cpp_refuses_is_an_engine_error() -> None:
-    chain = SamplerChain()
-    try:
-        with pytest.raises(EngineError):
-            chain._add(None)
-    finally:
-        chain.close()
-        chain.close()
+    with pytest.raises(EngineError):
+        NativeSampler(None)
+
+
+def test_a_sampler_can_be_closed_twice(vocab: Vocab) -> None:
+    sampler = NativeSampler.penalties(vocab, 8, 1.1, 0.0, 0.0)
+    clone = sampler.clone()
+    sampler.close()
+    sampler.close()
+    clone.accept(5)
+    logits = np.ones(2, np.float32)
+    clone.apply(np.array([5, 6], np.int32), logits)
+    assert logits[0] < logits[1] == 1
+    clone.close()
 
 
 def test_parts_of_a_sequence_that_were_saved_and_restored_go_on_the_same(load_params: LoadParams, model: Model) -> None:
