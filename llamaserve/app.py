@@ -14,6 +14,7 @@ from llamaserve.api import chat, completions, internal, models
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER
+from llamaserve.api.presets import Presets
 from llamaserve.api.services import Services
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.registry.pool import ModelPool
@@ -26,7 +27,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with TemplateRenderer() as renderer:
-            app.state.services = Services(settings, pool, renderer)
+            app.state.services = Services(settings, pool, renderer, Presets(settings.presets_dir))
             pool.start_loading()
             warming = asyncio.create_task(renderer.warm())
             try:

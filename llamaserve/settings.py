@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     models_file: Path | None = Field(
         None, description="models.yaml to use instead of ./models.yaml or the shipped one."
     )
+    presets_dir: Path | None = Field(None, description="Folder with presets of sampling options, beside the shipped.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")

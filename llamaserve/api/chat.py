@@ -40,8 +40,8 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     async def prompts() -> Sequence[Prompt]:
         return [await _render(services, model, messages)]
 
-    job = Job(new_id("chatcmpl"), model, body.generation(), prompts, param="messages", sequences=body.n)
-    headers = body.ignored_header()
+    job = Job(new_id("chatcmpl"), model, body.generation(services.presets), prompts, param="messages", sequences=body.n)
+    headers = body.ignored_header(services.presets)
     if body.stream:
         chunks = _Chunks(job, include_usage=body.include_usage)
         return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
@@ -77,6 +77,7 @@ def _body(job: Job, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         "created": job.created,
         "model": job.model.name,
         "system_fingerprint": None,
+        "seed": job.generation.sampling.seed,
         "choices": choices,
     }
 

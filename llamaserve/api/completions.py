@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
-from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions, check_text
+from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
+from llamaserve.api.sampling_options import check_text
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import FinishReason
 from llamaserve.worker.protocol import Prompt
@@ -56,6 +57,8 @@ def _is_token(value: Any) -> bool:
 class CompletionRequest(GenerationOptions):
     """A request to continue text."""
 
+    may_generate_nothing = True
+
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
         description="One text or several, or token ids of the model's own vocabulary."
     )
@@ -69,11 +72,11 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     async def prompts() -> Sequence[Prompt]:
         return body.prompt
 
-    generation = body.generation(len(body.prompt))
+    generation = body.generation(services.presets, len(body.prompt), truncate=body.truncation_length > 0)
     sequences = len(body.prompt) * generation.choices
     model = services.pool.get(body.model)
     job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
-    headers = body.ignored_header()
+    headers = body.ignored_header(services.presets)
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:
         chunks = _Chunks(job, echoes, include_usage=body.include_usage)
@@ -121,6 +124,7 @@ def _body(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
         "created": job.created,
         "model": job.model.name,
         "system_fingerprint": None,
+        "seed": job.generation.sampling.seed,
         "choices": choices,
     }
 

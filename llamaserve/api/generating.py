@@ -45,6 +45,7 @@ class Job:
     sequences: int  # prompts times choices
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
+    truncated_tokens: int = 0  # what the prompts had more
     place: Place | None = None
     stream: GenerationStream | None = None
 
@@ -61,7 +62,8 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         worker = await job.model.worker()
         job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
         services.running[job.id] = stream
-        job.prompt_tokens = await stream.accepted()
+        accepted = await stream.accepted()
+        job.prompt_tokens, job.truncated_tokens = accepted.prompt_tokens, accepted.truncated
     except BaseException as error:
         close_generation(services, job)
         if isinstance(error, InvalidRequest) and error.param == "prompt":
@@ -113,7 +115,8 @@ def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())}
+        | ({"truncated_tokens": job.truncated_tokens} if job.truncated_tokens else {}),
     }
 
 

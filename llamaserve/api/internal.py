@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import AfterValidator, BaseModel, Field
 
 from llamaserve.api.models import capabilities
-from llamaserve.api.options import check_text
+from llamaserve.api.sampling_options import check_text
 from llamaserve.api.services import UsesServices
 from llamaserve.errors import LlamaserveError
 

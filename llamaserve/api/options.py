@@ -1,24 +1,32 @@
-"""The generation options that completions and chat have in common: their types, bounds and meaning.
+"""The fields that all generating endpoints have in common, and what they become for the engine.
 
-Bounds are wide: they refuse what can't be meant, not what is unusual. Fields that are not offered yet but would change
-the answer are refused when they are in use; other unknown fields are accepted and reported in a response header.
+Fields that are not offered yet but would change the answer are refused when they are in use; what else has no effect is
+accepted and reported in a response header, or refused if the request is ``strict``. docs/options.md has all fields.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from typing import Annotated, Any
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+import msgspec
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field
 
-from llamaserve.engine.params import Generation, Sampling
+from llamaserve.api.constraints import ConstraintOptions
+from llamaserve.api.presets import Presets
+from llamaserve.api.sampling_options import SamplingOptions, check_text
+from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
 
 IGNORED_HEADER = "x-llamaserve-ignored"
 MAX_SEQUENCES = 128  # prompts times choices of one request
 _MAX_STOPS = 1024
 _MAX_STOP_CHARACTERS = 65536  # of all stop strings together
+_MAX_BANS = 65536
 _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
 
@@ -29,30 +37,20 @@ _WITHOUT_EFFECT = frozenset(
 # In use when not empty; an answer without them would not be what was asked for.
 _NOT_OFFERED = {
     **dict.fromkeys(("tools", "functions"), "tool calling is not offered yet"),
-    **dict.fromkeys(
-        ("grammar", "grammar_string", "json_schema", "regex", "guided_json", "guided_regex", "guided_choice"),
-        "constrained output is not offered yet",
-    ),
-    **dict.fromkeys(("logprobs", "top_logprobs"), "log-probabilities are not offered yet"),
     "suffix": "filling in the middle is not offered yet",
     "modalities": "only text is offered",
     "audio": "only text is offered",
-    "response_format": "only text is offered yet",
 }
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_EMPTY: tuple[Any, ...] = ("", [], {})
 # Other values of the above that ask for nothing but what is offered.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-}
+_PLAIN: dict[str, tuple[Any, ...]] = {"modalities": (["text"],)}
+
+_BAN: Literal["ban"] = "ban"  # among biases
+TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 
 
 def _stops(value: Any) -> Any:
     """Take one string for a list of one, and drop empty strings, which stop nothing."""
-    if value is None:
-        return []
     values = [value] if isinstance(value, str) else value
     return [stop for stop in values if stop != ""] if isinstance(values, list) else values
 
@@ -65,89 +63,153 @@ def _check_stops(stops: list[str]) -> list[str]:
     return stops
 
 
-def _or_default(default: float) -> BeforeValidator:
-    """Take null for "not given", as OpenAI does."""
-    return BeforeValidator(lambda value: default if value is None else value)
+def _biases(value: Any) -> Any:
+    """Take llama-server's list of pairs for the mapping, and its false for a ban."""
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        if any(type(token) is not int for token, _ in value):
+            raise ValueError("each pair must begin with a token id")
+        value = dict(value)
+    if isinstance(value, dict):
+        return {token: _BAN if bias is False else bias for token, bias in value.items()}
+    return value
+
+
+def _bans(value: Any) -> Any:
+    """Take numbers between commas for the list."""
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class StreamOptions(BaseModel):
     """What a stream contains besides the answer."""
 
-    include_usage: Annotated[bool, _or_default(default=False)] = False
+    include_usage: Annotated[bool, BeforeValidator(lambda value: False if value is None else value)] = False
 
 
-class GenerationOptions(BaseModel):
+class GenerationOptions(ConstraintOptions, SamplingOptions):
     """Request fields of every generating endpoint."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    may_generate_nothing: ClassVar[bool] = False  # with max_tokens 0
 
     model: str | None = Field(None, max_length=512, description="A served model's name or alias; default: the first.")
-    max_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Null or -1: until the context ends.")
-    max_completion_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Newer name of max_tokens.")
-    stop: Annotated[list[str], BeforeValidator(_stops), AfterValidator(_check_stops)] = Field([], max_length=_MAX_STOPS)
-    n: Annotated[int, _or_default(1)] = Field(1, ge=1, le=MAX_SEQUENCES)
-    stream: Annotated[bool, _or_default(default=False)] = False
-    stream_options: StreamOptions | None = None
-    time_limit: float | None = Field(None, gt=0, le=_INT32, description="Seconds until the answer is cut short.")
-    seed: int | None = Field(None, ge=-_INT64, le=_INT64, description="Null or -1: a random one.")
-    temperature: Annotated[float, _or_default(1.0)] = Field(1.0, ge=0, le=100, description="0: most probable token.")
-    top_p: Annotated[float, _or_default(0.95)] = Field(0.95, ge=0, le=1)
-    top_k: Annotated[int, _or_default(0)] = Field(0, ge=-1, le=_INT32, description="0 or -1: off.")
-    min_p: Annotated[float, _or_default(0.0)] = Field(0.0, ge=0, le=1)
-    repetition_penalty: Annotated[float, _or_default(1.0)] = Field(1.0, gt=0, le=100)
-    repetition_penalty_range: Annotated[int, _or_default(1024)] = Field(1024, ge=-1, le=_INT32)
-    frequency_penalty: Annotated[float, _or_default(0.0)] = Field(0.0, ge=-100, le=100)
-    presence_penalty: Annotated[float, _or_default(0.0)] = Field(0.0, ge=-100, le=100)
-    logit_bias: dict[Annotated[int, Field(ge=0, le=_INT32)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=65536
+    max_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=_INT64,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="Null or -1: until the context ends.",
     )
+    max_completion_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Newer name of max_tokens.")
+    auto_max_new_tokens: bool = Field(default=False, description="As many tokens as the context has room for.")
+    stop: Annotated[list[str], BeforeValidator(_stops), AfterValidator(_check_stops)] = Field(
+        [], max_length=_MAX_STOPS, description="Texts before which the answer ends."
+    )
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES, description="Answers to each prompt.")
+    stream: bool = Field(default=False, description="Send the answer in pieces, as it is made.")
+    stream_options: StreamOptions | None = Field(None, description="include_usage: the usage at the end.")
+    time_limit: float | None = Field(None, gt=0, le=_INT32, description="Seconds until the answer is cut short.")
+    max_tokens_second: int = Field(0, ge=0, le=_INT32, description="Slow a stream down to so many tokens; 0: don't.")
+    seed: int | None = Field(None, ge=-_INT64, le=_INT64, description="Null or -1: a random one.")
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)] | Literal["ban"]], BeforeValidator(_biases)
+    ] = Field({}, max_length=_MAX_BANS, description="Added to the logits of tokens.")
+    custom_token_bans: Annotated[list[TokenId], BeforeValidator(_bans)] = Field(
+        [], max_length=_MAX_BANS, description="Tokens that never come."
+    )
+    ban_eos_token: bool = Field(
+        default=False,
+        validation_alias=AliasChoices("ban_eos_token", "ignore_eos"),
+        description="Never end by the model's own wish.",
+    )
+    truncation_length: int = Field(
+        0, ge=0, le=_INT32, description="Tokens of prompt and answer together; 0: the model's."
+    )
+    add_bos_token: bool = Field(default=True, description="Begin with the begin token, if the model has one.")
+    skip_special_tokens: bool = Field(default=True, description="Leave control tokens out of the text.")
+    preset: str | None = Field(None, max_length=512, description="A named set of sampling options.")
+    preset_mode: Literal["overwrite", "defaults"] = Field(
+        "overwrite", description="Whether a preset wins over the request's options, or stands behind them."
+    )
+    strict: bool = Field(default=False, description="Refuse what would have no effect.")
+    prompt_lookup_num_tokens: int = Field(0, description="Drafts are of the length that pays; not honoured.")
+    static_cache: bool = Field(default=False, description="Not honoured.")
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def generation(self, prompts: int = 1) -> Generation:
-        """Return what the engine shall do; raises for what is not offered."""
+    @cached_property
+    def effective_seed(self) -> int:
+        """The seed that is used: a random one if the request has none."""
+        return random.getrandbits(31) if self.seed in (None, -1) else self.seed
+
+    def generation(self, presets: Presets, prompts: int = 1, **others: Any) -> Generation:
+        """Return what the engine shall do; raises for what is not offered. ``others`` are fields of the endpoint's."""
         self._refuse_what_is_not_offered()
         if prompts * self.n > MAX_SEQUENCES:
             raise InvalidRequest(f"{prompts} prompts with n={self.n} are over the limit of {MAX_SEQUENCES}", param="n")
-        return Generation(
-            sampling=self._sampling(),
+        if self.strict and (ignored := self.ignored(presets)):
+            raise UnsupportedParameter(f"strict: {', '.join(ignored)} would have no effect", param=ignored[0])
+        generation = Generation(
+            sampling=self._sampling_options(presets).sampling(
+                self.effective_seed,
+                logit_bias={token: -math.inf if bias == _BAN else bias for token, bias in self.logit_bias.items()},
+                banned_tokens=tuple(self.custom_token_bans),
+                ban_eos=self.ban_eos_token,
+            ),
+            constraint=self.constraint(),
             choices=self.n,
             max_tokens=self._max_tokens(),
             stop=tuple(self.stop),
             time_limit=self.time_limit,
             stream=self.stream,
+            context=self.truncation_length or None,
+            add_bos=self.add_bos_token,
+            special=not self.skip_special_tokens,
         )
+        return msgspec.structs.replace(generation, **others)
 
-    def ignored_header(self) -> dict[str, str]:
+    def ignored_header(self, presets: Presets) -> dict[str, str]:
         """Return the header that names the given fields which have no effect here; empty when there are none."""
-        extra = self.model_extra or {}
-        names = [name for name, value in extra.items() if value is not None and name not in _WITHOUT_EFFECT]
-        names = [name for name in names if name not in _NOT_OFFERED and re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
+        names = self.ignored(presets)
         return {IGNORED_HEADER: ", ".join(names[:64])} if names else {}
 
-    def _sampling(self) -> Sampling:
-        return Sampling(
-            seed=random.getrandbits(31) if self.seed in (None, -1) else self.seed,
-            temperature=self.temperature,
-            top_k=max(0, self.top_k),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            repetition_penalty_range=max(0, self.repetition_penalty_range),
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            logit_bias=self.logit_bias or {},
-        )
+    def ignored(self, presets: Presets) -> list[str]:
+        """Return the names of the given fields that have no effect."""
+        extra = (name for name in self.model_extra or {} if name not in _WITHOUT_EFFECT and name not in _NOT_OFFERED)
+        names = [*extra, *self._overwritten(presets), *self._sampling_options(presets).without_effect(), *self._idle()]
+        return [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
 
     def _max_tokens(self) -> int | None:
-        name = "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
-        value = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
-        if value == 0:
+        value = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        if value == 0 and not self.may_generate_nothing:
+            name = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
             raise InvalidRequest(f"{name} is 0, but an answer has at least one token", param=name)
-        return None if value in (None, -1) else value
+        return None if self.auto_max_new_tokens or value == -1 else value
+
+    def _sampling_options(self, presets: Presets) -> SamplingOptions:
+        """Return this request's options together with its preset's."""
+        if self.preset is None:
+            return self
+        own = {name: getattr(self, name) for name in SamplingOptions.model_fields if name in self.model_fields_set}
+        preset = {"top_p": 1.0, **presets.get(self.preset)}
+        return SamplingOptions.model_validate({**preset, **own} if self.preset_mode == "defaults" else preset)
+
+    def _overwritten(self, presets: Presets) -> Iterator[str]:
+        """Yield the options of this request that its preset replaces by others."""
+        if self.preset is not None and self.preset_mode == "overwrite":
+            effective = self._sampling_options(presets)
+            for name in SamplingOptions.model_fields:
+                if name in self.model_fields_set and getattr(self, name) != getattr(effective, name):
+                    yield name
+
+    def _idle(self) -> Iterator[str]:
+        """Yield what else does nothing."""
+        for name in ("prompt_lookup_num_tokens", "static_cache"):
+            if getattr(self, name):
+                yield name
+        if self.max_tokens_second and not self.stream:
+            yield "max_tokens_second"
 
     def _refuse_what_is_not_offered(self) -> None:
         extra = self.model_extra or {}
@@ -155,13 +217,6 @@ class GenerationOptions(BaseModel):
             value = extra.get(name)
             if (name, "none") in (("tools", extra.get("tool_choice")), ("functions", extra.get("function_call"))):
                 continue  # an answer without tools is what is asked for
-            if not any(type(value) is type(plain) and value == plain for plain in (*_EMPTY, *_PLAIN.get(name, ()))):
+            plain = (None, *_EMPTY, *_PLAIN.get(name, ()))
+            if not any(type(value) is type(each) and value == each for each in plain):
                 raise UnsupportedParameter(f"{name}: {why}", param=name)
-
-
-def check_text(text: str) -> None:
-    """Refuse text that is no Unicode: half of a surrogate pair can't be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None

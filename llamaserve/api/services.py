@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from llamaserve.api.presets import Presets
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
@@ -20,6 +21,7 @@ class Services:
     settings: Settings
     pool: ModelPool
     renderer: TemplateRenderer
+    presets: Presets
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 

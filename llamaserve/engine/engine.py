@@ -17,7 +17,7 @@ from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy, Progress
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all, uses_gpu
 from llamaserve.engine.pacing import TimeShare
-from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams
+from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams, Sampling
 from llamaserve.engine.prefix_cache import SPARE, PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.sampling import SamplerFactory
@@ -41,6 +41,7 @@ MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a seco
 MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _PROGRESS_INTERVAL = 0.5  # seconds
+_PLAIN = Generation(sampling=Sampling(seed=0))
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -97,16 +98,10 @@ class Engine:
         """Whether the next step is one like the last: every sequence decodes, and none waits."""
         return self._scheduler.steady
 
-    def encode(self, prompt: str | TokenSequence[int]) -> list[int]:
+    def encode(self, prompt: str | TokenSequence[int], generation: Generation = _PLAIN) -> list[int]:
         """Return a prompt's tokens, or raise why it can't be answered. Thread-safe, and quick for absurd lengths."""
         if isinstance(prompt, str):
-            if len(prompt) > MAX_TEXT:
-                raise self._too_long(f"{len(prompt)} characters, which is more than is tokenised ({MAX_TEXT})")
-            if len(prompt) > _PROBE * self._context:
-                part = self.vocab.tokenize(prompt[: _PROBE * self._context], add_bos=True, parse_special=True)
-                if len(part) > self._context + _TOKENS_CUT:
-                    raise self._too_long(f"at least {len(part)} tokens")
-            tokens = self.vocab.tokenize(prompt, add_bos=True, parse_special=True)
+            tokens = self._encode_text(prompt, generation)
         else:
             tokens = list(prompt)
             self.vocab.check(tokens, "prompt")
@@ -114,16 +109,43 @@ class Engine:
             raise InvalidRequest(
                 "the prompt is empty; the model needs at least one token to start from", param="prompt"
             )
-        if len(tokens) + 1 > self._context:
-            raise self._too_long(f"{len(tokens)} tokens, and the answer needs at least one more")
+        context = self._context_of(generation)
+        if len(tokens) + 1 > context and not generation.truncate:
+            raise self._too_long(f"{len(tokens)} tokens, and the answer needs at least one more", context)
         return tokens
 
-    def _too_long(self, size: str) -> ContextLengthExceeded:
-        return ContextLengthExceeded(
-            f"This model's maximum context length is {self._context} tokens, but the prompt has {size}. "
-            "Shorten the prompt, or raise `context` for this model in models.yaml.",
-            param="prompt",
-        )
+    def cut(self, tokens: list[int], generation: Generation) -> list[int]:
+        """Return as many of a prompt's last tokens as fit together with the answer, and its begin token, if the
+        request wants it cut. Raises ``ContextLengthExceeded`` when the answer leaves no room for any. Thread-safe.
+        """
+        context = self._context_of(generation)
+        room = context - max(1, generation.max_tokens or 0)
+        if not generation.truncate or len(tokens) <= room:
+            return tokens
+        begin = tokens[:1] if tokens[0] == self.vocab.bos else []
+        if room <= len(begin):
+            raise self._too_long(f"{len(tokens)} tokens, and the answer may take {generation.max_tokens}", context)
+        return begin + tokens[len(tokens) - room + len(begin) :]
+
+    def _context_of(self, generation: Generation) -> int:
+        return min(self._context, generation.context or self._context)
+
+    def _encode_text(self, text: str, generation: Generation) -> list[int]:
+        """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it."""
+        if len(text) > MAX_TEXT:
+            raise self._too_long(f"{len(text)} characters, which is more than is tokenised ({MAX_TEXT})")
+        if len(text) > _PROBE * self._context and not generation.truncate:
+            part = self.vocab.tokenize(text[: _PROBE * self._context], add_bos=generation.add_bos, parse_special=True)
+            if len(part) > self._context + _TOKENS_CUT:
+                raise self._too_long(f"at least {len(part)} tokens")
+        return self.vocab.tokenize(text, add_bos=generation.add_bos, parse_special=True)
+
+    def _too_long(self, size: str, context: int | None = None) -> ContextLengthExceeded:
+        which, advice = "This model's maximum context length", "raise `context` for this model in models.yaml"
+        if context not in (None, self._context):
+            which, advice = "The request's truncation_length", "raise it"
+        message = f"{which} is {context or self._context} tokens, but the prompt has {size}."
+        return ContextLengthExceeded(f"{message} Shorten the prompt, or {advice}.", param="prompt")
 
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Return the tokens of any text within ``MAX_TEXT``. Thread-safe."""
@@ -149,7 +171,7 @@ class Engine:
         for number, prompt in enumerate(prompts):
             for choice in range(generation.choices):
                 index = number * generation.choices + choice
-                self._scheduler.submit(Sequence(request, index, prompt, generation, deadline))
+                self._scheduler.submit(Sequence(request, index, prompt, generation, deadline, self._context))
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -220,9 +242,7 @@ class Engine:
         for sequence in decoding:
             if sequence.drafter is None:
                 sequence.drafter = self._drafter(sequence.tokens)
-            left = self._context - len(sequence.tokens)
-            if sequence.generation.max_tokens is not None:
-                left = min(left, sequence.generation.max_tokens - sequence.generated)
+            left = sequence.limit - len(sequence.tokens)
             drafts.append(sequence.drafter.draft(min(limit, left - 1)))
         rows = choose_rows(drafts, self._costs.decode, len(decoding) + limit)
         return [list(draft.tokens[:count]) for draft, count in zip(drafts, rows, strict=True)]
@@ -286,7 +306,7 @@ class Engine:
             pieces.append(sequence.text.push(self.vocab.piece(token)))
             if sequence.text.stopped:
                 return [self._finish(sequence, "stop", "".join(pieces))]
-            if sequence.generated == sequence.generation.max_tokens or len(sequence.tokens) >= self._context:
+            if len(sequence.tokens) >= sequence.limit:
                 return [self._finish(sequence, "length", "".join(pieces))]
         text = "".join(pieces)
         if not text:

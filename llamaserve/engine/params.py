@@ -116,15 +116,44 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     min_tokens: int = 0
 
 
-class Generation(msgspec.Struct, frozen=True, kw_only=True):
+class Constraint(msgspec.Struct, frozen=True):
+    """What form an answer must have: JSON that fits a schema, a sentence of a GBNF grammar, a text that matches a
+    regular expression as a whole, or one of several texts (a JSON list). ``param`` is the request field it is from.
+    """
+
+    kind: Literal["json_schema", "grammar", "regex", "choice"]
+    text: str
+    param: str
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Report the log-probability of each token of the answer, and of the ``top`` most probable ones in its place; with
+    ``prompt``, of the prompt's tokens too.
+    """
+
+    top: int
+    prompt: bool = False
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What to generate from each prompt: ``choices`` answers of at most ``max_tokens`` tokens (None: until the context
-    ends), cut before the first of the ``stop`` strings or after ``time_limit`` seconds, waiting included. Choice *i*
-    samples with ``sampling.seed + i``.
+    ends; 0: the prompt is only evaluated), cut before the first of the ``stop`` strings or after ``time_limit``
+    seconds, waiting included. Choice *i* samples with ``sampling.seed + i``.
+
+    ``context`` is how many tokens prompt and answer may have together, if that is less than the model's; with
+    ``truncate`` a longer prompt loses its beginning, otherwise it is refused. ``add_bos`` begins a text prompt with the
+    begin token, if the model has one. ``special`` shows control tokens in the text.
     """
 
     sampling: Sampling
+    constraint: Constraint | None = None
     choices: int = 1
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     time_limit: float | None = None
     stream: bool = False
+    logprobs: Logprobs | None = None
+    context: int | None = None
+    truncate: bool = False
+    add_bos: bool = True
+    special: bool = False

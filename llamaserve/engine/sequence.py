@@ -11,6 +11,7 @@ from llamaserve.engine.detokenizer import Detokenizer
 from llamaserve.engine.params import Generation
 from llamaserve.engine.speculation import Drafter
 
+_UNLIMITED = 2**31
 _COMPARED = 256  # tokens at once: comparing list slices is far faster than comparing tokens
 
 
@@ -57,6 +58,7 @@ class Sequence:
         "generation",
         "index",
         "leader",
+        "limit",
         "prompt_length",
         "request",
         "sampler",
@@ -74,12 +76,16 @@ class Sequence:
         prompt: TokenSequence[int],
         generation: Generation,
         deadline: float = math.inf,
+        context: int = _UNLIMITED,
     ) -> None:
         self.request = request
         self.index = index
         self.generation = generation
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
+        self.limit = min(context, generation.context or context)  # of tokens, prompt and answer
+        if generation.max_tokens is not None:
+            self.limit = min(self.limit, len(prompt) + generation.max_tokens)
         self.state = State.WAITING
         self.arrival = 0  # the scheduler numbers its sequences
         self.slot: int | None = None

@@ -171,20 +171,23 @@ class Host:
         match job:
             case Generate(request, prompts, generation):
                 engine.check(generation)
-                self._start(job, [engine.encode(prompt) for prompt in prompts])
+                self._start(engine, job, [engine.encode(prompt, generation) for prompt in prompts])
             case Tokenize(request, text, add_bos, parse_special):
                 tokens = engine.tokenize(text, add_bos=add_bos, parse_special=parse_special)
                 self._send([Tokens(request, tokens)])
             case Detokenize(request, tokens, special):
                 self._send([Text(request, engine.detokenize(tokens, special=special))])
 
-    def _start(self, command: Generate, prompts: list[list[int]]) -> None:
+    def _start(self, engine: Engine, command: Generate, whole: list[list[int]]) -> None:
         """Hand an encoded request to the engine, with what came for it meanwhile."""
+        prompts = [engine.cut(tokens, command.generation) for tokens in whole]
+        lengths = [len(tokens) for tokens in prompts]
+        truncated = sum(map(len, whole)) - sum(lengths)
         with self._lock:
             ending = self._encoding.pop(command.request)
             if isinstance(ending, Cancel):
                 return
-            self._send([Accepted(command.request, [len(tokens) for tokens in prompts])])
+            self._send([Accepted(command.request, lengths, truncated)])
             self._jobs.put((command, prompts, ending is not None))
 
 

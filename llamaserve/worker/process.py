@@ -110,11 +110,11 @@ class GenerationStream:
         """Where a streamed request stood when the child last said so; None before that and from the first token on."""
         return self._inbox.progress
 
-    async def accepted(self) -> list[int]:
-        """Wait until all prompts are found to fit, and return their lengths in tokens; raises why they don't."""
+    async def accepted(self) -> Accepted:
+        """Wait until all prompts are found to fit, and return how long they are; raises why they don't."""
         event = (await self._inbox.arrival()).popleft()
         assert isinstance(event, Accepted)
-        return event.prompt_tokens
+        return event
 
     async def arrived(self) -> list[Delta | Finished]:
         """Wait for what is generated, and return what has come, in order: nothing once all sequences have finished."""

@@ -79,10 +79,11 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """All prompts of a request fit; their numbers of tokens."""
+    """All prompts of a request fit; their numbers of tokens, and how many more they had before they were cut."""
 
     request: int
     prompt_tokens: list[int]
+    truncated: int = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):

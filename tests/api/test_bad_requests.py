@@ -17,18 +17,46 @@ HELLO = [{"role": "user", "content": "Hello"}]
 MEBIBYTE = 2**20
 
 NUMBERS = {
-    "max_tokens": (-2, 0, 2**63, 1.5),
-    "max_completion_tokens": (-2, 0, 2**63, 1.5),
+    "max_tokens": (-2, 2**63, 1.5),
+    "max_completion_tokens": (-2, 2**63, 1.5),
     "n": (-1, 0, 129, 10**9, 1.5),
     "seed": (2**63, -(2**63), 0.5),
     "temperature": (-0.1, 101, -1e300, 1e308),
+    "dynatemp_low": (-0.1, 101),
+    "dynatemp_exponent": (-0.1, 101),
+    "smoothing_factor": (-0.1, 101),
     "top_p": (-0.1, 1.1),
     "top_k": (-2, 2**31, 0.5),
     "min_p": (-0.1, 1.1),
+    "typ_p": (-0.1, 1.1),
+    "tfs": (-0.1, 1.1),
+    "top_a": (-0.1, 101),
+    "top_n_sigma": (-1.1, 1e7),
+    "epsilon_cutoff": (-1, 10_001),
+    "eta_cutoff": (-1, 10_001),
+    "xtc_probability": (-0.1, 1.1),
+    "xtc_threshold": (-0.1, 1.1),
+    "mirostat": (-1, 3, 0.5),
+    "mirostat_tau": (-0.1, 101),
+    "mirostat_eta": (-0.1, 11),
+    "adaptive_target": (-1.1, 1.1),
+    "adaptive_decay": (-0.1, 1.1),
     "repetition_penalty": (0, -1, 101),
+    "repeat_penalty": (0, -1, 101),
     "repetition_penalty_range": (-2, 2**31, 0.5),
+    "repeat_last_n": (-2, 2**31, 0.5),
+    "encoder_repetition_penalty": (0, 101),
+    "no_repeat_ngram_size": (-1, 2**31, 0.5),
+    "dry_multiplier": (-0.1, 1001),
+    "dry_base": (0.9, 101),
+    "dry_allowed_length": (0, 2**31, 0.5),
+    "dry_penalty_last_n": (-2, 2**31, 0.5),
+    "min_length": (-1, 2**31, 0.5),
     "frequency_penalty": (-101, 101),
     "presence_penalty": (-101, 101),
+    "truncation_length": (-1, 2**31, 0.5),
+    "max_tokens_second": (-1, 2**31, 0.5),
+    "time_limit": (0, -1, 2**31),
 }
 OUT_OF_RANGE = [(name, value) for name, values in NUMBERS.items() for value in values]
 WRONG = ("x", [], {}, [1], {"a": 1}, "NaN", "1e400", "\0")
@@ -37,8 +65,14 @@ WRONG_TYPES = [
     *((name, value) for name in ("stream", "echo") for value in ("x", [], {}, 7, -1)),
     *(("stop", value) for value in (5, {}, [5], [None], [["x"]], True, ["x"] * 1025, "x" * 65537)),
     *(("stream_options", value) for value in ("x", [], 5, {"include_usage": "x"}, {"include_usage": []})),
+    *(("sampler_priority", value) for value in (5, {}, [5], ["nothing"], "top_k,nothing", "kz")),
+    *(("custom_token_bans", value) for value in (5, {}, ["x"], "1,x", [1.5], [-1], "49152", [2**31])),
+    *(("dry_sequence_breakers", value) for value in (5, {}, [5], '"a', "a", [""], ["x" * 41], ["x"] * 33, ["\0"])),
+    *((name, value) for name in ("preset", "preset_mode") for value in (5, [], {}, "nothing", "../simple-1", "\0")),
+    *((name, value) for name in ("do_sample", "ban_eos_token", "strict") for value in ("x", [], {}, 7)),
+    *(("logit_bias", value) for value in ([[1]], [["a", 1]], [[1, 2, 3]], [[49152, False]], [[1, "x"]])),
     *(("model", value) for value in (5, [], {}, True, "x" * 513)),
-    *(("logit_bias", value) for value in ("x", [], 5, {"x": 1}, {"1": "x"}, {"1": None}, {"1": 101}, {"1.5": 1})),
+    *(("logit_bias", value) for value in ("x", [5], 5, {"x": 1}, {"1": "x"}, {"1": None}, {"1": 101}, {"1.5": 1})),
     *(("logit_bias", value) for value in ({"-1": 1}, {"49152": 1}, {"2147483648": 1}, {"9" * 5000: 1}, {"": 1})),
 ]
 PROMPTS = [
@@ -76,6 +110,11 @@ def test_numbers_out_of_range(server: RunningServer, field: str, value: float) -
     message = assert_error(send_json(server, COMPLETIONS, {"prompt": "x", field: value}), 400, None, field)
     assert field in message
     assert_error(send_json(server, CHAT, {"messages": HELLO, "stream": True, field: value}), 400, None, field)
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_message_has_a_token(server: RunningServer, field: str) -> None:
+    assert_error(server.post(CHAT, {"messages": HELLO, field: 0}), 400, None, field)
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG_TYPES)

@@ -141,7 +141,7 @@ def test_prompts_and_choices_of_one_request(params: LoadParams) -> None:
     async def test(worker: WorkerProcess) -> None:
         stream = worker.generate([*_PROMPTS, [1, 2]], msgspec.structs.replace(_GREEDY, choices=2, max_tokens=2))
         try:
-            lengths = await stream.accepted()
+            lengths = (await stream.accepted()).prompt_tokens
             events = [event async for event in stream.events()]
         finally:
             stream.close()
