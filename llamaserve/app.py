@@ -19,6 +19,7 @@ from llamaserve.api.services import Services
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
+from llamaserve.worker.grammar_check import GrammarChecker
 
 
 def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
@@ -26,8 +27,8 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with TemplateRenderer() as renderer:
-            app.state.services = Services(settings, pool, renderer, Presets(settings.presets_dir))
+        async with TemplateRenderer() as renderer, GrammarChecker() as grammars:
+            app.state.services = Services(settings, pool, renderer, Presets(settings.presets_dir), grammars)
             pool.start_loading()
             warming = asyncio.create_task(renderer.warm())
             try:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from simulated_clock import SimulatedClock
 
 from llamaserve.engine.engine import ContextEngine
-from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
+from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, TokenLogprobs
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model
 from llamaserve.engine.params import Generation, LoadParams
 from llamaserve.engine.runner import Runner
@@ -33,6 +33,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finished: Finished | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class RecordingRunner:
@@ -145,6 +147,8 @@ class RunningEngine:
                 answer = self.answers[event.request, event.index]
                 assert answer.finished is None
                 answer.text += event.text
+                answer.logprobs += event.logprobs
+                answer.prompt_logprobs += event.prompt_logprobs
                 if isinstance(event, Finished):
                     answer.finished = event
                     del answer.tokens[event.completion_tokens :]  # a draft may have been right beyond the end
@@ -202,5 +206,20 @@ def teacher_forced(model: Model, params: LoadParams, tokens: list[int]) -> npt.N
         row = batch.add(tokens, 0, 0, logits=True)
         context.evaluate(batch)
         return context.logits(row).copy()
+    finally:
+        context.close()
+
+
+def all_logits(model: Model, params: LoadParams, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """Return the logits after each of ``tokens``, computed one by one in a context of their own."""
+    context = Context(model, msgspec.structs.replace(params, batch=len(tokens)))
+    try:
+        rows = []
+        for position in range(len(tokens)):
+            batch = Batch(len(tokens))
+            row = batch.add(tokens[position : position + 1], position, 0, logits=True)
+            context.evaluate(batch)
+            rows.append(context.logits(row).copy())
+        return np.array(rows)
     finally:
         context.close()

@@ -10,12 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
+from llamaserve.api.logprobs import for_chat
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.chat.messages import normalise
 from llamaserve.chat.template import RenderJob
-from llamaserve.engine.events import FinishReason
-from llamaserve.errors import ModelNotCapable
+from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.engine.params import Logprobs
+from llamaserve.errors import InvalidRequest, ModelNotCapable
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.protocol import Prompt
 
@@ -29,6 +31,14 @@ class ChatRequest(GenerationOptions):
         description="The conversation; roles system, developer, user and assistant, content as text or text parts.",
         examples=[[{"role": "user", "content": "Why is the sky blue?"}]],
     )
+    logprobs: bool = Field(default=False, description="Report the log-probabilities of the answer's tokens.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="And of so many of the most probable ones in their places.")
+
+    def wanted_logprobs(self) -> Logprobs | None:
+        """Return which log-probabilities are asked for."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return Logprobs(self.top_logprobs) if self.logprobs else None
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation")
@@ -40,7 +50,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     async def prompts() -> Sequence[Prompt]:
         return [await _render(services, model, messages)]
 
-    job = Job(new_id("chatcmpl"), model, body.generation(services.presets), prompts, param="messages", sequences=body.n)
+    generation = body.generation(services.presets, logprobs=body.wanted_logprobs())
+    job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
+    job.tokens_per_second = body.max_tokens_second
     headers = body.ignored_header(services.presets)
     if body.stream:
         chunks = _Chunks(job, include_usage=body.include_usage)
@@ -48,7 +60,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
-        choices = [_choice(i, a.text, a.reason) for i, a in enumerate(answers)]
+        choices = [_choice(job, answer) for answer in answers]
         return JSONResponse(_body(job, "chat.completion", choices) | {"usage": usage}, headers=headers)
 
     return await unless_client_leaves(request, answer())
@@ -65,9 +77,10 @@ async def _render(services: Services, model: ServedModel, messages: list[dict[st
     return await services.renderer.render(RenderJob(header.chat_template, messages, header.bos_token, header.eos_token))
 
 
-def _choice(index: int, text: str, reason: FinishReason) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+def _choice(job: Job, answer: Finished) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    logprobs = for_chat(answer.logprobs) if job.generation.logprobs else None
+    return {"index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
 
 
 def _body(job: Job, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,12 +111,21 @@ class _Chunks:
     def text(self, index: int, text: str) -> Mapping[str, Any]:
         return self._chunk(index, {"content": text}, None)
 
+    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
+        return self._chunk(piece.index, {"content": piece.text}, None, for_chat(piece.logprobs))
+
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         return self._chunk(index, {}, reason)
 
     def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
         return _body(self._job, "chat.completion.chunk", []) | {"usage": usage}
 
-    def _chunk(self, index: int, delta: Mapping[str, Any], reason: FinishReason | None) -> Mapping[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        reason: FinishReason | None,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> Mapping[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return _body(self._job, "chat.completion.chunk", [choice]) | self._extra

@@ -10,11 +10,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaserve.api.fields import check_text
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
+from llamaserve.api.logprobs import for_completion
 from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
-from llamaserve.api.sampling_options import check_text
 from llamaserve.api.services import UsesServices
-from llamaserve.engine.events import FinishReason
+from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.engine.params import Logprobs
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["generation"])
@@ -62,7 +64,10 @@ class CompletionRequest(GenerationOptions):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
         description="One text or several, or token ids of the model's own vocabulary."
     )
-    echo: bool | None = Field(None, description="Put the prompt before each answer.")
+    echo: bool = Field(default=False, description="Put the prompt before each answer.")
+    logprobs: int | None = Field(
+        None, ge=0, le=100, description="Report the log-probabilities of the tokens, and of so many in their places."
+    )
 
 
 @router.post("/v1/completions", summary="Continue text")
@@ -72,10 +77,13 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     async def prompts() -> Sequence[Prompt]:
         return body.prompt
 
-    generation = body.generation(services.presets, len(body.prompt), truncate=body.truncation_length > 0)
+    logprobs = Logprobs(body.logprobs, prompt=body.echo) if body.logprobs is not None else None
+    truncate = body.truncation_length > 0
+    generation = body.generation(services.presets, len(body.prompt), truncate=truncate, logprobs=logprobs)
     sequences = len(body.prompt) * generation.choices
     model = services.pool.get(body.model)
     job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
+    job.tokens_per_second = body.max_tokens_second
     headers = body.ignored_header(services.presets)
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:
@@ -85,7 +93,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
         await echoes.resolve()
-        choices = [_choice(i, echoes.of(i) + a.text, a.reason) for i, a in enumerate(answers)]
+        choices = [_whole(job, each, echoes.of(each.index)) for each in answers]
         return JSONResponse(_body(job, choices) | {"usage": usage}, headers=headers)
 
     return await unless_client_leaves(request, answer())
@@ -113,8 +121,17 @@ class _Echoes:
         return self._texts[index // self._job.generation.choices] if self._texts else ""
 
 
-def _choice(index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def _whole(job: Job, answer: Finished, echo: str) -> dict[str, Any]:
+    logprobs = None
+    if job.generation.logprobs:
+        logprobs = for_completion(answer.logprobs, prompt=answer.prompt_logprobs, offset=len(echo))
+    return _choice(answer.index, echo + answer.text, answer.reason, logprobs)
+
+
+def _choice(
+    index: int, text: str, reason: FinishReason | None, logprobs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _body(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,11 +156,19 @@ class _Chunks:
 
     async def start(self) -> Sequence[Mapping[str, Any]]:
         await self._echoes.resolve()
+        if self._job.generation.logprobs:  # a prompt's come with its first piece, and the echo with them
+            return []
         count = len(self._job.prompt_tokens) * self._job.generation.choices
         return [self.text(index, echo) for index in range(count) if (echo := self._echoes.of(index))]
 
     def text(self, index: int, text: str) -> Mapping[str, Any]:
         return _body(self._job, [_choice(index, text, None)]) | self._extra
+
+    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
+        echo = self._echoes.of(piece.index)
+        logprobs = for_completion(piece.logprobs, prompt=piece.prompt_logprobs, offset=len(echo))
+        text = echo + piece.text if piece.prompt_logprobs else piece.text
+        return _body(self._job, [_choice(piece.index, text, None, logprobs)]) | self._extra
 
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         return _body(self._job, [_choice(index, "", reason)]) | self._extra

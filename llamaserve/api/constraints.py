@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
-from llamaserve.api.sampling_options import check_text
+from llamaserve.api.fields import RequestFields, check_text
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 
@@ -39,7 +39,7 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
 
 
-class ConstraintOptions(BaseModel):
+class ConstraintOptions(RequestFields):
     """What form the answer must have."""
 
     response_format: dict[str, Any] | None = Field(
@@ -78,10 +78,11 @@ class ConstraintOptions(BaseModel):
         return None
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
+        called = self.called
         yield "response_format", _response_format(self.response_format)
-        yield "json_schema", _schema("json_schema", self.json_schema)
-        yield "grammar", _text("grammar", "grammar", self.grammar)
-        yield "regex", _text("regex", "regex", self.regex)
+        yield called("json_schema"), _schema(called("json_schema"), self.json_schema)
+        yield called("grammar"), _text(called("grammar"), "grammar", self.grammar)
+        yield called("regex"), _text(called("regex"), "regex", self.regex)
         yield "guided_choice", _choice("guided_choice", self.guided_choice)
         if (given := self.structured_outputs) is not None:
             name = "structured_outputs"

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from llamaserve.api.services import Services
 from llamaserve.api.sse import EventStream, TextEvent, event
-from llamaserve.engine.events import Finished, FinishReason
+from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.admission import Place
@@ -45,6 +45,7 @@ class Job:
     sequences: int  # prompts times choices
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
+    tokens_per_second: int = 0  # of each answer in a stream, at most; 0: as fast as they come
     truncated_tokens: int = 0  # what the prompts had more
     place: Place | None = None
     stream: GenerationStream | None = None
@@ -57,6 +58,8 @@ def new_id(prefix: str) -> str:
 
 async def open_generation(services: Services, job: Job) -> GenerationStream:
     """Load the model if need be, and start generating. Raises whatever makes the request impossible."""
+    if job.generation.constraint is not None:
+        await services.grammars.check(job.generation.constraint)
     job.place = job.model.admission.enter(job.sequences)
     try:
         worker = await job.model.worker()
@@ -94,14 +97,6 @@ def phase(job: Job) -> str:
     return f"prompt {progress.evaluated / progress.prompt_tokens:.0%}"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The text of one sequence and why it ended."""
-
-    text: str
-    reason: FinishReason
-
-
 def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     """Return OpenAI's usage object: each prompt counts once, every answer counts."""
     choices = job.generation.choices
@@ -120,7 +115,7 @@ def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
-async def generate_whole(services: Services, job: Job) -> tuple[list[Answer], dict[str, Any]]:
+async def generate_whole(services: Services, job: Job) -> tuple[list[Finished], dict[str, Any]]:
     """Return all answers in the order of their index, and the usage."""
     stream = await open_generation(services, job)
     try:
@@ -128,7 +123,7 @@ async def generate_whole(services: Services, job: Job) -> tuple[list[Answer], di
     finally:
         close_generation(services, job)
     finished.sort(key=lambda event: event.index)
-    return [Answer(event.text, event.reason) for event in finished], usage(job, finished)
+    return finished, usage(job, finished)
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
@@ -159,6 +154,9 @@ class ChunkFormat(Protocol):
 
     def text(self, index: int, text: str) -> Mapping[str, Any]:
         """Return the chunk for a piece of text; pieces of one index differ in nothing else."""
+
+    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
+        """Return the chunk for a piece of text and the log-probabilities that belong to it."""
 
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         """Return the chunk that ends a choice."""
@@ -194,6 +192,20 @@ async def stream_response(
     )
 
 
+class _Pace:
+    """Slows a stream down to ``max_tokens_second``."""
+
+    def __init__(self, job: Job) -> None:
+        self._seconds = job.generation.choices / job.tokens_per_second if job.tokens_per_second else 0.0
+        self._due = time.monotonic()
+
+    async def keep(self, events: Sequence[Delta | Finished]) -> None:
+        """Wait until what has come may be shown."""
+        if self._seconds:
+            self._due += self._seconds * sum(event.tokens for event in events if isinstance(event, Delta))
+            await asyncio.sleep(self._due - time.monotonic())
+
+
 async def _events(
     job: Job, opening: asyncio.Task[GenerationStream], chunks: ChunkFormat, *, include_usage: bool
 ) -> AsyncIterator[bytes]:
@@ -207,10 +219,14 @@ async def _events(
     for chunk in await chunks.start():
         yield event(chunk)
     finished: list[Finished] = []
+    pace = _Pace(job)
     while arrived := await stream.arrived():
+        await pace.keep(arrived)
         step = []
         for each in arrived:
-            if each.text:
+            if each.logprobs or each.prompt_logprobs:
+                step.append(event(chunks.with_logprobs(each)))
+            elif each.text:
                 step.append(text_event(each.index)(each.text))
             if isinstance(each, Finished):
                 step.append(event(chunks.finish(each.index, each.reason)))

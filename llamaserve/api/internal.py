@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
+from llamaserve.api.fields import check_text
+from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
+from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
-from llamaserve.api.sampling_options import check_text
+from llamaserve.api.options import GenerationOptions
 from llamaserve.api.services import UsesServices
+from llamaserve.engine.params import NextToken
 from llamaserve.errors import LlamaserveError
+from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["internal"])
 
@@ -69,6 +76,35 @@ async def decode(body: TokensRequest, services: UsesServices) -> dict[str, str]:
     """Return the text of the token ids; bytes that are no UTF-8 become U+FFFD."""
     worker = await services.pool.get(body.model).worker()
     return {"text": await worker.detokenize(body.tokens, special=not body.skip_special_tokens)}
+
+
+class LogitsRequest(GenerationOptions):
+    """A prompt of which the next token is asked for."""
+
+    may_generate_nothing = True
+
+    prompt: Annotated[str, AfterValidator(_text)]
+    use_samplers: bool = Field(default=False, description="After the bans and stages of the sampler; else the model's.")
+    top_logits: int = Field(50, ge=1, le=_MAX_TOKEN_ID, description="How many of the most probable tokens.")
+
+
+@router.post("/v1/internal/logits", summary="How probable is each next token?")
+async def logits(body: LogitsRequest, request: Request, services: UsesServices) -> Response:
+    """Return a map from the most probable next tokens to their probabilities."""
+    wanted = NextToken(body.top_logits, sampled=body.use_samplers)
+    generation = body.generation(services.presets, next_token=wanted)
+    nothing = {"max_tokens": 0, "choices": 1, "stream": False}
+    generation = msgspec.structs.replace(generation, **nothing)
+
+    async def prompts() -> Sequence[Prompt]:
+        return [body.prompt]
+
+    async def answer() -> Response:
+        job = Job(new_id("logits"), services.pool.get(body.model), generation, prompts, param="prompt", sequences=1)
+        (finished,), _ = await generate_whole(services, job)
+        return JSONResponse(probabilities(finished.next_tokens), headers=body.ignored_header(services.presets))
+
+    return await unless_client_leaves(request, answer())
 
 
 @router.post("/v1/internal/stop-generation", summary="Stop generating")

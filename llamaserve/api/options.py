@@ -17,8 +17,9 @@ import msgspec
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field
 
 from llamaserve.api.constraints import ConstraintOptions
+from llamaserve.api.fields import check_text
 from llamaserve.api.presets import Presets
-from llamaserve.api.sampling_options import SamplingOptions, check_text
+from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
 
@@ -201,7 +202,7 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
             effective = self._sampling_options(presets)
             for name in SamplingOptions.model_fields:
                 if name in self.model_fields_set and getattr(self, name) != getattr(effective, name):
-                    yield name
+                    yield self.called(name)
 
     def _idle(self) -> Iterator[str]:
         """Yield what else does nothing."""

@@ -57,8 +57,8 @@ class Presets:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-        preset = _Preset.model_validate(values)
+        values = yaml.safe_load(path.read_text("utf-8"))
+        preset = _Preset.model_validate({} if values is None else values)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "it"

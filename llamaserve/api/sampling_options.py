@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
+from llamaserve.api.fields import RequestFields, check_text
 from llamaserve.engine.params import STAGES, Sampling
 
 _INT32 = 2**31 - 1
@@ -109,14 +99,6 @@ def _check_breakers(breakers: list[str]) -> list[str]:
     return breakers
 
 
-def check_text(text: str) -> None:
-    """Refuse text that is no Unicode: half of a surrogate pair can't be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
-
-
 def _order(value: Any) -> Any:
     """Take names on lines or between commas, or llama-server's letters, for the list of names."""
     if not isinstance(value, str):
@@ -138,10 +120,8 @@ def _stages(names: list[str]) -> list[str]:
 Order = Annotated[list[str], BeforeValidator(_order), AfterValidator(_stages)]
 
 
-class SamplingOptions(BaseModel):
+class SamplingOptions(RequestFields):
     """How tokens are chosen."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     temperature: float = Field(1.0, ge=0, le=100, description="Divides the logits; 0: always the most probable token.")
     dynamic_temperature: bool = Field(default=False, description="Use dynatemp_low and dynatemp_high.")
@@ -227,19 +207,6 @@ class SamplingOptions(BaseModel):
     length_penalty: float = Field(1.0, description="Of beam search; not honoured.")
     early_stopping: bool = Field(default=False, description="Of beam search; not honoured.")
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _under_the_names_given(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Take null for "not given", as OpenAI does, and name a field in errors as the request does."""
-        if not isinstance(values, dict):
-            return validate(values)
-        given = {name: value for name, value in values.items() if value is not None}
-        try:
-            return validate(given)
-        except ValidationError as error:
-            problems = [_renamed(cls, problem, given) for problem in error.errors()]
-            raise ValidationError.from_exception_data(error.title, problems) from None
-
     @model_validator(mode="after")
     def _low_is_not_over_high(self) -> Self:
         if self.dynamic_temperature and self.dynatemp_low > self.dynatemp_high:
@@ -264,7 +231,7 @@ class SamplingOptions(BaseModel):
             idle.add("adaptive_target")
         for name, field in type(self).model_fields.items():
             if name in idle and name in self.model_fields_set and getattr(self, name) != field.default:
-                yield name
+                yield self.called(name)
 
     def sampling(self, seed: int, **others: Any) -> Sampling:
         """Return what the engine shall do; ``others`` are its fields that no preset sets."""
@@ -325,19 +292,3 @@ def _range(ours: int, llama_servers: int | None) -> int | None:
     if llama_servers is None:
         return max(0, ours)
     return None if llama_servers == 0 else max(0, llama_servers)
-
-
-def names_of(model: type[BaseModel], name: str) -> Sequence[str]:
-    """Return all names of a field, its own first."""
-    field = model.model_fields.get(name)
-    alias = field.validation_alias if field is not None else None
-    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
-
-
-def _renamed(model: type[BaseModel], problem: ErrorDetails, given: dict[str, Any]) -> InitErrorDetails:
-    location = problem["loc"]
-    if location:
-        name = str(location[0])
-        location = (next((each for each in names_of(model, name) if each in given), name), *location[1:])
-    message = PydanticCustomError(problem["type"], "{message}", {"message": problem["msg"]})
-    return InitErrorDetails(type=message, loc=location, input=problem["input"])

@@ -11,6 +11,7 @@ from llamaserve.api.presets import Presets
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
+from llamaserve.worker.grammar_check import GrammarChecker
 from llamaserve.worker.process import GenerationStream
 
 
@@ -22,6 +23,7 @@ class Services:
     pool: ModelPool
     renderer: TemplateRenderer
     presets: Presets
+    grammars: GrammarChecker
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 

@@ -1,7 +1,7 @@
 """The renderer process: ``python -m llamaserve.chat.renderer FD`` renders chat templates, one job at a time.
 
-It reads ``RenderJob`` frames from the inherited socket FD and answers each with a ``RenderAnswer``, until the parent
-closes the socket. The Jinja environment is that of Hugging Face's transformers, which templates are written for.
+Each ``RenderJob`` gets a ``RenderAnswer``; ``sandbox.py`` brings and takes them. The Jinja environment is that of
+Hugging Face's transformers, which templates are written for.
 
 It does not know the time limit of a job: the parent measures it and kills this process. It knows nothing of models.
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
-import signal
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,17 +24,17 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llamaserve.chat.template import MEMORY_LIMIT, OUT_OF_MEMORY, RenderAnswer, RenderJob
+from llamaserve.chat.template import MEMORY_LIMIT, RenderAnswer, RenderJob
 from llamaserve.errors import ChatTemplateError, to_value
-from llamaserve.frames import FrameSocket
+from llamaserve.sandbox import serve
 
 MAX_TEXT = 16  # MiB of rendered text; the longest prompts are a few
 MAX_TEMPLATE = 256 * 1024  # characters; the longest templates of real models have some 20,000
 MAX_CODE = 1024 * 1024  # characters of Python, which Jinja makes of a template: some five times its length
 KEPT_TEMPLATES = 8  # compiled templates in memory: few, since strangers' templates share the memory limit
-ORPHAN_LIMIT = 10  # seconds after which a job ends this process, for when the parent is no longer there to do it
 
 _SOURCE_NAME = "<template>"  # Jinja's name for the file of a template that was given as a string
+_JOBS = msgspec.msgpack.Decoder(RenderJob)
 _PROBE = "quokkaprobe"  # a text that no template writes by itself
 _ANSWERED = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 _OPENINGS: tuple[list[dict[str, Any]], ...] = ([], [{"role": "system", "content": "a system text"}], _ANSWERED)
@@ -180,20 +177,26 @@ def _in_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def answer(job: RenderJob) -> RenderAnswer:
-    """Render the job, with any failure of the template as a value."""
+def answer_bytes(payload: bytes) -> tuple[bytes, bool]:
+    """Answer an encoded job, as ``serve`` wants it."""
+    result, spent = answer(_JOBS.decode(payload))
+    return msgspec.msgpack.encode(result), spent
+
+
+def answer(job: RenderJob) -> tuple[RenderAnswer, bool]:
+    """Render the job, with any failure of the template as a value. Say, too, whether it has used up the memory."""
     try:
-        return RenderAnswer(text=render(job))
+        return RenderAnswer(text=render(job)), False
     except MemoryError as error:
         line = _line(error)
     except (*_FAILURES, OutputTooLong) as error:
-        return _failed(_reason(error))
+        return _failed(_reason(error)), False
     gc.collect()  # outside the except clause nothing holds what the template built
-    return _failed(f"the chat template needed more than {MEMORY_LIMIT} MB of memory{_in_line(line)}", spent=True)
+    return _failed(f"the chat template needed more than {MEMORY_LIMIT} MB of memory{_in_line(line)}"), True
 
 
-def _failed(reason: str, *, spent: bool = False) -> RenderAnswer:
-    return RenderAnswer(error=to_value(ChatTemplateError(reason, param="messages")), spent=spent)
+def _failed(reason: str) -> RenderAnswer:
+    return RenderAnswer(error=to_value(ChatTemplateError(reason, param="messages")))
 
 
 def _reason(error: BaseException) -> str:
@@ -235,44 +238,9 @@ def _line(error: BaseException) -> int | None:
     return line
 
 
-def _limit_memory() -> None:
-    # macOS accepts this limit but does not keep to it: there only the time limit and MAX_TEXT apply.
-    if sys.platform == "darwin":
-        return
-    wanted = MEMORY_LIMIT * 1024 * 1024
-    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
-    limit = wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def serve(frames: FrameSocket) -> None:
-    """Answer jobs until the parent closes the socket or a job has used up the memory."""
-    decoder = msgspec.msgpack.Decoder(RenderJob)
-    gc.freeze()  # the modules' objects stay for good; without them a collection takes well under a millisecond
-    frames.write(b"")
-    while (payload := frames.read()) is not None:
-        signal.alarm(ORPHAN_LIMIT)  # the signal's default action ends the process even inside one long C call
-        result = answer(decoder.decode(payload))
-        frames.write(msgspec.msgpack.encode(result))
-        signal.alarm(0)
-        if result.spent:
-            return
-        del payload, result
-        gc.collect()  # macros and tracebacks make cycles that can hold much memory
-
-
 def main(fd: int) -> int:
     """Run the process and return its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
-    _limit_memory()
-    try:
-        serve(FrameSocket(socket.socket(fileno=fd)))
-    except ConnectionError:
-        return 0  # the parent went away in the middle of a frame
-    except MemoryError:
-        return OUT_OF_MEMORY
-    return 0
+    return serve(fd, answer_bytes, memory_limit=MEMORY_LIMIT)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,15 @@ class Candidates:
         return places[present], present
 
 
+def top(logits: Floats, count: int) -> list[int]:
+    """Return the places of the ``count`` largest logits, the largest first."""
+    if count < 1:
+        return []
+    places = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
+    best: list[int] = places[np.argsort(-logits[places])].tolist()
+    return best
+
+
 def draw(weights: Floats, chance: float) -> int:
     """Return the place that a random number from 0 to 1 picks, each with a probability proportional to its weight."""
     if len(weights) <= _BLOCK:

@@ -20,6 +20,8 @@ class Detokenizer:
     def __init__(self, stops: Sequence[str]) -> None:
         self._decoder = _utf8("replace")
         self._matcher = StopMatcher(stops)
+        self.decoded = 0  # characters, stop strings included
+        self.shown = 0  # characters that were returned
 
     @property
     def stopped(self) -> bool:
@@ -28,7 +30,11 @@ class Detokenizer:
 
     def push(self, piece: bytes) -> str:
         """Take the bytes of one token and return the text that can be shown now."""
-        return self._matcher.push(self._decoder.decode(piece))
+        text = self._decoder.decode(piece)
+        self.decoded += len(text)
+        text = self._matcher.push(text)
+        self.shown += len(text)
+        return text
 
     def finish(self) -> str:
         """Return all that was held back: an unfinished character, and the beginning of a stop string."""

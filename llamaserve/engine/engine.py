@@ -14,8 +14,19 @@ import msgspec
 import psutil
 
 from llamaserve.engine.costs import StepCosts
-from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished, FinishReason, Occupancy, Progress
+from llamaserve.engine.events import (
+    Delta,
+    EngineEvent,
+    Failed,
+    Finished,
+    FinishReason,
+    Occupancy,
+    Progress,
+    TokenLogprob,
+    TokenLogprobs,
+)
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all, uses_gpu
+from llamaserve.engine.logprobs import AnswerLogprobs, with_offsets
 from llamaserve.engine.pacing import TimeShare
 from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams, Sampling
 from llamaserve.engine.prefix_cache import SPARE, PrefixCache
@@ -160,8 +171,8 @@ class Engine:
         return self.vocab.detokenize(tokens, special=special)
 
     def check(self, generation: Generation) -> None:
-        """Refuse sampling options that can't work with this model. Thread-safe."""
-        self._samplers.check(generation.sampling)
+        """Refuse sampling options and constraints that can't work with this model. Thread-safe."""
+        self._samplers.check(generation.sampling, generation.constraint)
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
         """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
@@ -171,7 +182,18 @@ class Engine:
         for number, prompt in enumerate(prompts):
             for choice in range(generation.choices):
                 index = number * generation.choices + choice
-                self._scheduler.submit(Sequence(request, index, prompt, generation, deadline, self._context))
+                sequence = Sequence(request, index, prompt, generation, deadline, self._context)
+                self._record_logprobs(sequence)
+                self._scheduler.submit(sequence)
+
+    def _record_logprobs(self, sequence: Sequence) -> None:
+        wanted = sequence.generation.logprobs
+        if wanted is not None:
+            sequence.logprobs = AnswerLogprobs()
+        if wanted is not None and wanted.prompt:
+            first = sequence.tokens[0]
+            text = b"" if first == self.vocab.bos else self.vocab.piece(first, special=True)
+            sequence.prompt_logprobs = [TokenLogprobs(TokenLogprob(first, text, 0.0))]
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -226,11 +248,10 @@ class Engine:
     def _end_blocked(self, chunks: list[Chunk]) -> list[EngineEvent]:
         """Fail the requests of which a sequence can't go on."""
         events: list[EngineEvent] = []
-        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.blocked]:
+        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.blocked is not None]:
             if sequence.state is not State.FINISHED:
                 self.cancel(sequence.request)
-                error = InvalidRequest("the request bans every token that could come next, so the answer can't go on")
-                events.append(Failed(sequence.request, to_value(error)))
+                events.append(Failed(sequence.request, to_value(InvalidRequest(str(sequence.blocked)))))
         return events
 
     def _drafts(self, decoding: list[Sequence], limit: int) -> list[list[int]]:
@@ -243,7 +264,11 @@ class Engine:
             if sequence.drafter is None:
                 sequence.drafter = self._drafter(sequence.tokens)
             left = sequence.limit - len(sequence.tokens)
-            drafts.append(sequence.drafter.draft(min(limit, left - 1)))
+            draft = sequence.drafter.draft(min(limit, left - 1))
+            if sequence.generation.constraint is not None and sequence.sampler is not None and draft.tokens:
+                possible = sequence.sampler.possible(draft.tokens)
+                draft = Draft(draft.tokens[:possible], draft.chances[:possible])
+            drafts.append(draft)
         rows = choose_rows(drafts, self._costs.decode, len(decoding) + limit)
         return [list(draft.tokens[:count]) for draft, count in zip(drafts, rows, strict=True)]
 
@@ -294,34 +319,61 @@ class Engine:
     def _accept(self, chunk: Chunk, tokens: list[int]) -> list[EngineEvent]:
         """Take the tokens sampled after a chunk into its sequence and return what there is to report of it."""
         sequence = chunk.sequence
-        wrong = len(chunk.draft) + 1 - len(tokens)
+        wrong = len(chunk.draft) - max(0, len(tokens) - 1)
         if wrong:
             self._cache.rewind(sequence, sequence.evaluated - wrong)
         self._begun.add(sequence.request)
+        special = sequence.generation.special
         pieces: list[str] = []
         for token in tokens:
             if self.vocab.is_end_of_generation(token):
                 return [self._finish(sequence, "stop", "".join(pieces))]
             sequence.tokens.append(token)
-            pieces.append(sequence.text.push(self.vocab.piece(token)))
+            if sequence.logprobs is not None:
+                sequence.logprobs.begin(sequence.text.decoded)
+            pieces.append(sequence.text.push(self.vocab.piece(token, special=special)))
             if sequence.text.stopped:
                 return [self._finish(sequence, "stop", "".join(pieces))]
-            if len(sequence.tokens) >= sequence.limit:
+            if len(sequence.tokens) >= sequence.limit and not sequence.complete:
                 return [self._finish(sequence, "length", "".join(pieces))]
-        text = "".join(pieces)
-        if not text:
+        if sequence.complete:
+            return [self._finish(sequence, "stop", "".join(pieces))]
+        if len(sequence.tokens) >= sequence.limit:  # from the beginning
+            return [self._finish(sequence, "length", "")]
+        return self._tell(sequence, "".join(pieces))
+
+    def _tell(self, sequence: Sequence, text: str) -> list[EngineEvent]:
+        """Report new text of a sequence that goes on, if there is any and it is streamed."""
+        if not sequence.generation.stream:
+            if text:
+                sequence.unsent.append(text)
             return []
-        if sequence.generation.stream:
-            return [Delta(sequence.request, sequence.index, text)]
-        sequence.unsent.append(text)
-        return []
+        scored = sequence.prompt_logprobs is not None and not sequence.reported
+        if not text and not scored:
+            return []
+        prompt = tuple(with_offsets(sequence.prompt_logprobs or ())) if scored else ()
+        logprobs = sequence.logprobs.take(sequence.text.shown) if sequence.logprobs is not None else ()
+        tokens = sequence.generated - sequence.reported
+        sequence.reported = sequence.generated
+        return [Delta(sequence.request, sequence.index, text, tokens, logprobs, prompt)]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> Finished:
+        stopped = sequence.text.stopped
         text = "".join((*sequence.unsent, text, sequence.text.finish()))
+        prompt = () if sequence.reported else tuple(with_offsets(sequence.prompt_logprobs or ()))
         generated = sequence.generated
         self._drop(sequence)
         return Finished(
-            sequence.request, sequence.index, text, reason, sequence.prompt_length, generated, sequence.cached or 0
+            sequence.request,
+            sequence.index,
+            text,
+            reason,
+            sequence.prompt_length,
+            generated,
+            sequence.cached or 0,
+            sequence.logprobs.take(sequence.text.shown if stopped else None) if sequence.logprobs is not None else (),
+            prompt,
+            sequence.next_tokens,
         )
 
     def _end_overdue(self) -> list[EngineEvent]:

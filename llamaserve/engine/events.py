@@ -14,19 +14,47 @@ from llamaserve.errors import ErrorValue
 FinishReason = Literal["stop", "length"]
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token, the bytes that it stands for, and its log-probability (natural logarithm)."""
+
+    token: int
+    data: bytes
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A token of a text, the most probable ones in its place, and where its text begins in the prompt's or in the
+    answer's, in characters. The first token of a prompt follows nothing: its own log-probability is 0, and there are no
+    others.
+    """
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+    offset: int = 0
+
+
 class Delta(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """New text of one sequence of a streamed request."""
+    """New text of one sequence of a streamed request. ``tokens`` is how many have been generated since the last one.
+
+    If they are wanted, ``logprobs`` has those of the tokens whose text begins in this one, and ``prompt_logprobs``,
+    in the first, those of the prompt.
+    """
 
     request: int
     index: int
     text: str
+    tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """One sequence ended. ``text`` is what no ``Delta`` carried yet: all of it when the request is not streamed.
+    """One sequence ended. ``text`` is what no ``Delta`` carried yet: all of it when the request is not streamed. So are
+    the log-probabilities.
 
     ``completion_tokens`` counts the tokens that were generated, without an end-of-generation token; ``cached_tokens``
-    are the tokens of the prompt whose evaluation was reused.
+    are the tokens of the prompt whose evaluation was reused. ``next_tokens`` are what could come next, if that was
+    asked for.
     """
 
     request: int
@@ -36,6 +64,9 @@ class Finished(msgspec.Struct, frozen=True, tag=True, array_like=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    next_tokens: tuple[TokenLogprob, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -19,7 +19,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from llamaserve.engine.params import DRAFTED_ROWS, LoadParams
+from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, LoadParams
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 # ggml_type, from ggml.h
@@ -97,9 +97,9 @@ def context_params(params: LoadParams) -> Any:
     native.n_batch = params.batch
     native.n_ubatch = params.batch
     native.n_seq_max = params.parallel + _scratch_sequences(params)
-    # A row of logits for each sequence and guess: llama.cpp would reserve one for each token of a batch.
+    # A row of logits for each sequence, guess and scored token: llama.cpp would reserve one for each token of a batch.
     # It ends the process when there are fewer than sequence ids.
-    native.n_outputs_max = native.n_seq_max + (DRAFTED_ROWS if params.speculation else 0)
+    native.n_outputs_max = native.n_seq_max + (DRAFTED_ROWS if params.speculation else 0) + SCORED_ROWS
     native.n_threads = params.threads
     native.n_threads_batch = params.threads
     native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]
@@ -116,6 +116,10 @@ def _scratch_sequences(params: LoadParams) -> int:
     saves no sequence with an id beyond those that can be evaluated, and restores nothing behind other tokens.
     """
     return 1 if params.kv_unified and params.spill != 0 else 0
+
+
+# llama.cpp's own tokenise function, for libraries that call it from C
+TOKENIZE_ADDRESS: int = ctypes.cast(lib._lib.llama_tokenize, ctypes.c_void_p).value or 0
 
 
 class Vocab:
@@ -189,6 +193,14 @@ class Vocab:
         """Return the text of the tokens; bytes that are no UTF-8 become U+FFFD."""
         self.check(tokens, "tokens")
         return b"".join(self.piece(token, special=special) for token in tokens).decode("utf-8", "replace")
+
+    def is_control(self, token: int) -> bool:
+        """Tell whether a token is no part of any text: a control token, or one that was added in the form of one."""
+        attributes = lib.llama_vocab_get_attr(self._vocab, token)
+        if attributes & lib.LLAMA_TOKEN_ATTR_CONTROL:
+            return True
+        piece = self.piece(token, special=True) if attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED else b""
+        return piece.startswith(b"<") and piece.endswith(b">")
 
     def is_end_of_generation(self, token: int) -> bool:
         """Tell whether the model says with this token that its answer is complete."""

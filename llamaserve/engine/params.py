@@ -11,6 +11,7 @@ FlashAttention = Literal["auto", "on", "off"]
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
+SCORED_ROWS = 64  # prompt tokens in a step at most of which the logits are wanted, too
 
 
 class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +127,15 @@ class Constraint(msgspec.Struct, frozen=True):
     param: str
 
 
+class NextToken(msgspec.Struct, frozen=True):
+    """Report how probable the ``top`` most probable next tokens are: for the model, or ``sampled``, after the bans and
+    stages of the sampler.
+    """
+
+    top: int
+    sampled: bool = False
+
+
 class Logprobs(msgspec.Struct, frozen=True):
     """Report the log-probability of each token of the answer, and of the ``top`` most probable ones in its place; with
     ``prompt``, of the prompt's tokens too.
@@ -142,7 +152,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``context`` is how many tokens prompt and answer may have together, if that is less than the model's; with
     ``truncate`` a longer prompt loses its beginning, otherwise it is refused. ``add_bos`` begins a text prompt with the
-    begin token, if the model has one. ``special`` shows control tokens in the text.
+    begin token, if the model has one. ``special`` shows control tokens in the text. With ``next_token`` nothing is
+    generated: what could come next is reported.
     """
 
     sampling: Sampling
@@ -157,3 +168,4 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     truncate: bool = False
     add_bos: bool = True
     special: bool = False
+    next_token: NextToken | None = None

@@ -144,7 +144,9 @@ class PrefixCache:
 
     def wanted(self, sequence: Sequence) -> list[int]:
         """Return the tokens that need not be evaluated if they are resident: not the last, whose logits are needed."""
-        return sequence.tokens[: -self._kept_back] if self._reuses else []
+        if not self._reuses:
+            return []
+        return sequence.tokens[: min(len(sequence.tokens) - self._kept_back, sequence.reusable)]
 
     def reusable(self, wanted: TokenSequence[int]) -> int:
         """Return how many of the wanted tokens a sequence that starts now would find resident."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as TokenSequence
 from typing import Protocol
 
-from llamaserve.engine.candidates import NothingLeft
+from llamaserve.engine.candidates import Candidates, NothingLeft
+from llamaserve.engine.constraint import CanNotGoOn
 from llamaserve.engine.llama import Batch, Context
+from llamaserve.engine.logprobs import of_candidates, of_token
 from llamaserve.engine.sampling import Greedy, Sampler, SamplerFactory
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
@@ -65,43 +67,76 @@ class LlamaRunner:
     def _evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         batch = self._batch
         batch.clear()
+        scored: list[tuple[Chunk, int]] = []
         completed: list[tuple[Chunk, int]] = []
         for chunk in chunks:
             sequence = chunk.sequence
             assert sequence.slot is not None
             start = sequence.evaluated
             tokens = sequence.tokens[start : start + chunk.length]
+            row = batch.add([*tokens, *chunk.draft], start, sequence.slot, logits=chunk.outputs)
+            if sequence.scoring:
+                scored.append((chunk, row + 1 - chunk.length))
             if chunk.completes:
-                sampled = 1 + len(chunk.draft)
-                row = batch.add([*tokens, *chunk.draft], start, sequence.slot, logits=sampled)
-                completed.append((chunk, row + 1 - sampled))
-            else:
-                batch.add(tokens, start, sequence.slot, logits=0)
+                completed.append((chunk, row - len(chunk.draft)))
         self._context.evaluate(batch, interruptible=self._interruptible and any(chunk.length > 1 for chunk in chunks))
+        for chunk, row in scored:
+            self._score(chunk, row)
         return [self._sample(chunk, row) for chunk, row in completed]
 
     def interrupt(self) -> None:
         """See ``Runner``."""
         self._context.interrupt()
 
+    def _score(self, chunk: Chunk, row: int) -> None:
+        """Take note of the log-probabilities of the prompt's tokens that follow those of the chunk."""
+        sequence = chunk.sequence
+        wanted = sequence.generation.logprobs
+        assert wanted is not None
+        assert sequence.prompt_logprobs is not None
+        following = sequence.tokens[sequence.evaluated + 1 : sequence.evaluated + 1 + chunk.length]
+        for token in following[: sequence.prompt_length - sequence.evaluated - 1]:
+            sequence.prompt_logprobs.append(
+                of_token(self._context.logits(row), token, wanted.top, self._samplers.vocab)
+            )
+            row += 1
+
     def _sample(self, chunk: Chunk, row: int) -> list[int]:
         """Sample from the chunk's last row, and go on as long as the draft has guessed what is sampled. Each token is
         drawn as it would be without a draft, from the same logits and with the same random number.
         """
-        sampler = chunk.sequence.sampler or self._start_sampling(chunk.sequence)
+        sequence = chunk.sequence
+        sampler = sequence.sampler or self._start_sampling(sequence)
         assert isinstance(sampler, Greedy | Sampler)
         tokens: list[int] = []
-        for guess in (*chunk.draft, None):
-            try:
-                tokens.append(sampler.sample(self._context.logits(row + len(tokens))))
-            except NothingLeft:
-                chunk.sequence.blocked = True
-                break
-            if tokens[-1] != guess:
-                break
+        try:
+            if sequence.generation.next_token is not None:
+                self._look_ahead(sequence, sampler, row)
+            for guess in (*chunk.draft, None) if sequence.limit > sequence.prompt_length else ():
+                logits = self._context.logits(row + len(tokens))
+                tokens.append(sampler.sample(logits))
+                if sequence.logprobs is not None and (wanted := sequence.generation.logprobs) is not None:
+                    sequence.logprobs.record(of_token(logits, tokens[-1], wanted.top, self._samplers.vocab))
+                sequence.complete = sampler.complete
+                if tokens[-1] != guess or sequence.complete:
+                    break
+        except NothingLeft:
+            sequence.blocked = "the request bans every token that could come next, so the answer can't go on"
+        except CanNotGoOn as error:
+            sequence.blocked = str(error)
         return tokens
 
+    def _look_ahead(self, sequence: Sequence, sampler: Greedy | Sampler, row: int) -> None:
+        """Take note of what could come next."""
+        wanted = sequence.generation.next_token
+        assert wanted is not None
+        logits = self._context.logits(row)
+        candidates = sampler.candidates(logits) if wanted.sampled else Candidates(logits)
+        sequence.next_tokens = of_candidates(candidates, wanted.top, self._samplers.vocab)
+
     def _start_sampling(self, sequence: Sequence) -> Greedy | Sampler:
-        sampling = sequence.generation.sampling
-        sequence.sampler = sampler = self._samplers.build(sampling, sequence.tokens, sequence.choice)
+        generation = sequence.generation
+        sequence.sampler = sampler = self._samplers.build(
+            generation.sampling, sequence.tokens, choice=sequence.choice, constraint=generation.constraint
+        )
         return sampler

@@ -15,8 +15,9 @@ import numpy as np
 
 from llamaserve.engine import stages
 from llamaserve.engine.candidates import Candidates, Floats, Places, draw
+from llamaserve.engine.constraint import Form, Grammars
 from llamaserve.engine.llama import NativeSampler, Vocab
-from llamaserve.engine.params import Sampling
+from llamaserve.engine.params import Constraint, Sampling
 from llamaserve.engine.penalties import LeastLength, NoRepeatedNgrams, OccurrencePenalty, PromptPreference, TextStage
 from llamaserve.errors import EngineError
 
@@ -46,11 +47,17 @@ class Greedy:
         _check(logits[token])
         return token
 
+    complete = False  # there is always a most probable one
+
     def candidates(self, logits: Floats) -> Candidates:
         """Return the one token that could be picked."""
         candidates = Candidates(logits)
         stages.only_best(candidates)
         return candidates
+
+    def possible(self, tokens: Sequence[int]) -> int:
+        """Return the number of the tokens: whether they come is up to the model."""
+        return len(tokens)
 
     def close(self) -> None:
         """There is nothing to free."""
@@ -66,16 +73,25 @@ class Sampler:
         followers: Sequence[TextStage] = (),
         observers: Sequence[Observer] = (),
         chance: Random | None = None,
+        form: Form | None = None,
     ) -> None:
-        """``followers`` are those of the stages that follow the text, ``observers`` those that learn from draws."""
+        """``followers`` are those of the stages that follow the text, ``observers`` those that learn from draws. One of
+        the followers may be the ``form`` that the answer must have.
+        """
         self._stages = stages
         self._followers = followers
         self._observers = observers
         self._chance = chance or Random()  # noqa: S311
+        self._form = form
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has its form, and nothing more may come."""
+        return self._form is not None and self._form.complete
 
     def sample(self, logits: Floats) -> int:
         """Pick a token from the logits, shape (vocabulary,), and take note of it as the text's next. Raises
-        ``EngineError`` when they are not numbers, and ``NothingLeft``.
+        ``EngineError`` when they are not numbers, ``NothingLeft``, and ``CanNotGoOn``.
         """
         candidates = self.candidates(logits)
         place = draw(candidates.weights(), self._chance.random())
@@ -96,6 +112,10 @@ class Sampler:
             stage(candidates)
         return candidates
 
+    def possible(self, tokens: Sequence[int]) -> int:
+        """Return how many of some guessed tokens the answer's form allows next, one after the other."""
+        return len(tokens) if self._form is None else self._form.possible(tokens)
+
     def close(self) -> None:
         """Free what is not Python's."""
         for follower in self._followers:
@@ -115,17 +135,23 @@ class SamplerFactory:
         self.vocab = vocab
         self.context = context
         self.dry = lru_cache(_PREPARED)(self._make_dry)
+        self.grammars = Grammars(vocab)
 
-    def check(self, sampling: Sampling) -> None:
-        """Refuse options that name tokens the model does not have, and do what takes long in ``build``. Thread-safe."""
+    def check(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+        """Refuse options that can't work with this model, and do what takes long in ``build``. Thread-safe."""
         self.vocab.check(sampling.logit_bias, "logit_bias")
         self.vocab.check(sampling.banned_tokens, "custom_token_bans")
         if sampling.dry_multiplier > 0:
             self.dry(*dry_options(sampling))
+        if constraint is not None:
+            self.grammars.compile(constraint)
 
-    def build(self, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> Greedy | Sampler:
+    def build(
+        self, sampling: Sampling, prompt: Sequence[int], *, choice: int = 0, constraint: Constraint | None = None
+    ) -> Greedy | Sampler:
         """Return what samples one sequence, and knows its prompt. ``choice`` is added to the seed."""
-        return _Builder(self, sampling, prompt, choice).build()
+        form = None if constraint is None else self.grammars.start(constraint)
+        return _Builder(self, sampling, prompt, choice, form).build()
 
     def range(self, wanted: int) -> int:
         """Return how many last tokens a penalty looks at: llama.cpp allocates what it is told."""
@@ -144,7 +170,10 @@ def dry_options(s: Sampling) -> tuple[int, float, float, int, tuple[str, ...]]:
 
 
 class _Builder:
-    def __init__(self, factory: SamplerFactory, sampling: Sampling, prompt: Sequence[int], choice: int) -> None:
+    def __init__(
+        self, factory: SamplerFactory, sampling: Sampling, prompt: Sequence[int], choice: int, form: Form | None
+    ) -> None:
+        self._form = form
         self._factory = factory
         self._vocab = factory.vocab
         self._sampling = sampling
@@ -157,11 +186,21 @@ class _Builder:
         sampling = self._sampling
         greedy = sampling.temperature < _GREEDY_BELOW and not sampling.dynatemp_range
         kept = _BEFORE_GREEDY if greedy else _BESIDE_MIROSTAT if sampling.mirostat_mode else sampling.stages
-        made = [*self._bans(), *(stage for name in sampling.stages if name in kept for stage in self._stages(name))]
-        if greedy and not made:
+        made: list[Stage] = [*self._bans()]
+        if (form := self._form) is not None:
+            self._followers.append(form)
+            if not greedy:
+                made.append(form)
+        made += [stage for name in sampling.stages if name in kept for stage in self._stages(name)]
+        if not greedy:
+            made += self._shapers()
+        elif form is not None:
+            made.append(form.keep_best)
+        elif made:
+            made.append(stages.only_best)
+        else:
             return Greedy()
-        made += [stages.only_best] if greedy else self._shapers()
-        return Sampler(made, followers=self._followers, observers=self._observers, chance=self._chance)
+        return Sampler(made, followers=self._followers, observers=self._observers, chance=self._chance, form=form)
 
     def _bans(self) -> Iterator[Stage]:
         """Yield what changes the logits of certain tokens."""

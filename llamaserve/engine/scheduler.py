@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 
 from llamaserve.engine.events import Occupancy
+from llamaserve.engine.params import SCORED_ROWS
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.sequence import Sequence, State, common_prefix
 from llamaserve.errors import OutOfCells
@@ -43,6 +44,11 @@ class Chunk(msgspec.Struct, frozen=True):
     def rows(self) -> int:
         """Number of tokens that it takes in the batch."""
         return self.length + len(self.draft)
+
+    @property
+    def outputs(self) -> int:
+        """Number of its last rows whose logits are wanted."""
+        return self.length if self.sequence.scoring else 1 + len(self.draft) if self.completes else 0
 
 
 class Pace(Protocol):
@@ -224,11 +230,17 @@ class Scheduler:
 
     def _prompt_chunks(self, budget: int) -> list[Chunk]:
         chunks = []
+        scored = SCORED_ROWS
         for sequence in self._running:
             if budget <= 0:
                 break
             if not sequence.decoding:
                 length = min(sequence.pending, budget)
+                if sequence.scoring:
+                    length = min(length, scored)
+                    scored -= length
+                    if not length:
+                        continue
                 if self._one_prompt_a_step and sequence.pending - length == 1 and length > 2:
                     length -= 1  # a last token by itself goes through other kernels than one among several
                 chunks.append(Chunk(sequence, length))

@@ -8,6 +8,8 @@ from enum import Enum, auto
 from typing import Protocol
 
 from llamaserve.engine.detokenizer import Detokenizer
+from llamaserve.engine.events import TokenLogprob, TokenLogprobs
+from llamaserve.engine.logprobs import AnswerLogprobs
 from llamaserve.engine.params import Generation
 from llamaserve.engine.speculation import Drafter
 
@@ -38,6 +40,9 @@ class State(Enum):
 class Sampler(Protocol):
     """What picks a sequence's next token and must be freed in the end."""
 
+    def possible(self, tokens: TokenSequence[int]) -> int:
+        """Return how many of some guessed tokens may come next, one after the other."""
+
     def close(self) -> None: ...
 
 
@@ -52,6 +57,7 @@ class Sequence:
         "arrival",
         "blocked",
         "cached",
+        "complete",
         "deadline",
         "drafter",
         "evaluated",
@@ -59,7 +65,11 @@ class Sequence:
         "index",
         "leader",
         "limit",
+        "logprobs",
+        "next_tokens",
         "prompt_length",
+        "prompt_logprobs",
+        "reported",
         "request",
         "sampler",
         "slot",
@@ -94,10 +104,27 @@ class Sequence:
         self.deadline = deadline  # on the engine's clock, seconds
         self.leader: tuple[Sequence, int] | None = None  # one whose first so many tokens this one waits to copy
         self.sampler: Sampler | None = None
-        self.blocked = False  # no token may come next
+        self.complete = False  # it has the form it must have, and nothing more may come
+        self.blocked: str | None = None  # why no token may come next
         self.drafter: Drafter | None = None  # made when it is first asked for
         self.text = Detokenizer(generation.stop)
         self.unsent: list[str] = []  # text of a request that is not streamed
+        self.reported = 0  # generated tokens of which there was an event
+        self.logprobs: AnswerLogprobs | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None  # of the prompt's first tokens, as far as they are known
+        )
+        self.next_tokens: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def scoring(self) -> bool:
+        """Whether the log-probabilities of some of the prompt's tokens are still wanted."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
+
+    @property
+    def reusable(self) -> int:
+        """Number of tokens that need not be evaluated for the sake of their logits."""
+        return len(self.prompt_logprobs) - 1 if self.prompt_logprobs and self.scoring else len(self.tokens)
 
     @property
     def pending(self) -> int:

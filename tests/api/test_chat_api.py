@@ -177,12 +177,6 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         {"tools": [TOOL]},
         {"tools": [TOOL], "tool_choice": "auto"},
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        {"response_format": "json"},
-        {"logprobs": True},
-        {"logprobs": True, "top_logprobs": 3},
-        {"grammar": "root ::= x"},
         {"modalities": ["audio"]},
     ],
 )

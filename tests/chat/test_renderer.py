@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
+from llamaserve import sandbox
 from llamaserve.chat import renderer, template
 from llamaserve.chat.renderer import answer, render
 from llamaserve.chat.template import RenderAnswer, RenderJob, TemplateRenderer
@@ -244,13 +245,13 @@ REASONS = {
 
 @pytest.mark.parametrize(("done", "reason"), REASONS.values(), ids=REASONS)
 def test_each_failure_has_its_reason(done: RenderJob, reason: str) -> None:
-    result = answer(done)
+    result, spent = answer(done)
     assert result.error is not None
     assert result.error.name == "ChatTemplateError"
     assert result.error.param == "messages"
     assert reason in result.error.message
     assert len(result.error.message) < 600
-    assert not result.spent
+    assert not spent
     msgspec.msgpack.encode(result)
 
 
@@ -371,7 +372,7 @@ def test_a_cancelled_job_leaves_no_stale_answer() -> None:
         async with TemplateRenderer(size=1) as pool:
             await pool.warm()
             for turns in range(6):  # before the job is sent, after, and later
-                source = "{% for i in range(9999) %}{% endfor %}stale"
+                source = "{% for i in range(99999) %}{% endfor %}stale"
                 task = asyncio.create_task(pool.render(job(source)))
                 for _ in range(turns):
                     await asyncio.sleep(0)
@@ -549,9 +550,14 @@ class Process:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "llamaserve.chat.renderer", str(theirs.fileno())]
-            self.popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=template._environment())
+            self.popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=sandbox.environment())
         self.frames = FrameSocket(ours)
         assert self.frames.read() == b""
+
+
+def decoded(reply: bytes) -> tuple[RenderAnswer, bool]:
+    """Return the answer in a frame, and whether the process is spent."""
+    return msgspec.msgpack.decode(reply[1:], type=RenderAnswer), reply[0] == 1
 
 
 def test_the_process_ignores_interrupts_and_leaves_at_end_of_file() -> None:
@@ -560,7 +566,7 @@ def test_the_process_ignores_interrupts_and_leaves_at_end_of_file() -> None:
     process.frames.write(msgspec.msgpack.encode(job("{{ bos_token }}")))
     reply = process.frames.read()
     assert reply is not None
-    assert msgspec.msgpack.decode(reply, type=RenderAnswer) == RenderAnswer(text="<s>")
+    assert decoded(reply) == (RenderAnswer(text="<s>"), False)
     process.frames.close()
     assert process.popen.wait(5) == 0
 
@@ -572,7 +578,7 @@ def test_the_process_leaves_quietly_when_the_parent_is_gone_before_the_answer() 
     assert process.popen.wait(5) == 0
 
 
-def serve_job(monkeypatch: pytest.MonkeyPatch, done: RenderJob) -> RenderAnswer:
+def serve_job(monkeypatch: pytest.MonkeyPatch, done: RenderJob) -> tuple[RenderAnswer, bool]:
     """Run the process's loop here, for one job."""
     ours, theirs = socket.socketpair()
     frames, peer = FrameSocket(ours), FrameSocket(theirs)
@@ -580,24 +586,24 @@ def serve_job(monkeypatch: pytest.MonkeyPatch, done: RenderJob) -> RenderAnswer:
     monkeypatch.setattr(signal, "alarm", lambda seconds: 0)
     ours.shutdown(socket.SHUT_WR)
     try:
-        renderer.serve(peer)
+        sandbox.answer_jobs(peer, renderer.answer_bytes)
         assert frames.read() == b""
         reply = frames.read()
     finally:
         frames.close()
         peer.close()
     assert reply is not None
-    return msgspec.msgpack.decode(reply, type=RenderAnswer)
+    return decoded(reply)
 
 
 def test_the_loop_ends_when_the_memory_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(done: RenderJob) -> str:
         raise MemoryError
 
-    assert serve_job(monkeypatch, job(TYPED)).text == RENDERED["typed"][1]
+    assert serve_job(monkeypatch, job(TYPED)) == (RenderAnswer(text=RENDERED["typed"][1]), False)
     monkeypatch.setattr(renderer, "render", exhausted)
-    result = serve_job(monkeypatch, job())
-    assert result.spent
+    result, spent = serve_job(monkeypatch, job())
+    assert spent
     assert result.error is not None
     assert "needed more than 512 MB of memory" in result.error.message
 
@@ -605,13 +611,14 @@ def test_the_loop_ends_when_the_memory_is_used_up(monkeypatch: pytest.MonkeyPatc
 def test_an_orphan_ends_by_itself() -> None:
     """One second instead of ``ORPHAN_LIMIT``: what counts is that a job sets the alarm, and that the alarm ends it."""
     code = (
-        "import sys; from llamaserve.chat import renderer; renderer.ORPHAN_LIMIT = 1; "
+        "import sys; from llamaserve import sandbox; sandbox.ORPHAN_LIMIT = 1; "
+        "from llamaserve.chat import renderer; "
         "sys.exit(renderer.main(int(sys.argv[1])))"
     )
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = [sys.executable, "-c", code, str(theirs.fileno())]
-        popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=template._environment())
+        popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=sandbox.environment())
         frames = FrameSocket(ours)
         frames.write(msgspec.msgpack.encode(job(ENDLESS["power"])))
         assert popen.wait(20) == -signal.SIGALRM

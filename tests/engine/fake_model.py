@@ -37,7 +37,7 @@ class ByteVocab:
         """See ``Vocab``."""
         return list(text.encode())
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         """See ``Vocab``."""
         return b"" if token == END else bytes([token])
 

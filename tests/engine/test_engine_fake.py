@@ -45,7 +45,7 @@ def test_a_streamed_answer_comes_token_by_token() -> None:
     model = FakeModel({(7, 0): b"Hi!"})
     model.submit(7, "abc", stream=True)
     model.run()
-    assert model.events == [*(Delta(7, 0, text) for text in "Hi!"), Finished(7, 0, "", "stop", 3, 3, 0)]
+    assert model.events == [*(Delta(7, 0, text, 1) for text in "Hi!"), Finished(7, 0, "", "stop", 3, 3, 0)]
 
 
 @given(_answers, _stops, st.integers(1, 20))

@@ -16,7 +16,7 @@ from loud_model import write_loud_model
 from llamaserve.engine import llama
 from llamaserve.engine.engine import LoadedEngine
 from llamaserve.engine.llama import Batch, Context, Model, NativeSampler, Vocab
-from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams, Sampling
+from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, Generation, LoadParams, Sampling
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 _ABSURD_TOKENS = [-1, -(2**31), 49152, 2**31 - 1, 2**31, 2**32, 2**63, 2**70]
@@ -64,7 +64,7 @@ def test_sizes_and_threads(load_params: LoadParams) -> None:
     params = _changed(load_params, context=300, parallel=3, kv_cells=700, kv_unified=True, batch=96, threads=5)
     native = llama.context_params(params)
     assert (native.n_ctx, native.n_batch, native.n_ubatch) == (700, 96, 96)
-    assert (native.n_seq_max, native.n_outputs_max) == (3, 3 + DRAFTED_ROWS)
+    assert (native.n_seq_max, native.n_outputs_max) == (3, 3 + DRAFTED_ROWS + SCORED_ROWS)
     assert llama.context_params(_changed(params, speculation=False)).n_outputs_max == 3
     assert (native.n_threads, native.n_threads_batch) == (5, 5)
     assert native.kv_unified

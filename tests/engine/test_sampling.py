@@ -586,7 +586,7 @@ def test_choice_i_draws_as_seed_plus_i() -> None:
     logits = _VECTORS["flat"]
     factory = _factory(len(logits))
     for choice in range(4):
-        one = factory.build(Sampling(seed=11), [], choice)
+        one = factory.build(Sampling(seed=11), [], choice=choice)
         other = factory.build(Sampling(seed=11 + choice), [])
         assert [one.sample(logits) for _ in range(20)] == [other.sample(logits) for _ in range(20)]
 

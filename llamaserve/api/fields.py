@@ -1,0 +1,73 @@
+"""What the fields of all requests have in common: null means "not given", and a field may have several names.
+
+Errors, and the list of what has no effect, call a field what the request calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+
+class RequestFields(BaseModel):
+    """Base of requests. Fields that it does not know are kept."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    _given: Mapping[str, Any] = PrivateAttr({})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _under_the_names_given(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return validate(values)
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            request = validate(given)
+        except ValidationError as error:
+            problems = [_renamed(cls, problem, given) for problem in error.errors()]
+            raise ValidationError.from_exception_data(error.title, problems) from None
+        request._given = given
+        return request
+
+    def called(self, name: str) -> str:
+        """Return what the request calls a field."""
+        return _called(type(self), name, self._given)
+
+
+def names_of(model: type[BaseModel], name: str) -> Sequence[str]:
+    """Return all names of a field, its own first."""
+    field = model.model_fields.get(name)
+    alias = field.validation_alias if field is not None else None
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
+
+
+def check_text(text: str) -> None:
+    """Refuse text that is no Unicode: half of a surrogate pair can't be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+
+
+def _called(model: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:
+    return next((each for each in names_of(model, name) if each in given), name)
+
+
+def _renamed(model: type[BaseModel], problem: ErrorDetails, given: Mapping[str, Any]) -> InitErrorDetails:
+    location = problem["loc"]
+    if location:
+        location = (_called(model, str(location[0]), given), *location[1:])
+    message = PydanticCustomError(problem["type"], "{message}", {"message": problem["msg"]})
+    return InitErrorDetails(type=message, loc=location, input=problem["input"])

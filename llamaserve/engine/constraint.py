@@ -1,0 +1,160 @@
+"""Keeps the answers of a model to a form: JSON that fits a schema, a grammar, a pattern, a choice.
+
+Compiled constraints are kept for the requests to come. Compiling, and making llguidance's own copy of the vocabulary
+the first time, happens in ``compile``, on any thread; ``start`` is quick. Knows nothing of requests or of sampling.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
+
+from llamaserve.engine.candidates import Candidates
+from llamaserve.engine.grammar import grammar_text, limits
+from llamaserve.engine.llama import TOKENIZE_ADDRESS, Vocab
+from llamaserve.engine.params import Constraint
+from llamaserve.errors import InvalidRequest
+
+_KEPT = 64  # compiled constraints
+_SHOWN = 300  # characters of llguidance's words
+_FEW = 8  # one in so many tokens: if fewer are allowed, those are picked out, else the others are made impossible
+_CONTROL = b"\xff"  # marks words that are no text for llguidance
+_MINUS_INFINITY = np.array(-np.inf, np.float32).view(np.int32)
+
+
+class CanNotGoOn(Exception):
+    """The answer can't be kept to its form any longer; the message says why."""
+
+
+class Form:
+    """The form of one answer, and how far the answer has come in it."""
+
+    def __init__(self, matcher: LLMatcher, size: int) -> None:
+        self._matcher = matcher
+        self._size = size
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may come."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer fits as it is."""
+        return bool(self._matcher.is_accepting())
+
+    def __call__(self, candidates: Candidates) -> None:
+        """Drop what may not come next."""
+        bits = self._mask()
+        if candidates.ids is not None:
+            candidates.keep_where(bits[candidates.ids].view(np.bool_))
+        elif np.count_nonzero(bits) * _FEW < self._size:
+            candidates.keep(np.flatnonzero(bits))
+        else:  # arithmetic on bits: a choice for each token takes ten times as long
+            dropped = bits.astype(np.int32)
+            dropped -= 1
+            dropped &= _MINUS_INFINITY
+            candidates.logits += dropped.view(np.float32)
+            candidates.sorted = False
+
+    def keep_best(self, candidates: Candidates) -> None:
+        """Keep the most probable token that may come next. Mostly that is the most probable of all, and one token is
+        sooner looked at than all.
+        """
+        best = candidates.best()
+        if not self._matcher.validate_tokens([candidates.token(best)]):
+            self(candidates)
+            best = candidates.best()
+        candidates.keep(np.array([best]))
+
+    def possible(self, tokens: Sequence[int]) -> int:
+        """Return how many of some tokens may come next, one after the other."""
+        return int(self._matcher.validate_tokens(list(tokens)))
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that may come next."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+    def _mask(self) -> npt.NDArray[np.uint8]:
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(mask, count=self._size, bitorder="little")
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise CanNotGoOn(f"the answer can't be kept to its form: {_words(self._matcher.get_error())}")
+
+
+class Grammars:
+    """The compiled constraints of one vocabulary."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+
+    def compile(self, constraint: Constraint) -> None:
+        """Have a constraint ready. Raises ``InvalidRequest`` for one that is wrong or that no answer could meet."""
+        self._matcher(constraint)
+
+    def start(self, constraint: Constraint) -> Form:
+        """Return the form of a new answer."""
+        return Form(self._matcher(constraint).deep_copy(), self._vocab.size)
+
+    def _matcher(self, constraint: Constraint) -> LLMatcher:
+        key = constraint.kind, constraint.text
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+            tokenizer = self._tokenizer = self._tokenizer or self._make_tokenizer()
+        matcher = _compiled(constraint, tokenizer)
+        with self._lock:
+            self._compiled[key] = matcher
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        """Give llguidance the vocabulary: 0.3 s for 49,152 tokens."""
+        vocab = self._vocab
+        words = [
+            (_CONTROL if vocab.is_control(token) else b"") + vocab.piece(token, special=True)
+            for token in range(vocab.size)
+        ]
+        tokenizer: LLTokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
+            tokens=words,
+            vocab_ptr=vocab.handle,
+            tokenize_fptr=TOKENIZE_ADDRESS,
+            eos_token=sorted(vocab.ends),
+            slices=None,
+        )
+        return tokenizer
+
+
+def _compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tokenizer, grammar_text(constraint), log_level=0, limits=limits())
+    except ValueError as error:
+        raise InvalidRequest(f"{constraint.param}: {_words(str(error))}", param=constraint.param) from error
+    if not matcher.is_error() and not any(matcher.compute_bitmask()) and not matcher.is_error():
+        raise InvalidRequest(f"{constraint.param}: no answer could meet it", param=constraint.param)
+    if matcher.is_error():
+        raise InvalidRequest(f"{constraint.param}: {_words(matcher.get_error())}", param=constraint.param)
+    return matcher
+
+
+def _words(message: str) -> str:
+    """Return llguidance's own words on one line."""
+    line = " ".join(message.replace("<non-verbose/>", "").split())
+    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"

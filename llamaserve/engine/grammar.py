@@ -1,0 +1,63 @@
+"""From what an answer must be to llguidance's grammar for it, and how much that may take to compile.
+
+Knows nothing of vocabularies, and needs no llama.cpp: the check of a request runs it in a process without a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+from llguidance import LLMatcher, LLParserLimits
+
+from llamaserve.engine.gbnf import to_lark
+from llamaserve.engine.params import Constraint
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# Between JSON's tokens a space, or a line break and an indentation: enough for every style, and no small model can get
+# lost in it. Nothing in a schema changes what an answer that does not fit it would be.
+_WHITESPACE = r" |\n[ \t]{0,32}"
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+
+
+def grammar_text(constraint: Constraint) -> str:
+    """Return llguidance's form of a constraint. Raises ``ValueError`` where it can't be read; what it means is only
+    checked when it is compiled.
+    """
+    match constraint.kind:
+        case "json_schema":
+            return _schema(constraint.text)
+        case "regex":
+            return LLMatcher.grammar_from_regex(constraint.text)
+        case "choice":
+            choices: list[str] = msgspec.json.decode(constraint.text)
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark_string, choices)))
+        case "grammar":
+            return LLMatcher.grammar_from_lark(to_lark(constraint.text))
+
+
+def _schema(text: str) -> str:
+    """Return the grammar of a schema; true allows any JSON, and false none."""
+    if text == "false":
+        raise ValueError("no answer could meet it: it is false")
+    return LLMatcher.grammar_from_json_schema("{}" if text == "true" else text, overrides=_JSON_OPTIONS)
+
+
+def lark_string(text: str) -> str:
+    """Return a text as Lark writes it."""
+    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
+
+
+def limits() -> LLParserLimits:
+    """Return what compiling and each token may take at most: with these a mask takes half a second at the very worst,
+    for an object of thousands of optional properties, and is an error beyond.
+    """
+    return LLParserLimits(
+        max_items_in_row=20_000,
+        step_max_items=50_000,
+        step_lexer_fuel=50_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )

@@ -1,0 +1,263 @@
+"""Work on what strangers send, in child processes that are killed when a job takes too much time or memory.
+
+Some of it is a program (a chat template), some takes a library for ever (a grammar), and no thread can interrupt
+either. So each job goes to a process of a ``Sandbox``, which serves asyncio; ``serve`` is the other side, in the child.
+
+A job and its answer are bytes: this module does not know what they mean, and how to tell a client that a job failed is
+its users' business. It knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from llamaserve.errors import Unavailable
+from llamaserve.frames import FrameSocket, FrameStream
+
+START_LIMIT = 30.0  # seconds until a process must be ready; it takes a fraction of one
+ORPHAN_LIMIT = 10  # seconds after which a job ends its process, for when the parent is no longer there to do it
+OUT_OF_MEMORY = 3  # exit status of a process that had no memory left even for an answer
+
+# All that a process sees of the environment: no tokens and no keys.
+_INHERITED = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "TMPDIR", "TZ")
+
+# The first byte of an answer: whether its process takes more jobs.
+_READY, _SPENT = b"\0", b"\1"
+
+
+class TookTooLong(Exception):
+    """The job was not done within the time limit."""
+
+
+class Ended(Exception):
+    """The process ended by itself in the middle of the job; the message is how."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"signal {-status}" if status < 0 else f"exit status {status}")
+        self.status = status
+
+
+class OutOfMemory(Ended):
+    """The process ended because it needed too much memory."""
+
+
+class Sandbox:
+    """A pool of at most ``size`` processes, started when a job needs one and reused. For one event loop.
+
+    Each runs ``python -m module FD``, which has to call ``serve`` with that FD. ``name`` is what a client reads of the
+    pool when it is not available.
+    """
+
+    def __init__(self, module: str, name: str, *, size: int, time_limit: float) -> None:
+        self._module = module
+        self._name = name
+        self._time_limit = time_limit
+        self._size = size
+        self._slots = asyncio.Semaphore(size)
+        self._children: set[_Child] = set()
+        self._idle: list[_Child] = []
+        self._endings: set[asyncio.Task[int]] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """The ids of the running processes."""
+        return frozenset(child.process.pid for child in self._children)
+
+    async def warm(self) -> None:
+        """Have a process ready, so that the first job does not wait for one to start."""
+        async with self._slots:
+            self._idle.append(await self._take())
+
+    async def ask(self, payload: bytes) -> bytes:
+        """Return the answer to one job.
+
+        Raises ``TookTooLong``, ``OutOfMemory`` or ``Ended`` when there is none, and ``Unavailable`` when the pool is
+        closed or no process can be started.
+        """
+        self._check_open()
+        async with self._slots:
+            return await self._ask(await self._take(), payload)
+
+    async def aclose(self) -> None:
+        """End all processes and wait until they are gone. Jobs that run or wait fail with ``Unavailable``."""
+        self._closed = True
+        for child in tuple(self._children):
+            self._end(child)
+        for _ in range(self._size):  # jobs inside, which may be starting a process, leave first
+            await self._slots.acquire()
+        for _ in range(self._size):
+            self._slots.release()
+        await asyncio.gather(*self._endings)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable(f"{self._name} is shut down")
+
+    async def _take(self) -> _Child:
+        """Return a process for the holder of a slot: an idle one, or a new one."""
+        self._check_open()
+        while self._idle:
+            child = self._idle.pop()
+            if child.process.returncode is None:
+                return child
+            self._end(child)
+        try:
+            return await self._start()
+        except OSError as error:  # also: the process ended at once (ConnectionError), or was too slow (TimeoutError)
+            self._check_open()
+            raise Unavailable(f"{self._name} could not be started: {str(error) or 'no answer'}") from error
+
+    async def _start(self) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            stream = await FrameStream.open(ours)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", self._module, str(theirs.fileno())),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    env=environment(),
+                )
+            except BaseException:
+                stream.close()
+                raise
+        child = _Child(process, stream)
+        self._children.add(child)
+        try:
+            self._check_open()
+            async with asyncio.timeout(START_LIMIT):
+                await child.receive()  # an empty frame: ready
+        except BaseException:
+            self._end(child)
+            raise
+        return child
+
+    async def _ask(self, child: _Child, payload: bytes) -> bytes:
+        """Have one job done. Unless an answer comes in time the process ends, so no late answer meets the next job."""
+        reusable = False
+        try:
+            async with asyncio.timeout(self._time_limit):
+                frame = await self._exchange(child, payload)
+            reusable = frame.startswith(_READY)
+            return frame[1:]
+        except TimeoutError:
+            raise TookTooLong from None
+        finally:
+            if reusable:
+                self._idle.append(child)
+            else:
+                self._end(child)
+
+    async def _exchange(self, child: _Child, payload: bytes) -> bytes:
+        try:
+            child.stream.write(payload)
+            await child.stream.drain()
+            return await child.receive()
+        except ConnectionError:
+            self._check_open()
+            raise _ended(await child.process.wait()) from None
+
+    def _end(self, child: _Child) -> None:
+        """Kill a process at once; a task of its own waits until it is gone, so that a cancelled job need not."""
+        if child not in self._children:
+            return
+        self._children.remove(child)
+        child.kill()
+        ending = asyncio.create_task(child.process.wait())
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
+
+class _Child:
+    """One process and the stream to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, stream: FrameStream) -> None:
+        self.process = process
+        self.stream = stream
+
+    async def receive(self) -> bytes:
+        payload = await self.stream.read()
+        if payload is None:
+            raise ConnectionError("the process ended")
+        return payload
+
+    def kill(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        self.stream.close()
+
+
+def environment() -> dict[str, str]:
+    """Return the child's environment. It imports from where this process does, and never from the working directory."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return inherited | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+
+
+def _ended(status: int) -> Ended:
+    # An unasked SIGKILL is the kernel's out-of-memory killer.
+    return OutOfMemory(status) if status in (OUT_OF_MEMORY, -signal.SIGKILL) else Ended(status)
+
+
+# What follows runs in the child.
+
+
+def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limit: int) -> int:
+    """Answer the jobs that come through the inherited socket ``fd``, and return the exit status of the process.
+
+    ``answer`` returns an answer, and whether the process is spent: then it ends, since its memory is used up. The time
+    limit is the parent's business. ``memory_limit`` is the MB of address space of the whole process, Python included.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
+    _limit_memory(memory_limit)
+    try:
+        answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer)
+    except ConnectionError:
+        return 0  # the parent went away in the middle of a frame
+    except MemoryError:
+        return OUT_OF_MEMORY
+    return 0
+
+
+def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool]]) -> None:
+    """Answer jobs until the parent closes the socket or the process is spent."""
+    gc.freeze()  # the modules' objects stay for good; without them a collection takes well under a millisecond
+    frames.write(b"")
+    while (payload := frames.read()) is not None:
+        signal.alarm(ORPHAN_LIMIT)  # the signal's default action ends the process even inside one long C call
+        result, spent = answer(payload)
+        frames.write((_SPENT if spent else _READY) + result)
+        signal.alarm(0)
+        if spent:
+            return
+        del payload, result
+        gc.collect()  # what a job left in cycles, such as a traceback's, can hold much memory
+
+
+def _limit_memory(limit: int) -> None:
+    # macOS accepts this limit but does not keep to it: there only the time limit applies, and what `answer` refuses.
+    if sys.platform == "darwin":
+        return
+    wanted = limit * 1024 * 1024
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+    limit = wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
