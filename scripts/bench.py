@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmark import (
+    constrained,
     contention,
     footprint,
     long_prompt,
@@ -67,7 +68,7 @@ WORKLOADS = (
     Workload("conversation", "a growing conversation", prefixes.run_conversation, prefixes.conversation_rows),
     Workload("long", "a long prompt beside a stream", long_prompt.run, long_prompt.rows),
     Workload("code", "a code edit, speculation on and off", speculation.run_code, speculation.code_rows),
-    Workload("json", "output that follows a JSON schema", speculation.run_json, speculation.json_rows),
+    Workload("json", "4 streams whose output must have a form", constrained.run, constrained.rows),
     Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),

@@ -13,7 +13,11 @@ from fastapi.routing import APIRoute
 from running_server import RunningServer
 
 from llamaserve import cli
+from llamaserve.api.fields import names_of
+from llamaserve.api.options import GenerationOptions
+from llamaserve.api.presets import Presets
 from llamaserve.app import create_app
+from llamaserve.engine.params import STAGES
 from llamaserve.errors import LlamaserveError, _tree
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.spec import Defaults
@@ -59,6 +63,38 @@ def test_every_route_is_documented() -> None:
     }
     assert routes == documented
     assert not any(isinstance(route, APIRoute) and not route.include_in_schema for route in app.routes)
+
+
+def _option_rows() -> dict[str, list[str]]:
+    """Return the cells of every row of the tables of options, by the option's name."""
+    text = (ROOT / "docs" / "options.md").read_text()
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    names = [row[0].strip(" `") for row in rows]
+    assert len(set(names)) == len(names)
+    return {name: [cell.strip() for cell in row] for name, row in zip(names, rows, strict=True)}
+
+
+def test_every_option_is_in_the_table_with_its_names_and_default() -> None:
+    rows = _option_rows()
+    assert set(rows) == set(GenerationOptions.model_fields)
+    for name, (_, others, default, effect, source) in rows.items():
+        assert re.findall(r"`(.*?)`", others) == list(names_of(GenerationOptions, name))[1:], name
+        value = GenerationOptions.model_fields[name].default
+        written = default.strip("`")
+        assert written == value or json.loads(written) == value, name
+        assert len(effect) > 10
+        assert source in {"OpenAI", "text-generation-webui", "llama-server", "vLLM", "llamaserve"}
+
+
+def test_the_order_of_the_stages_is_documented() -> None:
+    text = (ROOT / "docs" / "options.md").read_text()
+    order = text.partition("2. The stages")[2].partition("3. Mirostat")[0]
+    assert tuple(name for name in re.findall(r"`(\w+)`", order) if name in STAGES) == (*STAGES,)
+
+
+def test_every_preset_is_documented() -> None:
+    text = (ROOT / "docs" / "options.md").read_text().partition("## Presets")[2]
+    assert {name for name in Presets().names() if f"`{name}`" not in text} == set()
 
 
 def test_every_error_code_is_documented() -> None:

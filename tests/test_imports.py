@@ -72,7 +72,7 @@ def test_the_engine_knows_nothing_of_the_web() -> None:
 def test_the_api_process_loads_neither_llama_cpp_nor_numpy_nor_jinja() -> None:
     check = (
         "import sys, llamaserve.cli, llamaserve.serving; "
-        "print([m for m in ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub') if m in sys.modules])"
+        "print([m for m in ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub', 'llguidance') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

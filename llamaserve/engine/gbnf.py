@@ -10,30 +10,33 @@ vocabularies or of how llguidance is called.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 _MAX_LENGTH = 1 << 18  # characters of a grammar
 _MAX_COUNT = 1_000_000  # of a repetition
 _MAX_DEPTH = 500  # rules and groups in one another; at 2,500 llguidance ends the process, its stack being full
-_MAX_REGEX = 100_000  # characters of a grammar that becomes a single lexeme; at a million llguidance refuses it
+_MAX_REGEX = 200_000  # characters of a grammar that becomes a single lexeme; at a million llguidance refuses it
 _MAX_WORK = 500_000  # steps to choose lexemes for a recursive grammar, about a microsecond each
 _MAX_LEXEME = 50_000  # of these steps to see whether something can be a lexeme
 _MAX_ITEMS = 16  # items of a sequence in a lexeme
 _MAX_ROUNDS = 20  # attempts at choosing them
-_WIDE = 256  # characters of a range that most tokens consist of
+_WIDE = 26  # characters of a range that many tokens consist of
 
 Chars = tuple[tuple[int, int], ...]  # ranges of code points, in order and apart from each other
 
 _TEXT: Chars = ((1, 0xD7FF), (0xE000, 0x10FFFF))  # what text consists of; llama.cpp lets no model write NUL either
+_OPTIONS = '%llguidance {"no_forcing": true}'  # else it leaves a model no choice how text that must come is tokenised
 _SPACE = re.compile(r"(?:[ \t]+|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]+|#[^\r\n]*)*")
 _LINE_END = re.compile(r"\r\n?|\n")
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 _COUNT = re.compile(r"[0-9]+")
+_PLAIN_TEXT = re.compile(r'[^"\\\ud800-\udfff]+')
 _CHARACTER = re.compile(
     r"""\\(?: x([0-9a-fA-F]{2}) | u([0-9a-fA-F]{4}) | U([0-9a-fA-F]{8}) | ([nrt\\"\[\]-]) ) | ([^\\])""",
     re.VERBOSE | re.DOTALL,
@@ -46,8 +49,7 @@ class GrammarError(ValueError):
     """The grammar can't be used. Says why, and in which line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """What a sequence is made of: a character, a text, or a rule by its number; and how often it comes."""
 
     symbol: Chars | str | int
@@ -88,7 +90,7 @@ def to_lark(grammar: str) -> str:
         lines = [f"start: T{parsed.root}", *_terminals(parsed.rules, [parsed.root])]
     else:
         lines = _Writer(parsed, sizes).write()
-    return "\n".join([*lines, ""])
+    return "\n".join([_OPTIONS, *lines, ""])
 
 
 def _error(text: str, at: int, message: str) -> GrammarError:
@@ -131,7 +133,7 @@ class _Parser:
         raise _error(self._text, self._at if at is None else at, message)
 
     def _unexpected(self, wanted: str) -> NoReturn:
-        self._fail(f"{wanted} is missing before {repr(self._peek()) if self._peek() else 'the end'}")
+        self._fail(f"{wanted} is expected, and not {repr(self._peek()) if self._peek() else 'the end'}")
 
     def _peek(self, ahead: int = 0) -> str:
         """Return the next character, or nothing at the end."""
@@ -263,14 +265,19 @@ class _Parser:
     def _string(self) -> str:
         start = self._at
         self._at += 1
-        codes = []
+        text = ""
         while self._peek() != '"':
+            if found := _PLAIN_TEXT.match(self._text, self._at):
+                text += found[0]
+                self._at = found.end()
+                continue
             at = self._at
-            codes.append(self._code("string", start))
-            if not _ordered([(codes[-1], codes[-1])], inverted=False):
-                self._fail(f"U+{codes[-1]:04X} is no character of text", at)
+            code = self._code("string", start)
+            if not any(low <= code <= high for low, high in _TEXT):
+                self._fail(f"U+{code:04X} is no character of text", at)
+            text += chr(code)
         self._at += 1
-        return "".join(map(chr, codes))
+        return text
 
     def _class(self) -> Chars:
         start = self._at
@@ -441,9 +448,7 @@ class _TooComplex(Exception):
 
 
 Part = tuple[Items | int, str]  # a lexeme or a rule, and how often it comes
-Steps = tuple[
-    list[tuple[Chars, Items]], bool
-]  # which characters may come, with what is left after each; or whether none
+Left = tuple[int, Items]  # which lexeme is being read, and what is left of it
 
 
 class _Writer:
@@ -462,25 +467,20 @@ class _Writer:
         self._too_short: set[Items] = set()
         self._too_long: set[Items] = set()
         self._plain = False  # whether all lexemes are single characters
-        self._steps: dict[Items, Steps] = {}
+        self._steps: dict[Items, tuple[list[tuple[Chars, Items]], bool]] = {}  # see _next
         self._work = _MAX_WORK
         self._least_work = 0
 
     def write(self) -> list[str]:
         """Return the lines of the grammar."""
-        for _ in range(_MAX_ROUNDS):
-            plan, lexemes = self._choose()
-            try:
+        with contextlib.suppress(_TooComplex):
+            for _ in range(_MAX_ROUNDS):
+                plan, lexemes = self._choose()
                 conflicts = self._conflicts(lexemes)
-            except _TooComplex:
-                break
-            if not conflicts:
-                return self._lines(plan, lexemes)
-            for short, long, wide in conflicts:
-                if wide and short not in self._too_short:
-                    self._too_short.add(short)
-                else:
-                    self._too_long.add(long)
+                if not conflicts:
+                    return self._lines(plan, lexemes)
+                self._too_long |= {long for short, long, wide in conflicts if not wide or short in self._too_short}
+                self._too_short |= {short for short, _, wide in conflicts if wide}
         self._plain = True
         return self._lines(*self._choose())
 
@@ -525,19 +525,20 @@ class _Writer:
 
     def _end(self, items: Items, at: int) -> int:
         """Return the end of the lexeme that begins at ``at``, or that again if none does."""
-        stop = at
-        while stop < min(len(items), at + _MAX_ITEMS) and self._is_regular(items[stop].symbol):
+        stop, limit = at, min(at + _MAX_ITEMS, len(items))
+        while stop < limit and self._is_regular(items[stop].symbol):
             stop += 1
-        end = min(at + 1, stop)
-        if not (self._begins_wide(items[at:end]) or self._is_lexeme(items[at:end])):
+        end = at + 1
+        if self._plain or end > stop or not (self._begins_wide(items[at:end]) or self._is_lexeme(items[at:end])):
             return at
         while end < stop and (self._begins_wide(items[end : end + 1]) or not self._is_lexeme(items[at:end])):
             end += 1
         if items[at:end] in self._too_short:
-            end = stop
-        while end > at and (items[at:end] in self._too_long or not self._is_lexeme(items[at:end])):
-            end -= 1
-        return end
+            end = next((longer for longer in range(stop, end, -1) if self._is_lexeme(items[at:longer])), end)
+        for found in (end, at + 1):
+            if items[at:found] not in self._too_long and self._is_lexeme(items[at:found]):
+                return found
+        return at
 
     def _take_apart(self, item: Item) -> Iterator[Part]:
         symbol = item.symbol
@@ -553,13 +554,13 @@ class _Writer:
         return not isinstance(symbol, int) or symbol in self._regular
 
     def _begins_wide(self, items: Items) -> bool:
-        """Tell whether so many characters can come first that most tokens begin with one."""
-        return any(high - low > _WIDE for chars, _ in self._next(items)[0] for low, high in chars)
+        """Tell whether so many characters can come first that many tokens begin with one."""
+        self._spend(1)
+        return any(high - low + 1 >= _WIDE for chars, _ in self._next(items)[0] for low, high in chars)
 
     def _is_lexeme(self, items: Items) -> bool:
-        """Tell whether no text of these items is empty, or the beginning of a longer one."""
-        if self._plain:
-            return False
+        """Tell whether no text of these items is empty or the beginning of a longer one."""
+        self._spend(len(items))
         if items not in self._can_be:
             self._least_work = max(0, self._work - _MAX_LEXEME)
             try:
@@ -570,28 +571,28 @@ class _Writer:
         return self._can_be[items]
 
     def _conflicts(self, lexemes: Sequence[Items]) -> set[tuple[Items, Items, bool]]:
-        """Read all texts of the lexemes at once. Return those of which a text is the beginning of a longer text of another,
-        and that, and whether it goes on with one of very many characters.
+        """Read all texts of the lexemes at once. Return pairs of them where a text of the first is the beginning of a
+        longer text of the second, and whether many tokens could follow it there.
         """
         found: set[tuple[Items, Items, bool]] = set()
-        todo = [frozenset(enumerate(lexemes))]  # of which lexemes what is left
+        todo = [frozenset(enumerate(lexemes))]
         known = set(todo)
         while todo:
             for left in self._read(todo.pop()):
                 ended = [lexemes[number] for number, items in left if self._next(items)[1]]
-                going_on = [(number, items) for number, items in left if self._next(items)[0]]
-                for number, items in going_on if ended else ():
+                going_on = [(lexemes[number], items) for number, items in left if self._next(items)[0]]
+                for long, items in going_on if ended else ():
                     wide = self._begins_wide(items)
-                    found.update((lexeme, lexemes[number], wide) for lexeme in ended)
+                    found.update((short, long, wide) for short in ended)
                 if left not in known:
                     known.add(left)
                     todo.append(left)
         return found
 
-    def _read(self, left: Iterable[tuple[int, Items]]) -> set[frozenset[tuple[int, Items]]]:
-        """Return what may be left when one more character has been read, for all that make a difference."""
+    def _read(self, expected: Iterable[Left]) -> set[frozenset[Left]]:
+        """Return what may be left after one more character, for all characters that make a difference."""
+        steps = [(chars, (number, after)) for number, items in expected for chars, after in self._next(items)[0]]
         bounds = []
-        steps = [(chars, (number, items)) for number, rest in left for chars, items in self._next(rest)[0]]
         for index, (chars, _) in enumerate(steps):
             for low, high in chars:
                 bounds += [(low, True, index), (high + 1, False, index)]
@@ -605,29 +606,24 @@ class _Writer:
                 results.add(frozenset(steps[index][1] for index in reading))
         return results
 
-    def _next(self, items: Items) -> Steps:
-        """Return which characters the texts of these items may begin with and what is left then, and whether one of
-        them is empty.
+    def _next(self, items: Items) -> tuple[list[tuple[Chars, Items]], bool]:
+        """Return the characters that the texts of these items can begin with, each with the items that are left then;
+        and whether one of the texts is empty.
         """
         if items in self._steps:
             return self._steps[items]
         steps = []
-        empty = False
         todo = [items]
         known = {items}
         while todo:
             left = todo.pop()
             self._spend(1 + len(left))
             if not left:
-                empty = True
                 continue
-            item, rest = left[0], left[1:]
-            symbol = item.symbol
-            after = rest
-            if item.high != 1:
-                high = None if item.high is None else item.high - 1
-                after = (Item(symbol, max(item.low - 1, 0), high), *rest)
-            branches = [] if item.low else [rest]
+            (symbol, low, high), rest = left[0], left[1:]
+            once = high == 1
+            after = rest if once else (Item(symbol, max(low - 1, 0), None if high is None else high - 1), *rest)
+            branches = [] if low else [rest]
             if isinstance(symbol, int):
                 branches += [(*branch, *after) for branch in self._rules[symbol].alternatives]
             elif isinstance(symbol, tuple):
@@ -638,8 +634,8 @@ class _Writer:
             new = set(branches) - known
             todo.extend(new)
             known |= new
-        self._steps[items] = steps, empty
-        return steps, empty
+        self._steps[items] = found = steps, () in known
+        return found
 
     def _spend(self, work: int) -> None:
         self._work -= work

@@ -1,7 +1,6 @@
 """Workloads about drafting tokens ahead: a code edit with speculation on and off, on files with dear and cheap rows.
 
-How much drafts can gain depends on what a step with several tokens costs, so that is measured beside it. JSON output is
-here as well: what a schema dictates need not be asked of the model, either.
+How much drafts can gain depends on what a step with several tokens costs, so that is measured beside it.
 """
 
 from __future__ import annotations
@@ -24,17 +23,6 @@ ROWS = (1, 2, 4, 8, 16)  # tokens of one step whose cost is measured
 _REPEATS = 9
 _DEPTH = 300  # tokens before the measured step
 _COPY = 0.6  # likeness of an answer that is mostly the given text
-_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "title": {"type": "string", "maxLength": 60},
-        "year": {"type": "integer", "minimum": 1800, "maximum": 2030},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 2, "maxItems": 4},
-        "rating": {"type": "string", "enum": ["poor", "fair", "good", "excellent"]},
-    },
-    "required": ["title", "year", "tags", "rating"],
-    "additionalProperties": False,
-}
 
 
 def run_code(lab: Lab) -> None:
@@ -102,29 +90,6 @@ def _likeness(text: str, wanted: str) -> float:
 
 def _same_until(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def run_json(lab: Lab) -> None:
-    """Output that follows a JSON schema, against free text of the same server."""
-    schema = {"type": "json_schema", "json_schema": {"name": "book", "schema": _SCHEMA, "strict": True}}
-    servers = lab.present(lab.ours, lab.plain)
-    for number, order in lab.rounds(servers):
-        said = f"Describe a book as JSON. It begins like this: {texts.story(f'json/{number}')}"
-        messages = ({"role": "user", "content": said},)
-        for server in order:
-            (answer,) = lab.ask("json", server, [Request(200, messages=messages, extra={"response_format": schema})])
-            lab.results.add("json", server.name, "rate", decode_rate([answer]))
-            (free,) = lab.ask("json", server, [Request(64, messages=messages)])
-            lab.results.add("json", server.name, "free_rate", decode_rate([free]))
-
-
-def json_rows(results: Results) -> list[Row]:
-    """JSON output, if the server offers it."""
-    what = "JSON schema: rate / that of free text"
-    row = results.ratio(("json", OURS, "rate"), ("json", OURS, "free_rate"), what)
-    if row.value is None and "status 400" in row.note:
-        return [Row("json", what, None, note="not offered")]
-    return [row]
 
 
 def code_rows(results: Results) -> list[Row]:
