@@ -7,8 +7,10 @@ the first time, happens in ``compile``, on any thread; ``start`` is quick. Knows
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from llamaserve.engine.llama import TOKENIZE_ADDRESS, Vocab
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 
+_WORTH_HIDING = 0.5e-3  # seconds; a thread that wakes up costs the model's own a tenth of that
 _KEPT = 64  # compiled constraints
 _SHOWN = 300  # characters of llguidance's words
 _FEW = 8  # one in so many tokens: if fewer are allowed, those are picked out, else the others are made impossible
@@ -32,11 +35,16 @@ class CanNotGoOn(Exception):
 
 
 class Form:
-    """The form of one answer, and how far the answer has come in it."""
+    """The form of one answer, and how far the answer has come in it. For one thread; masks that take long are computed
+    by another one meanwhile.
+    """
 
-    def __init__(self, matcher: LLMatcher, size: int) -> None:
+    def __init__(self, matcher: LLMatcher, size: int, aside: Executor) -> None:
         self._matcher = matcher
         self._size = size
+        self._aside = aside
+        self._prepared: Future[bytes] | None = None
+        self._seconds = 0.0  # that the last mask took
 
     @property
     def complete(self) -> bool:
@@ -67,27 +75,45 @@ class Form:
         sooner looked at than all.
         """
         best = candidates.best()
-        if not self._matcher.validate_tokens([candidates.token(best)]):
+        if self._prepared is not None or not self._matcher.validate_tokens([candidates.token(best)]):
             self(candidates)
             best = candidates.best()
         candidates.keep(np.array([best]))
 
     def possible(self, tokens: Sequence[int]) -> int:
         """Return how many of some tokens may come next, one after the other."""
+        self._wait()
         return int(self._matcher.validate_tokens(list(tokens)))
+
+    def prepare(self) -> None:
+        """Begin to compute the next token's mask, if the last one took long, while the model computes."""
+        if self._prepared is None and self._seconds > _WORTH_HIDING and not self.complete:
+            self._prepared = self._aside.submit(self._compute)
 
     def accept(self, token: int) -> None:
         """Go on by a token that may come next."""
+        self._wait()
+        self._prepared = None
         self._matcher.consume_token(token)
         self._check()
 
     def close(self) -> None:
         """There is nothing to free."""
 
+    def _wait(self) -> None:
+        if self._prepared is not None:
+            self._prepared.result()
+
     def _mask(self) -> npt.NDArray[np.uint8]:
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = self._compute() if self._prepared is None else self._prepared.result()
         self._check()
-        return np.unpackbits(mask, count=self._size, bitorder="little")
+        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self._size, bitorder="little")
+
+    def _compute(self) -> bytes:
+        start = time.perf_counter()
+        bits: bytes = self._matcher.compute_bitmask()
+        self._seconds = time.perf_counter() - start
+        return bits
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -102,6 +128,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._aside = ThreadPoolExecutor(1, "masks")  # its thread starts with the first mask that takes long
 
     def compile(self, constraint: Constraint) -> None:
         """Have a constraint ready. Raises ``InvalidRequest`` for one that is wrong or that no answer could meet."""
@@ -109,7 +136,7 @@ class Grammars:
 
     def start(self, constraint: Constraint) -> Form:
         """Return the form of a new answer."""
-        return Form(self._matcher(constraint).deep_copy(), self._vocab.size)
+        return Form(self._matcher(constraint).deep_copy(), self._vocab.size, self._aside)
 
     def _matcher(self, constraint: Constraint) -> LLMatcher:
         key = constraint.kind, constraint.text

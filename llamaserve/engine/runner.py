@@ -79,6 +79,8 @@ class LlamaRunner:
                 scored.append((chunk, row + 1 - chunk.length))
             if chunk.completes:
                 completed.append((chunk, row - len(chunk.draft)))
+                if sequence.sampler is not None:
+                    sequence.sampler.prepare()
         self._context.evaluate(batch, interruptible=self._interruptible and any(chunk.length > 1 for chunk in chunks))
         for chunk, row in scored:
             self._score(chunk, row)

@@ -55,6 +55,9 @@ class Greedy:
         stages.only_best(candidates)
         return candidates
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def possible(self, tokens: Sequence[int]) -> int:
         """Return the number of the tokens: whether they come is up to the model."""
         return len(tokens)
@@ -111,6 +114,11 @@ class Sampler:
         for stage in self._stages:
             stage(candidates)
         return candidates
+
+    def prepare(self) -> None:
+        """Do what can be done for the next token before its logits are there, on another thread."""
+        if self._form is not None:
+            self._form.prepare()
 
     def possible(self, tokens: Sequence[int]) -> int:
         """Return how many of some guessed tokens the answer's form allows next, one after the other."""

@@ -40,6 +40,9 @@ class State(Enum):
 class Sampler(Protocol):
     """What picks a sequence's next token and must be freed in the end."""
 
+    def prepare(self) -> None:
+        """Do what can be done for the next token before its logits are there, on another thread."""
+
     def possible(self, tokens: TokenSequence[int]) -> int:
         """Return how many of some guessed tokens may come next, one after the other."""
 

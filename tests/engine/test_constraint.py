@@ -12,11 +12,13 @@ import jsonschema
 import msgspec
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 from running_engine import Answer, RunningEngine
 from simulated_clock import SimulatedClock
 
+from llamaserve.engine import constraint as constraint_module
 from llamaserve.engine.candidates import Candidates
-from llamaserve.engine.constraint import CanNotGoOn, Grammars
+from llamaserve.engine.constraint import Form, Grammars
 from llamaserve.engine.events import Failed, Finished
 from llamaserve.engine.llama import Model, Vocab
 from llamaserve.engine.params import Constraint, Generation, LoadParams, Logprobs, Sampling
@@ -210,6 +212,31 @@ def test_drafts_are_cut_where_the_form_does_not_allow_them(speculating: RunningE
     assert not speculating.runner.drafts
 
 
+@pytest.mark.parametrize("sampling", [_GREEDY, _RANDOM])
+def test_masks_that_are_computed_meanwhile_are_the_same(
+    running: RunningEngine, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    plain = [answer.text for answer in running.alone(_PROMPT, _generation(_schema(_PERSON), sampling, choices=4))]
+    monkeypatch.setattr(constraint_module, "_WORTH_HIDING", -1.0)
+    threads: set[str] = set()
+    original = Form._compute
+    monkeypatch.setattr(
+        Form, "_compute", lambda self: (threads.add(threading.current_thread().name), original(self))[1]
+    )
+    hidden = [answer.text for answer in running.alone(_PROMPT, _generation(_schema(_PERSON), sampling, choices=4))]
+    assert hidden == plain
+    assert any(name.startswith("masks") for name in threads)
+
+
+def test_masks_computed_meanwhile_and_drafts(speculating: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint_module, "_WORTH_HIDING", -1.0)
+    speculating.clock = SimulatedClock()
+    for drafter in (PromptLookup, lambda tokens: _Wrong(tokens, speculating.model.vocab)):
+        speculating.drafter = drafter
+        for answer in speculating.alone(_PROMPT, _generation(_schema(_PERSON), _RANDOM, choices=3)):
+            jsonschema.validate(json.loads(answer.text), _PERSON)
+
+
 def test_log_probabilities_are_the_models_own(running: RunningEngine) -> None:
     answer = _answer(running, _generation(_schema({"const": 5}), logprobs=Logprobs(3)))
     (only,) = answer.logprobs
@@ -389,16 +416,23 @@ def test_the_best_of_what_may_come_is_found(grammars: Grammars, vocab: Vocab, ba
         assert sampler.sample(logits) == everything.token(everything.best())
 
 
-def test_a_step_that_takes_too_much_ends_the_answer(grammars: Grammars, vocab: Vocab) -> None:
+def test_a_step_that_takes_too_much_fails_the_request(running: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over llguidance's limits for one token is an error, and never an unchecked token."""
-    logits = np.zeros(vocab.size, np.float32)
-    choices = " ".join(['("a"|"b")?'] * 2000)
-
-    def walk() -> None:
-        form = grammars.start(Constraint("grammar", f"root ::= {choices} | root", "grammar"))
-        for token in vocab.tokenize("ab" * 50, add_bos=False, parse_special=False):
-            form(Candidates(logits.copy()))
-            form.accept(token)
-
-    with pytest.raises((InvalidRequest, CanNotGoOn), match=r"(?i)too"):
-        walk()
+    monkeypatch.setattr(constraint_module, "limits", lambda: LLParserLimits(step_max_items=300, verbose_errors=False))
+    wide = _schema(
+        {
+            "type": "object",
+            "properties": {f"property{number}": {} for number in range(150)},
+            "required": ["property149"],
+        }
+    )
+    running.engine.check(_generation(wide))
+    running.engine.submit(1, [[5, 6]], _generation(wide))
+    running.engine.submit(2, [[5, 6]], Generation(sampling=_GREEDY, max_tokens=5))
+    events = []
+    while not running.engine.idle:
+        events += running.engine.step()
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert (failed.request, failed.error.name) == (1, "InvalidRequest")
+    assert "Too many items" in failed.error.message
+    assert [event.completion_tokens for event in events if isinstance(event, Finished)] == [5]
