@@ -419,13 +419,12 @@ def test_the_best_of_what_may_come_is_found(grammars: Grammars, vocab: Vocab, ba
 def test_a_step_that_takes_too_much_fails_the_request(running: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over llguidance's limits for one token is an error, and never an unchecked token."""
     monkeypatch.setattr(constraint_module, "limits", lambda: LLParserLimits(step_max_items=300, verbose_errors=False))
-    wide = _schema(
-        {
-            "type": "object",
-            "properties": {f"property{number}": {} for number in range(150)},
-            "required": ["property149"],
-        }
-    )
+    inner = {
+        "type": "object",
+        "properties": {f"property{number}": {} for number in range(150)},
+        "required": ["property149"],
+    }
+    wide = _schema({"type": "object", "properties": {"a": inner}, "required": ["a"], "additionalProperties": False})
     running.engine.check(_generation(wide))
     running.engine.submit(1, [[5, 6]], _generation(wide))
     running.engine.submit(2, [[5, 6]], Generation(sampling=_GREEDY, max_tokens=5))
