@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamaserve.engine import engine, llama, runner, scheduler
+from llamaserve.engine import constraint, engine, llama, runner, sampling, scheduler
 from llamaserve.worker import host
 
 _PARTS = (
     ("plan", scheduler.Scheduler, ("plan",)),
     ("fill the batch", llama.Batch, ("add", "clear")),
     ("llama_decode", llama.lib, ("llama_decode",)),
-    ("sampler", llama.lib, ("llama_sampler_sample",)),
+    ("form of the answer", constraint.Form, ("__call__", "keep_best", "accept")),
+    ("draw the token", sampling.Greedy, ("sample",)),
+    ("draw the token", sampling.Sampler, ("sample",)),
     ("look at logits and sample", runner.LlamaRunner, ("_sample",)),
     ("run the batch", runner.LlamaRunner, ("evaluate",)),
     ("accept the token, make text", engine.Engine, ("_accept",)),

@@ -26,7 +26,7 @@ from llamaserve.engine.params import Generation, LoadParams, Sampling
 from llamaserve.frames import FrameSocket
 from llamaserve.worker.protocol import Generate, Load, LoadFailed, Ready, decode_events, encode_command
 
-NATIVE = ("llama_decode", "sampler")  # everything else is Python's share
+NATIVE = ("llama_decode",)  # everything else is Python's share
 _TOKENS = 160
 _HOST = Path(__file__).resolve().parent / "profiled_host.py"
 _END_LIMIT = 20.0
