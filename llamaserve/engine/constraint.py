@@ -17,14 +17,13 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 from llamaserve.engine.candidates import Candidates
-from llamaserve.engine.grammar import grammar_text, limits
+from llamaserve.engine.grammar import grammar_text, limits, words
 from llamaserve.engine.llama import TOKENIZE_ADDRESS, Vocab
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 
 _WORTH_HIDING = 0.5e-3  # seconds; a thread that wakes up costs the model's own a tenth of that
 _KEPT = 64  # compiled constraints
-_SHOWN = 300  # characters of llguidance's words
 _FEW = 8  # one in so many tokens: if fewer are allowed, those are picked out, else the others are made impossible
 _CONTROL = b"\xff"  # marks words that are no text for llguidance
 _MINUS_INFINITY = np.array(-np.inf, np.float32).view(np.int32)
@@ -117,7 +116,7 @@ class Form:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise CanNotGoOn(f"the answer can't be kept to its form: {_words(self._matcher.get_error())}")
+            raise CanNotGoOn(f"the answer can't be kept to its form: {words(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -173,15 +172,9 @@ def _compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
     try:
         matcher = LLMatcher(tokenizer, grammar_text(constraint), log_level=0, limits=limits())
     except ValueError as error:
-        raise InvalidRequest(f"{constraint.param}: {_words(str(error))}", param=constraint.param) from error
+        raise InvalidRequest(f"{constraint.param}: {words(str(error))}", param=constraint.param) from error
     if not matcher.is_error() and not any(matcher.compute_bitmask()) and not matcher.is_error():
         raise InvalidRequest(f"{constraint.param}: no answer could meet it", param=constraint.param)
     if matcher.is_error():
-        raise InvalidRequest(f"{constraint.param}: {_words(matcher.get_error())}", param=constraint.param)
+        raise InvalidRequest(f"{constraint.param}: {words(matcher.get_error())}", param=constraint.param)
     return matcher
-
-
-def _words(message: str) -> str:
-    """Return llguidance's own words on one line."""
-    line = " ".join(message.replace("<non-verbose/>", "").split())
-    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"

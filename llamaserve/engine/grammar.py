@@ -5,6 +5,7 @@ Knows nothing of vocabularies, and needs no llama.cpp: the check of a request ru
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 # Between JSON's tokens a space, or a line break and an indentation: enough for every style, and no small model can get
 # lost in it. Nothing in a schema changes what an answer that does not fit it would be.
 _WHITESPACE = r" |\n[ \t]{0,32}"
+_SHOWN = 200  # characters at the beginning and at the end of llguidance's words, which say what is wrong last
+_MARK = "<non-verbose/>"  # what llguidance says instead of showing the whole grammar
+# The lines of a message that show the place of an error: the grammar's own, and the carets under them.
+_EXCERPT = re.compile(r"^ *(\d+ \|.*|\^+) *$", re.MULTILINE)
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
 
 
@@ -61,3 +66,11 @@ def limits() -> LLParserLimits:
         max_grammar_size=100_000,
         verbose_errors=False,
     )
+
+
+def words(message: str) -> str:
+    """Put llguidance's words on one line that is not too long. A panic's are for its authors."""
+    if message.startswith("panic: "):
+        return "it is too complex"
+    line = " ".join(_EXCERPT.sub("", message.replace(_MARK, "")).split())
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"

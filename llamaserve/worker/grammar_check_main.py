@@ -8,28 +8,22 @@ has no vocabulary, so it finds what is wrong with a constraint by itself, not wh
 
 from __future__ import annotations
 
-import re
 import sys
 
 import msgspec
 import psutil
 from llguidance import LLMatcher
 
-from llamaserve.engine.grammar import grammar_text, limits
+from llamaserve.engine.grammar import grammar_text, limits, words
 from llamaserve.engine.params import Constraint
 from llamaserve.sandbox import serve
 from llamaserve.worker.grammar_check import MEMORY_LIMIT
 
 KEPT_MEMORY = 256  # MB; a process that still holds more after a job ends, since the models may need them
 
-_SHOWN = 200  # characters at the beginning and at the end of llguidance's words, which say what is wrong last
-_MARK = "<non-verbose/>"  # what llguidance says instead of showing the whole grammar
 _CONSTRAINTS = msgspec.msgpack.Decoder(Constraint)
 _LIMITS = limits()
 _PROCESS = psutil.Process()
-
-# The lines of a message that show the place of an error: the grammar's own, and the carets under them.
-_EXCERPT = re.compile(r"^ *(\d+ \|.*|\^+) *$", re.MULTILINE)
 
 
 def answer(payload: bytes) -> tuple[bytes, bool]:
@@ -45,14 +39,6 @@ def fault(constraint: Constraint) -> str | None:
     except ValueError as error:
         return words(str(error))
     return words("\n".join(messages)) if wrong else None
-
-
-def words(message: str) -> str:
-    """Put the words of a message on one line that is not too long. A panic's are for llguidance's authors."""
-    if message.startswith("panic: "):
-        return "it is too complex"
-    line = " ".join(_EXCERPT.sub("", message.replace(_MARK, "")).split())
-    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"
 
 
 def main(fd: int) -> int:

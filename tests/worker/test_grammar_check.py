@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from llamaserve.engine.grammar import words
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest, Unavailable
 from llamaserve.worker import grammar_check
 from llamaserve.worker.grammar_check import GrammarChecker
-from llamaserve.worker.grammar_check_main import fault, words
+from llamaserve.worker.grammar_check_main import fault
 
 
 def schema(value: Any) -> Constraint:
