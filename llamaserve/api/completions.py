@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaserve.api.fields import check_text
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
-from llamaserve.api.logprobs import for_completion
+from llamaserve.api.logprobs import Echo, for_completion
 from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Delta, Finished, FinishReason
@@ -66,7 +66,7 @@ class CompletionRequest(GenerationOptions):
     )
     echo: bool = Field(default=False, description="Put the prompt before each answer.")
     logprobs: int | None = Field(
-        None, ge=0, le=100, description="Report the log-probabilities of the tokens, and of so many in their places."
+        None, ge=0, le=20, description="Report the log-probabilities of the tokens, and of so many in their places."
     )
 
 
@@ -121,11 +121,11 @@ class _Echoes:
         return self._texts[index // self._job.generation.choices] if self._texts else ""
 
 
-def _whole(job: Job, answer: Finished, echo: str) -> dict[str, Any]:
-    logprobs = None
-    if job.generation.logprobs:
-        logprobs = for_completion(answer.logprobs, prompt=answer.prompt_logprobs, offset=len(echo))
-    return _choice(answer.index, echo + answer.text, answer.reason, logprobs)
+def _whole(job: Job, answer: Finished, prompt: str) -> dict[str, Any]:
+    if not job.generation.logprobs:
+        return _choice(answer.index, prompt + answer.text, answer.reason)
+    echo = Echo(prompt, answer.prompt_logprobs)
+    return _choice(answer.index, echo.text + answer.text, answer.reason, for_completion(answer.logprobs, echo))
 
 
 def _choice(
@@ -152,6 +152,7 @@ class _Chunks:
     def __init__(self, job: Job, echoes: _Echoes, *, include_usage: bool) -> None:
         self._job = job
         self._echoes = echoes
+        self._echoed: dict[int, int] = {}  # characters before each answer
         self._extra: dict[str, Any] = {"usage": None} if include_usage else {}
 
     async def start(self) -> Sequence[Mapping[str, Any]]:
@@ -165,10 +166,13 @@ class _Chunks:
         return _body(self._job, [_choice(index, text, None)]) | self._extra
 
     def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
-        echo = self._echoes.of(piece.index)
-        logprobs = for_completion(piece.logprobs, prompt=piece.prompt_logprobs, offset=len(echo))
-        text = echo + piece.text if piece.prompt_logprobs else piece.text
-        return _body(self._job, [_choice(piece.index, text, None, logprobs)]) | self._extra
+        if not piece.prompt_logprobs:
+            logprobs = for_completion(piece.logprobs, after=self._echoed.get(piece.index, 0))
+            return _body(self._job, [_choice(piece.index, piece.text, None, logprobs)]) | self._extra
+        echo = Echo(self._echoes.of(piece.index), piece.prompt_logprobs)
+        self._echoed[piece.index] = len(echo.text)
+        logprobs = for_completion(piece.logprobs, echo)
+        return _body(self._job, [_choice(piece.index, echo.text + piece.text, None, logprobs)]) | self._extra
 
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
         return _body(self._job, [_choice(index, "", reason)]) | self._extra

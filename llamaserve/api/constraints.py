@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from llamaserve.api.fields import RequestFields, check_text
+from llamaserve.api.fields import RequestFields, Text, check_text
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 
 _MAX_TEXT = 256 * 1024  # characters of a schema, grammar or pattern
 _ANY_OBJECT = {"type": "object"}
-
-
-def _checked(text: str) -> str:
-    check_text(text)
-    return text
-
-
-Text = Annotated[str, AfterValidator(_checked)]
 
 
 class StructuredOutputs(BaseModel):
@@ -99,21 +91,26 @@ def _response_format(value: Mapping[str, Any] | None) -> Constraint | None:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return _schema(name, value.get("schema", _ANY_OBJECT))
+            return _schema_or_object(name, value)
         case {"type": "json_schema", "json_schema": dict(inner)}:
-            return _schema(name, inner.get("schema", _ANY_OBJECT))
-        case {"type": "json_schema", "schema": schema}:
-            return _schema(name, schema)
+            return _schema_or_object(name, inner)
+        case {"type": "json_schema", "schema": _}:
+            return _schema_or_object(name, value)
         case {"type": "json_schema"}:
             raise InvalidRequest(f"{name}: there is no json_schema in it", param=name)
-        case {"type": "grammar", "grammar": str(text)}:
+        case {"type": "grammar", "grammar": str(text)} if text:
             return _text(name, "grammar", text)
-        case {"type": "regex", "pattern": str(text)}:
+        case {"type": "regex", "pattern": str(text)} if text:
             return _text(name, "regex", text)
     raise InvalidRequest(
         f"{name}: the type must be text, json_object, json_schema, grammar (with grammar) or regex (with pattern)",
         param=name,
     )
+
+
+def _schema_or_object(name: str, where: Mapping[str, Any]) -> Constraint | None:
+    schema = where.get("schema")
+    return _schema(name, _ANY_OBJECT if schema is None or schema == "" else schema)
 
 
 def _schema(name: str, schema: Any) -> Constraint | None:

@@ -6,9 +6,10 @@ Errors, and the list of what has no effect, call a field what the request calls 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     ConfigDict,
@@ -45,6 +46,14 @@ class RequestFields(BaseModel):
         """Return what the request calls a field."""
         return _called(type(self), name, self._given)
 
+    def changes(self, model: type[BaseModel]) -> dict[str, Any]:
+        """Return the given fields of one of its bases that are not as if they had not been given."""
+        return {
+            name: value
+            for name, field in model.model_fields.items()
+            if name in self.model_fields_set and (value := getattr(self, name)) != field.default
+        }
+
 
 def names_of(model: type[BaseModel], name: str) -> Sequence[str]:
     """Return all names of a field, its own first."""
@@ -59,6 +68,14 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+
+
+def _checked(text: str) -> str:
+    check_text(text)
+    return text
+
+
+Text = Annotated[str, AfterValidator(_checked)]
 
 
 def _called(model: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:

@@ -196,14 +196,16 @@ class _Pace:
     """Slows a stream down to ``max_tokens_second``."""
 
     def __init__(self, job: Job) -> None:
-        self._seconds = job.generation.choices / job.tokens_per_second if job.tokens_per_second else 0.0
-        self._due = time.monotonic()
+        self._seconds = 1 / (job.tokens_per_second * job.sequences) if job.tokens_per_second else 0.0
+        self._due = 0.0
 
-    async def keep(self, events: Sequence[Delta | Finished]) -> None:
-        """Wait until what has come may be shown."""
-        if self._seconds:
-            self._due += self._seconds * sum(event.tokens for event in events if isinstance(event, Delta))
-            await asyncio.sleep(self._due - time.monotonic())
+    def wait(self, event: Delta | Finished) -> float:
+        """Return how many seconds to wait before an event may be shown."""
+        if not self._seconds:
+            return 0.0
+        now = time.monotonic()
+        self._due = max(self._due, now) + self._seconds * (event.tokens if isinstance(event, Delta) else 0)
+        return self._due - now
 
 
 async def _events(
@@ -221,9 +223,12 @@ async def _events(
     finished: list[Finished] = []
     pace = _Pace(job)
     while arrived := await stream.arrived():
-        await pace.keep(arrived)
-        step = []
+        step: list[bytes] = []
         for each in arrived:
+            if (seconds := pace.wait(each)) > 0:
+                yield b"".join(step)
+                step.clear()
+                await asyncio.sleep(seconds)
             if each.logprobs or each.prompt_logprobs:
                 step.append(event(chunks.with_logprobs(each)))
             elif each.text:

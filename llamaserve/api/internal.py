@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
-from llamaserve.api.fields import check_text
+from llamaserve.api.fields import Text
 from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
 from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
@@ -25,15 +25,10 @@ router = APIRouter(tags=["internal"])
 _MAX_TOKEN_ID = 2**31 - 1
 
 
-def _text(value: str) -> str:
-    check_text(value)
-    return value
-
-
 class TextRequest(BaseModel):
     """A text to be tokenised."""
 
-    text: Annotated[str, AfterValidator(_text)]
+    text: Text
     model: str | None = None
     add_bos_token: bool = Field(default=True, description="Put the begin token first, if the model has one.")
     parse_special: bool = Field(default=True, description="Read the names of control tokens as those tokens.")
@@ -83,7 +78,7 @@ class LogitsRequest(GenerationOptions):
 
     may_generate_nothing = True
 
-    prompt: Annotated[str, AfterValidator(_text)]
+    prompt: Text
     use_samplers: bool = Field(default=False, description="After the bans and stages of the sampler; else the model's.")
     top_logits: int = Field(50, ge=1, le=_MAX_TOKEN_ID, description="How many of the most probable tokens.")
 

@@ -27,18 +27,54 @@ def _chat_token(each: TokenLogprob) -> dict[str, Any]:
     return {"token": _name(each.data), "logprob": _number(each.logprob), "bytes": list(each.data)}
 
 
-def for_completion(
-    logprobs: Sequence[TokenLogprobs], *, prompt: Sequence[TokenLogprobs] = (), offset: int = 0
-) -> dict[str, Any]:
-    """Return the ``logprobs`` of a completion, those of the echoed prompt's tokens first. ``offset`` is where the
-    answer begins, in characters.
+class Echo:
+    """A prompt that is put before its answer, together with the log-probabilities of its tokens.
+
+    The tokens' texts are not always the prompt: the server may have put a begin token before it, some tokenisers put a
+    space there, and of a prompt that was cut only the end was evaluated.
     """
+
+    def __init__(self, prompt: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        texts = [each.chosen.data for each in logprobs]
+        joined = b"".join(texts).decode("utf-8", "replace")
+        begin = texts[0].decode("utf-8", "replace") if texts else ""
+        rest = joined[len(begin) :]
+        self.text = prompt
+        self.logprobs = list(logprobs)
+        self._before = 0  # characters of the tokens' texts that are not in the prompt's
+        if joined.endswith(prompt):
+            self._before = len(joined) - len(prompt)
+        elif prompt.endswith(joined):
+            self.text = joined or prompt
+        elif rest and prompt.endswith(rest):
+            self.text, self._before = rest, len(begin)
+        else:
+            self.text = joined
+        self._hides_begin = bool(begin) and self._before >= len(begin) and not begin.isspace()
+
+    def name(self, number: int) -> str:
+        """Return the text of one of its tokens; the begin token that the server has put there has none."""
+        return "" if number == 0 and self._hides_begin else _legacy_name(self.logprobs[number].chosen)
+
+    def offset(self, number: int) -> int:
+        """Return where one of its tokens begins in the text."""
+        return max(0, self.logprobs[number].offset - self._before)
+
+
+def for_completion(logprobs: Sequence[TokenLogprobs], echo: Echo | None = None, *, after: int = 0) -> dict[str, Any]:
+    """Return the ``logprobs`` of a completion, those of an echo first. Without one, the answer begins ``after`` so many
+    characters.
+    """
+    prompt = echo.logprobs if echo is not None else []
+    names = [echo.name(number) for number in range(len(prompt))] if echo is not None else []
+    offsets = [echo.offset(number) for number in range(len(prompt))] if echo is not None else []
+    start = len(echo.text) if echo is not None else after
     tokens = [*prompt, *logprobs]
     known = [number >= bool(prompt) for number in range(len(tokens))]  # nothing is before a prompt's first token
     return {
-        "tokens": [_legacy_name(each.chosen) for each in tokens],
+        "tokens": names + [_legacy_name(each.chosen) for each in logprobs],
         "token_logprobs": [_number(each.chosen.logprob) if k else None for each, k in zip(tokens, known, strict=True)],
-        "text_offset": [each.offset for each in prompt] + [offset + each.offset for each in logprobs],
+        "text_offset": offsets + [start + each.offset for each in logprobs],
         "top_logprobs": [_texts(each.top) if k else None for each, k in zip(tokens, known, strict=True)],
         "top_logprobs_ids": [_ids(each.top) if k else None for each, k in zip(tokens, known, strict=True)],
     }

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
 
 from llamaserve.api.constraints import ConstraintOptions
 from llamaserve.api.fields import check_text
@@ -65,14 +65,26 @@ def _check_stops(stops: list[str]) -> list[str]:
 
 
 def _biases(value: Any) -> Any:
-    """Take llama-server's list of pairs for the mapping, and its false for a ban."""
+    """Take llama-server's list of pairs for the mapping, and its false for a ban; biases of one token add up."""
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        if any(type(token) is not int for token, _ in value):
+        pairs = value
+        if any(type(token) is not int for token, _ in pairs):
             raise ValueError("each pair must begin with a token id")
-        value = dict(value)
-    if isinstance(value, dict):
-        return {token: _BAN if bias is False else bias for token, bias in value.items()}
-    return value
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        return value
+    biases: dict[Any, Any] = {}
+    for token, bias in pairs:
+        if bias is True or bias == _BAN:
+            raise ValueError("a bias must be a number, or false for a ban")
+        if bias is False or biases.get(token) == _BAN:
+            biases[token] = _BAN
+        elif isinstance(bias, int | float):
+            biases[token] = biases.get(token, 0) + bias
+        else:
+            biases[token] = bias
+    return biases
 
 
 def _bans(value: Any) -> Any:
@@ -90,6 +102,7 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     """Request fields of every generating endpoint."""
 
     may_generate_nothing: ClassVar[bool] = False  # with max_tokens 0
+    _effective: SamplingOptions | None = PrivateAttr(None)  # with the preset's, once that is read
 
     model: str | None = Field(None, max_length=512, description="A served model's name or alias; default: the first.")
     max_tokens: int | None = Field(
@@ -152,7 +165,7 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
         if self.strict and (ignored := self.ignored(presets)):
             raise UnsupportedParameter(f"strict: {', '.join(ignored)} would have no effect", param=ignored[0])
         generation = Generation(
-            sampling=self._sampling_options(presets).sampling(
+            sampling=self._with_preset(presets).sampling(
                 self.effective_seed,
                 logit_bias={token: -math.inf if bias == _BAN else bias for token, bias in self.logit_bias.items()},
                 banned_tokens=tuple(self.custom_token_bans),
@@ -178,8 +191,31 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     def ignored(self, presets: Presets) -> list[str]:
         """Return the names of the given fields that have no effect."""
         extra = (name for name in self.model_extra or {} if name not in _WITHOUT_EFFECT and name not in _NOT_OFFERED)
-        names = [*extra, *self._overwritten(presets), *self._sampling_options(presets).without_effect(), *self._idle()]
-        return [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
+        names = [*extra, *map(self.called, [*self._idle_sampling_options(presets), *self._idle()])]
+        return [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] or "?" for name in dict.fromkeys(names)]
+
+    def _idle_sampling_options(self, presets: Presets) -> Iterator[str]:
+        """Yield the sampling options of this request that its preset replaces by others, or that change nothing."""
+        own = self.changes(SamplingOptions)
+        effective = self._with_preset(presets)
+        if self.preset is None or self.preset_mode == "defaults":
+            yield from effective.without_effect(own)
+        else:
+            yield from (name for name, value in own.items() if getattr(effective, name) != value)
+
+    def _idle(self) -> Iterator[str]:
+        """Yield what else does nothing."""
+        for name in ("prompt_lookup_num_tokens", "static_cache"):
+            if getattr(self, name):
+                yield name
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            yield "max_completion_tokens"
+        if self.auto_max_new_tokens and self.max_tokens not in (None, -1):
+            yield "max_tokens"
+        if self.max_tokens_second and not self.stream:
+            yield "max_tokens_second"
+        if self.include_usage and not self.stream:
+            yield "stream_options"
 
     def _max_tokens(self) -> int | None:
         value = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
@@ -188,29 +224,19 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
             raise InvalidRequest(f"{name} is 0, but an answer has at least one token", param=name)
         return None if self.auto_max_new_tokens or value == -1 else value
 
-    def _sampling_options(self, presets: Presets) -> SamplingOptions:
-        """Return this request's options together with its preset's."""
-        if self.preset is None:
-            return self
-        own = {name: getattr(self, name) for name in SamplingOptions.model_fields if name in self.model_fields_set}
-        preset = {"top_p": 1.0, **presets.get(self.preset)}
-        return SamplingOptions.model_validate({**preset, **own} if self.preset_mode == "defaults" else preset)
+    def _with_preset(self, presets: Presets) -> SamplingOptions:
+        """Return this request's sampling options together with its preset's, which is read once."""
+        if self._effective is None:
+            self._effective = self if self.preset is None else self._merged(presets.get(self.preset))
+        return self._effective
 
-    def _overwritten(self, presets: Presets) -> Iterator[str]:
-        """Yield the options of this request that its preset replaces by others."""
-        if self.preset is not None and self.preset_mode == "overwrite":
-            effective = self._sampling_options(presets)
-            for name in SamplingOptions.model_fields:
-                if name in self.model_fields_set and getattr(self, name) != getattr(effective, name):
-                    yield self.called(name)
-
-    def _idle(self) -> Iterator[str]:
-        """Yield what else does nothing."""
-        for name in ("prompt_lookup_num_tokens", "static_cache"):
-            if getattr(self, name):
-                yield name
-        if self.max_tokens_second and not self.stream:
-            yield "max_tokens_second"
+    def _merged(self, preset: Mapping[str, Any]) -> SamplingOptions:
+        own = self.changes(SamplingOptions) if self.preset_mode == "defaults" else {}
+        try:
+            return SamplingOptions.model_validate({"top_p": 1.0, **preset, **own})
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InvalidRequest(f"preset and request do not go together: {problem}", param="preset") from error
 
     def _refuse_what_is_not_offered(self) -> None:
         extra = self.model_extra or {}

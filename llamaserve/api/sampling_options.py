@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
@@ -51,18 +51,6 @@ _STAGE_LETTERS = {
     "t": "temperature",
     "a": "adaptive_p",
 }
-# The options without which a stage does nothing.
-_STAGE_OPTIONS = {
-    **{name: (name,) for name in STAGES},
-    "no_repeat_ngram": ("no_repeat_ngram_size",),
-    "penalties": ("repetition_penalty", "frequency_penalty", "presence_penalty"),
-    "dry": ("dry_multiplier",),
-    "quadratic_sampling": ("smoothing_factor",),
-    "temperature": ("temperature", "dynamic_temperature", "dynatemp_range"),
-    "xtc": ("xtc_probability",),
-}
-_BESIDE_MIROSTAT = {"no_repeat_ngram", "encoder_repetition_penalty", "penalties", "dry", "temperature"}
-_BESIDE_MIROSTAT |= {"quadratic_sampling"}
 # Taken with the right type, but not to be had from llama.cpp.
 NOT_HONOURED = (
     "penalty_alpha",
@@ -71,13 +59,7 @@ NOT_HONOURED = (
     "num_beams",
     "length_penalty",
     "early_stopping",
-    "static_cache",
-    "prompt_lookup_num_tokens",
 )
-
-
-def _also(*names: str) -> AliasChoices:
-    return AliasChoices(*names)
 
 
 def _breakers(value: Any) -> Any:
@@ -87,7 +69,7 @@ def _breakers(value: Any) -> Any:
     text = value.strip()
     try:
         return json.loads(text if text.startswith("[") else f"[{text}]")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError('must be a list of strings, or the inside of a JSON list: "\\n", ":"') from None
 
 
@@ -139,7 +121,7 @@ class SamplingOptions(RequestFields):
         1.0,
         ge=0,
         le=1,
-        validation_alias=_also("typical_p", "typ_p", "typical"),
+        validation_alias=AliasChoices("typical_p", "typ_p", "typical"),
         description="Keep those about as surprising as expected, up to this sum; 1: all.",
     )
     top_n_sigma: float = Field(
@@ -147,7 +129,11 @@ class SamplingOptions(RequestFields):
     )
     top_a: float = Field(0.0, ge=0, le=100, description="Keep those with this share of the best probability squared.")
     tfs: float = Field(
-        1.0, ge=0, le=1, validation_alias=_also("tfs", "tfs_z"), description="Cut the flat tail; 1: all are kept."
+        1.0,
+        ge=0,
+        le=1,
+        validation_alias=AliasChoices("tfs", "tfs_z"),
+        description="Cut the flat tail; 1: nothing.",
     )
     epsilon_cutoff: float = Field(0.0, ge=0, le=10_000, description="Least probability, in 1/10,000; 0: off.")
     eta_cutoff: float = Field(
@@ -156,7 +142,11 @@ class SamplingOptions(RequestFields):
     xtc_probability: float = Field(0.0, ge=0, le=1, description="How often the top choices are excluded.")
     xtc_threshold: float = Field(0.1, ge=0, le=1, description="What a top choice is: at least this probable.")
     mirostat_mode: int = Field(
-        0, ge=0, le=2, validation_alias=_also("mirostat_mode", "mirostat"), description="1 or 2 instead of the cuts."
+        0,
+        ge=0,
+        le=2,
+        validation_alias=AliasChoices("mirostat_mode", "mirostat"),
+        description="1 or 2: in place of cuts.",
     )
     mirostat_tau: float = Field(5.0, ge=0, le=100, description="Surprise to keep to, in bits.")
     mirostat_eta: float = Field(0.1, ge=0, le=10, description="How fast it learns.")
@@ -164,9 +154,9 @@ class SamplingOptions(RequestFields):
     adaptive_decay: float = Field(0.9, ge=0, le=1, description="How long past draws count.")
     repetition_penalty: float = Field(
         1.0,
-        gt=0,
+        ge=0.01,
         le=100,
-        validation_alias=_also("repetition_penalty", "repeat_penalty"),
+        validation_alias=AliasChoices("repetition_penalty", "repeat_penalty"),
         description="Divides positive logits of tokens that occurred, multiplies negative ones.",
     )
     frequency_penalty: float = Field(0.0, ge=-100, le=100, description="Taken off for each time a token occurred.")
@@ -177,7 +167,7 @@ class SamplingOptions(RequestFields):
     repeat_last_n: int | None = Field(
         None, ge=-1, le=_INT32, description="llama-server's repetition_penalty_range: -1: all, 0: no penalties."
     )
-    encoder_repetition_penalty: float = Field(1.0, gt=0, le=100, description="Over 1: prefer the prompt's tokens.")
+    encoder_repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="Over 1: prefer the prompt's tokens.")
     no_repeat_ngram_size: int = Field(0, ge=0, le=_INT32, description="No so many tokens in a row twice; 0: off.")
     dry_multiplier: float = Field(
         0.0, ge=0, le=1000, description="Strength of DRY, against repeated sequences; 0: off."
@@ -193,12 +183,16 @@ class SamplingOptions(RequestFields):
     sampler_priority: Order | None = Field(
         None,
         max_length=64,
-        validation_alias=_also("sampler_priority", "samplers"),
+        validation_alias=AliasChoices("sampler_priority", "samplers"),
         description="The stages in their order; those not named are off.",
     )
     do_sample: bool = Field(default=True, description="False: always the most probable token.")
     min_length: int = Field(
-        0, ge=0, le=_INT32, validation_alias=_also("min_length", "min_tokens"), description="No end before so many."
+        0,
+        ge=0,
+        le=_INT32,
+        validation_alias=AliasChoices("min_length", "min_tokens"),
+        description="No end before that.",
     )
     penalty_alpha: float = Field(0.0, description="Contrastive search; not honoured.")
     guidance_scale: float = Field(1.0, description="Classifier-free guidance; not honoured.")
@@ -221,17 +215,15 @@ class SamplingOptions(RequestFields):
         last = [name for name in ("temperature", "quadratic_sampling") if name in order]
         return (*(name for name in order if name not in last), *last)
 
-    def without_effect(self) -> Iterator[str]:
-        """Yield the names of options that are set to something, but do nothing beside the others."""
-        off = set(STAGES) - set(self.stages())
-        if self.mirostat_mode:
-            off |= set(STAGES) - _BESIDE_MIROSTAT
-        idle = {name for stage in off for name in _STAGE_OPTIONS[stage]} | set(NOT_HONOURED)
-        if self.mirostat_mode:
-            idle.add("adaptive_target")
-        for name, field in type(self).model_fields.items():
-            if name in idle and name in self.model_fields_set and getattr(self, name) != field.default:
-                yield self.called(name)
+    def without_effect(self, given: Mapping[str, Any]) -> Iterator[str]:
+        """Yield which of some given options could be left out without changing a thing."""
+        wanted = self.sampling(0).effective()
+        kept = dict(self.changes(SamplingOptions))
+        for name in given:
+            others = {other: value for other, value in kept.items() if other != name}
+            if name in NOT_HONOURED or _sampling_options(others).sampling(0).effective() == wanted:
+                kept = others
+                yield name
 
     def sampling(self, seed: int, **others: Any) -> Sampling:
         """Return what the engine shall do; ``others`` are its fields that no preset sets."""
@@ -285,6 +277,10 @@ class SamplingOptions(RequestFields):
         if self.dynamic_temperature:
             return (self.dynatemp_low + self.dynatemp_high) / 2, (self.dynatemp_high - self.dynatemp_low) / 2
         return self.temperature, self.dynatemp_range
+
+
+def _sampling_options(values: Mapping[str, Any]) -> SamplingOptions:
+    return SamplingOptions.model_construct(set(values), **values)
 
 
 def _range(ours: int, llama_servers: int | None) -> int | None:

@@ -23,7 +23,7 @@ from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 
 _WORTH_HIDING = 0.5e-3  # seconds; a thread that wakes up costs the model's own a tenth of that
-_KEPT = 64  # compiled constraints
+_KEPT = 32  # compiled constraints
 _FEW = 8  # one in so many tokens: if fewer are allowed, those are picked out, else the others are made impossible
 _CONTROL = b"\xff"  # marks words that are no text for llguidance
 _MINUS_INFINITY = np.array(-np.inf, np.float32).view(np.int32)
@@ -50,17 +50,10 @@ class Form:
         """Whether nothing more may come."""
         return bool(self._matcher.is_stopped())
 
-    @property
-    def may_end(self) -> bool:
-        """Whether the answer fits as it is."""
-        return bool(self._matcher.is_accepting())
-
     def __call__(self, candidates: Candidates) -> None:
-        """Drop what may not come next."""
+        """Drop what may not come next. No token must have been dropped before."""
         bits = self._mask()
-        if candidates.ids is not None:
-            candidates.keep_where(bits[candidates.ids].view(np.bool_))
-        elif np.count_nonzero(bits) * _FEW < self._size:
+        if np.count_nonzero(bits) * _FEW < self._size:
             candidates.keep(np.flatnonzero(bits))
         else:  # arithmetic on bits: a choice for each token takes ten times as long
             dropped = bits.astype(np.int32)

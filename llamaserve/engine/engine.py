@@ -121,7 +121,7 @@ class Engine:
                 "the prompt is empty; the model needs at least one token to start from", param="prompt"
             )
         context = self._context_of(generation)
-        if len(tokens) + 1 > context and not generation.truncate:
+        if len(tokens) + (generation.max_tokens != 0) > context and not generation.truncate:
             raise self._too_long(f"{len(tokens)} tokens, and the answer needs at least one more", context)
         return tokens
 
@@ -184,6 +184,8 @@ class Engine:
                 index = number * generation.choices + choice
                 sequence = Sequence(request, index, prompt, generation, deadline, self._context)
                 self._record_logprobs(sequence)
+                if generation.constraint is not None:
+                    sequence.form = self._samplers.grammars.start(generation.constraint)
                 self._scheduler.submit(sequence)
 
     def _record_logprobs(self, sequence: Sequence) -> None:
@@ -192,8 +194,8 @@ class Engine:
             sequence.logprobs = AnswerLogprobs()
         if wanted is not None and wanted.prompt:
             first = sequence.tokens[0]
-            text = b"" if first == self.vocab.bos else self.vocab.piece(first, special=True)
-            sequence.prompt_logprobs = [TokenLogprobs(TokenLogprob(first, text, 0.0))]
+            piece = self.vocab.piece(first, special=True)
+            sequence.prompt_logprobs = [TokenLogprobs(TokenLogprob(first, piece, 0.0))]
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -248,10 +250,10 @@ class Engine:
     def _end_blocked(self, chunks: list[Chunk]) -> list[EngineEvent]:
         """Fail the requests of which a sequence can't go on."""
         events: list[EngineEvent] = []
-        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.blocked is not None]:
-            if sequence.state is not State.FINISHED:
+        for sequence in [chunk.sequence for chunk in chunks]:
+            if sequence.blocked is not None and sequence.state is not State.FINISHED:
                 self.cancel(sequence.request)
-                events.append(Failed(sequence.request, to_value(InvalidRequest(str(sequence.blocked)))))
+                events.append(Failed(sequence.request, to_value(sequence.blocked)))
         return events
 
     def _drafts(self, decoding: list[Sequence], limit: int) -> list[list[int]]:

@@ -1,19 +1,21 @@
 """From llama.cpp's notation for grammars, GBNF, to that of llguidance, a dialect of Lark.
 
-A GBNF grammar is about single characters. llguidance has a lexer, which takes the longest text that matches one of the
-lexemes it may expect, and never tries a shorter one; so lexemes are chosen here that leave nothing to choose. A grammar
-without recursion becomes a single lexeme. In other ones, no text that matches a lexeme is the beginning of a longer
-text that matches the same lexeme or another. Single characters are always such lexemes; words and strings in quotation
-marks mostly are, and masks are computed a hundred times faster with them. Knows the two notations, and nothing of
-vocabularies or of how llguidance is called.
+A GBNF grammar is about single characters. llguidance has a lexer, which goes on with a lexeme for as long as it can and
+never tries to end it earlier. A grammar without recursion becomes a single lexeme, where that makes no difference. For
+other ones lexemes are chosen with which it makes none either. They are as large as possible: inside of strings, masks
+are computed a hundred times faster than character by character. Knows the two notations, and nothing of vocabularies or
+of how llguidance is called.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
+import operator
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
@@ -21,16 +23,19 @@ _MAX_LENGTH = 1 << 18  # characters of a grammar
 _MAX_COUNT = 1_000_000  # of a repetition
 _MAX_DEPTH = 500  # rules and groups in one another; at 2,500 llguidance ends the process, its stack being full
 _MAX_REGEX = 200_000  # characters of a grammar that becomes a single lexeme; at a million llguidance refuses it
-_MAX_WORK = 500_000  # steps to choose lexemes for a recursive grammar, about a microsecond each
-_MAX_LEXEME = 50_000  # of these steps to see whether something can be a lexeme
-_MAX_ITEMS = 16  # items of a sequence in a lexeme
-_MAX_ROUNDS = 20  # attempts at choosing them
-_WIDE = 26  # characters of a range that many tokens consist of
+
+# To choose lexemes for a recursive grammar; where these don't suffice, they are single characters
+_MAX_WORK = 300_000  # steps, of a few microseconds each
+_MAX_ROUNDS = 50  # attempts
+_MAX_LEXEMES = 5_000
+_MAX_LEXEME = 30_000  # steps to read one
+_MAX_ITEMS = 16  # of a sequence in one
 
 Chars = tuple[tuple[int, int], ...]  # ranges of code points, in order and apart from each other
 
 _TEXT: Chars = ((1, 0xD7FF), (0xE000, 0x10FFFF))  # what text consists of; llama.cpp lets no model write NUL either
-_OPTIONS = '%llguidance {"no_forcing": true}'  # else it leaves a model no choice how text that must come is tokenised
+# Else llguidance reads ahead text that must come, for up to seconds, and prescribes the tokens that it consists of
+_OPTIONS = '%llguidance {"no_forcing": true}'
 _SPACE = re.compile(r"(?:[ \t]+|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]+|#[^\r\n]*)*")
 _LINE_END = re.compile(r"\r\n?|\n")
@@ -57,7 +62,10 @@ class Item(NamedTuple):
     high: int | None = 1
 
 
-Items = tuple[Item, ...]
+Items = tuple[Item, ...]  # a sequence
+Left = tuple[Items, Items]  # a lexeme that is being read, and what is left of it
+Place = tuple[int, int, int]  # a rule, one of its alternatives and an item of that
+Part = tuple[int, int, int | None]  # a rule, or a lexeme with its bits inverted; and how often it comes
 
 
 @dataclass(slots=True)
@@ -422,7 +430,7 @@ def _terminals(rules: dict[int, Rule], wanted: Iterable[int]) -> Iterator[str]:
 
 def _sequence(items: Iterable[Item]) -> str:
     """Write a part of a lexeme."""
-    return " ".join(_symbol(item.symbol) + _quantifier(item) for item in items) or '""'
+    return " ".join(_symbol(item.symbol) + _quantifier(item.low, item.high) for item in items) or '""'
 
 
 def _symbol(symbol: Chars | str | int) -> str:
@@ -434,28 +442,118 @@ def _symbol(symbol: Chars | str | int) -> str:
     return f"/[{''.join(ranges)}]/"
 
 
-def _quantifier(item: Item) -> str:
-    if (item.low, item.high) == (1, 1):
+def _quantifier(low: int, high: int | None) -> str:
+    if (low, high) == (1, 1):
         return ""
     for character, counts in _REPETITIONS.items():
-        if (item.low, item.high) == counts:
+        if (low, high) == counts:
             return character
-    return f"{{{item.low},{'' if item.high is None else item.high}}}"
+    return f"{{{low},{'' if high is None else high}}}"
 
 
 class _TooComplex(Exception):
     """Choosing lexemes takes too long."""
 
 
-Part = tuple[Items | int, str]  # a lexeme or a rule, and how often it comes
-Left = tuple[int, Items]  # which lexeme is being read, and what is left of it
+class _Reader:
+    """Finds out how texts of lexemes go on, and gives up when that takes too long."""
+
+    def __init__(self, rules: dict[int, Rule]) -> None:
+        self._rules = rules
+        self._starts: dict[Items, tuple[list[tuple[Chars, Items]], bool]] = {}
+        self._readings: dict[frozenset[Items], list[tuple[set[Items], list[Left]]]] = {}
+        self._work = _MAX_WORK
+        self._least = 0
+
+    def spend(self, work: int) -> None:
+        """Count steps, and give up when there were too many."""
+        self._work -= work
+        if self._work < self._least:
+            raise _TooComplex
+
+    def is_small(self, lexeme: Items) -> bool:
+        """Tell whether a lexeme has any characters, and can be read in few steps."""
+        if (key := frozenset([lexeme])) not in self._readings:
+            self._least = max(0, self._work - _MAX_LEXEME)
+            try:
+                self.read(key)
+            except _TooComplex:
+                self._readings[key] = []
+            self._least = 0
+        return bool(self._readings[key])
+
+    def read(self, lexemes: frozenset[Items]) -> list[tuple[set[Items], list[Left]]]:
+        """Read all texts of the lexemes at once. Return, wherever some have ended, those, and those that can go on."""
+        if lexemes in self._readings:
+            return self._readings[lexemes]
+        found = []
+        todo = [frozenset((lexeme, lexeme) for lexeme in lexemes)]
+        known = set(todo)
+        while todo:
+            new = self._advance(todo.pop()) - known
+            todo.extend(new)
+            known |= new
+            for lefts in new:
+                ended = {lexeme for lexeme, left in lefts if self.start(left)[1]}
+                if ended:
+                    found.append((ended, [(lexeme, left) for lexeme, left in lefts if self.start(left)[0]]))
+        self._readings[lexemes] = found
+        return found
+
+    def _advance(self, lefts: Iterable[Left]) -> set[frozenset[Left]]:
+        """Return what may be left after one more character, for all characters that make a difference."""
+        steps = [(chars, (lexeme, after)) for lexeme, left in lefts for chars, after in self.start(left)[0]]
+        bounds = []
+        for index, (chars, _) in enumerate(steps):
+            for low, high in chars:
+                bounds += [(low, True, index), (high + 1, False, index)]
+        bounds.sort()
+        results = set()
+        current: set[int] = set()
+        for place, (bound, begins, index) in enumerate(bounds):
+            (current.add if begins else current.discard)(index)
+            if current and bounds[place + 1][0] > bound:
+                self.spend(len(current))
+                results.add(frozenset(steps[index][1] for index in current))
+        return results
+
+    def start(self, items: Items) -> tuple[list[tuple[Chars, Items]], bool]:
+        """Return what texts of these items may begin with, and what is left then; and whether one of them is empty."""
+        if items in self._starts:
+            return self._starts[items]
+        steps = []
+        todo = [items]
+        known = {items}
+        while todo:
+            left = todo.pop()
+            self.spend(1 + len(left) // 16)  # for the copies
+            if not left:
+                continue
+            (symbol, low, high), rest = left[0], left[1:]
+            again = Item(symbol, max(low - 1, 0), None if high is None else high - 1)
+            after = rest if high == 1 else (again, *rest)
+            branches = [] if low else [rest]
+            if isinstance(symbol, int):
+                branches += [(*branch, *after) for branch in self._rules[symbol].alternatives]
+            elif isinstance(symbol, tuple):
+                steps.append((symbol, after))
+            else:
+                self.spend(len(symbol) // 64)
+                steps.append((_one(symbol[0]), (Item(symbol[1:]), *after) if len(symbol) > 1 else after))
+            new = set(branches) - known
+            todo.extend(new)
+            known |= new
+        self._starts[items] = found = steps, () in known
+        return found
 
 
 class _Writer:
     """Chooses lexemes for a grammar, and writes it with them.
 
-    A lexeme is one item, or some more where most tokens would have to be read character by character otherwise. As long
-    as a text of one is the beginning of a longer text of another, one of both is changed.
+    As much as possible is a lexeme at first. Then all that the lexer may expect is gone through, as if after a rule
+    could come whatever comes after it anywhere. Where a lexeme has ended and another, or the same, can go on with the
+    next character, the lexer goes on. That is right unless what comes after the first may begin with this character;
+    then what goes on is divided.
     """
 
     def __init__(self, grammar: Grammar, regular: Container[int]) -> None:
@@ -463,181 +561,191 @@ class _Writer:
         self._rules = grammar.rules
         self._root = grammar.root
         self._regular = regular
-        self._can_be: dict[Items, bool] = {}  # a lexeme, if it were the only one
-        self._too_short: set[Items] = set()
-        self._too_long: set[Items] = set()
+        self._reader = _Reader(grammar.rules)
+        self._cuts: set[Place] = set()  # items that begin a new lexeme
+        self._opened: Counter[Place] = Counter()  # items that are no lexeme: 1 with their repetition, 2 at all
         self._plain = False  # whether all lexemes are single characters
-        self._steps: dict[Items, tuple[list[tuple[Chars, Items]], bool]] = {}  # see _next
-        self._work = _MAX_WORK
-        self._least_work = 0
+        self._lexemes: list[tuple[Items, Place]] = []
+        self._plan: dict[int, list[list[Part]]] = {}  # the rules in use, made of these lexemes and of rules
 
     def write(self) -> list[str]:
         """Return the lines of the grammar."""
         with contextlib.suppress(_TooComplex):
             for _ in range(_MAX_ROUNDS):
-                plan, lexemes = self._choose()
-                conflicts = self._conflicts(lexemes)
-                if not conflicts:
-                    return self._lines(plan, lexemes)
-                self._too_long |= {long for short, long, wide in conflicts if not wide or short in self._too_short}
-                self._too_short |= {short for short, _, wide in conflicts if wide}
+                self._make_plan()
+                if not self._divide():
+                    return self._lines()
         self._plain = True
-        return self._lines(*self._choose())
+        self._make_plan()
+        return self._lines()
 
-    def _lines(self, plan: dict[int, list[list[Part]]], lexemes: list[Items]) -> list[str]:
-        names: dict[Items | int, str] = {lexeme: f"l{number}" for number, lexeme in enumerate(lexemes)}
-        names |= {number: f"r{number}" for number in plan}
+    def _lines(self) -> list[str]:
+        names = {items: f"l{number}" for number, items in enumerate(dict(self._lexemes))}
         lines = [f"start: r{self._root}"]
-        for number, alternatives in plan.items():
-            texts = (" ".join(names[symbol] + times for symbol, times in parts) for parts in alternatives)
-            lines.append(f"r{number}: " + " | ".join(text or '""' for text in texts))
-        for number, lexeme in enumerate(lexemes):  # in rules of their own, as llguidance counts every use of a lexeme
-            lines += [f"l{number}: L{number}", f"L{number}: {_sequence(lexeme)}"]
-        inner = {item.symbol: None for lexeme in lexemes for item in lexeme if isinstance(item.symbol, int)}
+        for number, alternatives in self._plan.items():
+            texts = []
+            for parts in alternatives:
+                symbols = (names[self._lexemes[~symbol][0]] if symbol < 0 else f"r{symbol}" for symbol, _, _ in parts)
+                quantifiers = (_quantifier(low, high) for _, low, high in parts)
+                texts.append(" ".join(map(operator.add, symbols, quantifiers)) or '""')
+            lines.append(f"r{number}: " + " | ".join(texts))
+        for items, name in names.items():  # in rules of their own, as llguidance counts every use of a lexeme
+            lines += [f"{name}: {name.upper()}", f"{name.upper()}: {_sequence(items)}"]
+        inner = {item.symbol: None for items in names for item in items if isinstance(item.symbol, int)}
         return [*lines, *_terminals(self._rules, inner)]
 
-    def _choose(self) -> tuple[dict[int, list[list[Part]]], list[Items]]:
-        """Return the rules in use, cut into lexemes and other rules, and those lexemes."""
-        plan: dict[int, list[list[Part]]] = {}
-        lexemes: dict[Items, None] = {}
+    def _make_plan(self) -> None:
+        self._lexemes = []
+        self._plan = {}
         todo = [self._root]
         while todo:
             number = todo.pop()
-            if number in plan:
-                continue
-            plan[number] = [list(self._cut(tuple(items))) for items in self._rules[number].alternatives]
-            for symbol in (symbol for parts in plan[number] for symbol, _ in parts):
-                if isinstance(symbol, int):
-                    todo.append(symbol)
-                else:
-                    lexemes[symbol] = None
-        return plan, list(lexemes)
+            if number not in self._plan:
+                alternatives = enumerate(self._rules[number].alternatives)
+                self._plan[number] = [list(self._parts(tuple(items), number, index)) for index, items in alternatives]
+                todo.extend(symbol for parts in self._plan[number] for symbol, _, _ in parts if symbol >= 0)
 
-    def _cut(self, items: Items) -> Iterator[Part]:
+    def _parts(self, items: Items, number: int, index: int) -> Iterator[Part]:
         at = 0
         while at < len(items):
-            end = self._end(items, at)
+            end = self._end(items, number, index, at)
             if end > at:
-                yield items[at:end], ""
+                yield self._add_lexeme(items[at:end], (number, index, at)), 1, 1
             else:
-                yield from self._take_apart(items[at])
+                yield from self._open(items[at], (number, index, at))
             at = max(end, at + 1)
 
-    def _end(self, items: Items, at: int) -> int:
+    def _end(self, items: Items, number: int, index: int, at: int) -> int:
         """Return the end of the lexeme that begins at ``at``, or that again if none does."""
-        stop, limit = at, min(at + _MAX_ITEMS, len(items))
-        while stop < limit and self._is_regular(items[stop].symbol):
-            stop += 1
-        end = at + 1
-        if self._plain or end > stop or not (self._begins_wide(items[at:end]) or self._is_lexeme(items[at:end])):
-            return at
-        while end < stop and (self._begins_wide(items[end : end + 1]) or not self._is_lexeme(items[at:end])):
+        limit = min(len(items), at + _MAX_ITEMS)
+        end = at
+        while end < limit and self._is_regular(items[end].symbol) and (number, index, end) not in self._opened:
             end += 1
-        if items[at:end] in self._too_short:
-            end = next((longer for longer in range(stop, end, -1) if self._is_lexeme(items[at:longer])), end)
-        for found in (end, at + 1):
-            if items[at:found] not in self._too_long and self._is_lexeme(items[at:found]):
-                return found
-        return at
-
-    def _take_apart(self, item: Item) -> Iterator[Part]:
-        symbol = item.symbol
-        if isinstance(symbol, str):
-            for character in symbol:
-                yield (Item(_one(character)),), ""
-        elif isinstance(symbol, int) and not self._end((Item(symbol),), 0):
-            yield symbol, _quantifier(item)
-        else:
-            yield (Item(symbol),), _quantifier(item)
+            if (number, index, end) in self._cuts:
+                break
+        return next((found for found in (end, at + 1) if at < found <= end and self._is_small(items[at:found])), at)
 
     def _is_regular(self, symbol: Chars | str | int) -> bool:
         return not isinstance(symbol, int) or symbol in self._regular
 
-    def _begins_wide(self, items: Items) -> bool:
-        """Tell whether so many characters can come first that many tokens begin with one."""
-        self._spend(1)
-        return any(high - low + 1 >= _WIDE for chars, _ in self._next(items)[0] for low, high in chars)
+    def _is_small(self, items: Items) -> bool:
+        return not self._plain and self._reader.is_small(items)
 
-    def _is_lexeme(self, items: Items) -> bool:
-        """Tell whether no text of these items is empty or the beginning of a longer one."""
-        self._spend(len(items))
-        if items not in self._can_be:
-            self._least_work = max(0, self._work - _MAX_LEXEME)
-            try:
-                self._can_be[items] = not self._next(items)[1] and not self._conflicts([items])
-            except _TooComplex:
-                self._can_be[items] = False
-            self._least_work = 0
-        return self._can_be[items]
+    def _add_lexeme(self, items: Items, place: Place) -> int:
+        self._lexemes.append((items, place))
+        return ~(len(self._lexemes) - 1)
 
-    def _conflicts(self, lexemes: Sequence[Items]) -> set[tuple[Items, Items, bool]]:
-        """Read all texts of the lexemes at once. Return pairs of them where a text of the first is the beginning of a
-        longer text of the second, and whether many tokens could follow it there.
-        """
-        found: set[tuple[Items, Items, bool]] = set()
-        todo = [frozenset(enumerate(lexemes))]
-        known = set(todo)
-        while todo:
-            for left in self._read(todo.pop()):
-                ended = [lexemes[number] for number, items in left if self._next(items)[1]]
-                going_on = [(lexemes[number], items) for number, items in left if self._next(items)[0]]
-                for long, items in going_on if ended else ():
-                    wide = self._begins_wide(items)
-                    found.update((short, long, wide) for short in ended)
-                if left not in known:
-                    known.add(left)
-                    todo.append(left)
-        return found
+    def _open(self, item: Item, place: Place) -> Iterator[Part]:
+        """Yield what an item is made of."""
+        symbol, low, high = item
+        if isinstance(symbol, str):
+            for character in symbol:
+                yield self._add_lexeme((Item(_one(character)),), place), 1, 1
+        elif isinstance(symbol, tuple):
+            yield self._add_lexeme((Item(symbol),), place), low, high
+        else:
+            once = (Item(symbol),)
+            whole = symbol in self._regular and (low, high) != (1, 1) and self._opened[place] < 2
+            yield self._add_lexeme(once, place) if whole and self._is_small(once) else symbol, low, high
 
-    def _read(self, expected: Iterable[Left]) -> set[frozenset[Left]]:
-        """Return what may be left after one more character, for all characters that make a difference."""
-        steps = [(chars, (number, after)) for number, items in expected for chars, after in self._next(items)[0]]
-        bounds = []
-        for index, (chars, _) in enumerate(steps):
-            for low, high in chars:
-                bounds += [(low, True, index), (high + 1, False, index)]
-        bounds.sort()
-        results = set()
-        reading: set[int] = set()
-        for place, (bound, begins, index) in enumerate(bounds):
-            (reading.add if begins else reading.discard)(index)
-            if reading and bounds[place + 1][0] > bound:
-                self._spend(len(reading))
-                results.add(frozenset(steps[index][1] for index in reading))
-        return results
-
-    def _next(self, items: Items) -> tuple[list[tuple[Chars, Items]], bool]:
-        """Return the characters that the texts of these items can begin with, each with the items that are left then;
-        and whether one of the texts is empty.
-        """
-        if items in self._steps:
-            return self._steps[items]
-        steps = []
-        todo = [items]
-        known = {items}
-        while todo:
-            left = todo.pop()
-            self._spend(1 + len(left))
-            if not left:
-                continue
-            (symbol, low, high), rest = left[0], left[1:]
-            once = high == 1
-            after = rest if once else (Item(symbol, max(low - 1, 0), None if high is None else high - 1), *rest)
-            branches = [] if low else [rest]
-            if isinstance(symbol, int):
-                branches += [(*branch, *after) for branch in self._rules[symbol].alternatives]
-            elif isinstance(symbol, tuple):
-                steps.append((symbol, after))
-            else:
-                self._spend(len(symbol))
-                steps.append((_one(symbol[0]), (Item(symbol[1:]), *after) if len(symbol) > 1 else after))
-            new = set(branches) - known
-            todo.extend(new)
-            known |= new
-        self._steps[items] = found = steps, () in known
-        return found
-
-    def _spend(self, work: int) -> None:
-        self._work -= work
-        if self._work < self._least_work:
+    def _divide(self) -> bool:
+        """Divide the lexemes that the lexer would go on with where it must not, and tell whether there were any."""
+        if len(self._lexemes) > _MAX_LEXEMES:
             raise _TooComplex
+        wrong: set[tuple[Place, Items, Items]] = set()
+        first, empty = self._first()
+        following = self._following(first, empty)
+        beginnings: dict[int, Chars] = {}
+        todo, known = [first[self._root]], {first[self._root]}
+        while todo:
+            expected: dict[Items, list[int]] = {}
+            for number in _bits(todo.pop()):
+                self._reader.spend(1)
+                expected.setdefault(self._lexemes[number][0], []).append(number)
+            for ended, going_on in self._reader.read(frozenset(expected)):
+                after = 0
+                for number in (number for items in ended for number in expected[items]):
+                    self._reader.spend(1)
+                    after |= following[~number]
+                if after not in known:
+                    known.add(after)
+                    todo.append(after)
+                if going_on and after not in beginnings:
+                    beginnings[after] = self._beginnings(after)
+                for items, left in going_on:
+                    if any(_overlap(chars, beginnings[after]) for chars, _ in self._reader.start(left)[0]):
+                        wrong.update((self._lexemes[number][1], items, left) for number in expected[items])
+        self._opened.update({place for place, items, _ in wrong if len(items) == 1})
+        self._cuts |= {_cut(place, items, left) for place, items, left in wrong if len(items) > 1}
+        return bool(wrong)
+
+    def _first(self) -> tuple[dict[int, int], set[int]]:
+        """Return which lexemes come first in each rule, as bits, and which rules may be empty; the same for lexemes."""
+        first = dict.fromkeys(self._plan, 0) | {~number: 1 << number for number in range(len(self._lexemes))}
+        empty = {~number for number, (items, _) in enumerate(self._lexemes) if self._reader.start(items)[1]}
+        changed = True
+        while changed:
+            changed = False
+            for number, alternatives in self._plan.items():
+                for parts in alternatives:
+                    self._reader.spend(1 + len(parts))
+                    found = first[number]
+                    for symbol, low, _ in parts:
+                        found |= first[symbol]
+                        if low and symbol not in empty:
+                            break
+                    else:
+                        changed |= number not in empty
+                        empty.add(number)
+                    changed |= found != first[number]
+                    first[number] = found
+        return first, empty
+
+    def _following(self, first: dict[int, int], empty: set[int]) -> dict[int, int]:
+        """Return which lexemes may come after each rule and each lexeme."""
+        following = dict.fromkeys(first, 0)
+        changed = True
+        while changed:
+            changed = False
+            for number, alternatives in self._plan.items():
+                for parts in alternatives:
+                    self._reader.spend(1 + len(parts))
+                    after = following[number]
+                    for symbol, low, high in reversed(parts):
+                        found = following[symbol] | after | (0 if high == 1 else first[symbol])
+                        changed |= found != following[symbol]
+                        following[symbol] = found
+                        after = first[symbol] | (0 if low and symbol not in empty else after)
+        return following
+
+    def _beginnings(self, lexemes: int) -> Chars:
+        """Return the characters that some of these lexemes begin with."""
+        ranges: list[tuple[int, int]] = []
+        for number in _bits(lexemes):
+            for chars, _ in self._reader.start(self._lexemes[number][0])[0]:
+                self._reader.spend(len(chars))
+                ranges += chars
+        return _ordered(ranges, inverted=False)
+
+
+def _cut(place: Place, items: Items, left: Items) -> Place:
+    """Return where to cut a lexeme of which only that should have been left, or of which it is left within an item."""
+    number, index, at = place
+    same = next((same for same in range(len(items) - 1, 1, -1) if items[-same:] == left[-same:]), 1)
+    return number, index, at + len(items) - same
+
+
+def _bits(number: int) -> Iterator[int]:
+    """Yield which bits are set."""
+    while number:
+        lowest = number & -number
+        yield lowest.bit_length() - 1
+        number ^= lowest
+
+
+def _overlap(one: Chars, other: Chars) -> bool:
+    for low, high in one:
+        place = bisect.bisect_right(other, high, key=operator.itemgetter(0))
+        if place and other[place - 1][1] >= low:
+            return True
+    return False

@@ -56,14 +56,14 @@ def lark_string(text: str) -> str:
 
 
 def limits() -> LLParserLimits:
-    """Return what compiling and each token may take at most: with these a mask takes half a second at the very worst,
-    for an object of thousands of optional properties, and is an error beyond.
+    """Return what compiling and each token may take at most: objects may have some 1,500 optional properties, which
+    take a quarter of a second to compile. What is over a step's limits is an error.
     """
     return LLParserLimits(
         max_items_in_row=20_000,
         step_max_items=50_000,
         step_lexer_fuel=50_000,
-        max_grammar_size=100_000,
+        max_grammar_size=15_000,
         verbose_errors=False,
     )
 
@@ -72,5 +72,7 @@ def words(message: str) -> str:
     """Put llguidance's words on one line that is not too long. A panic's are for its authors."""
     if message.startswith("panic: "):
         return "it is too complex"
+    if message.startswith("NoExtension"):
+        return "no answer could meet it"
     line = " ".join(_EXCERPT.sub("", message.replace(_MARK, "")).split())
     return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"

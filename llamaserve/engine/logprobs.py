@@ -5,6 +5,7 @@ Knows nothing of sampling or of texts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,6 +16,7 @@ from llamaserve.engine.candidates import Candidates, Floats, top
 from llamaserve.engine.detokenizer import Detokenizer
 from llamaserve.engine.events import TokenLogprob, TokenLogprobs
 from llamaserve.engine.llama import Vocab
+from llamaserve.errors import EngineError
 
 
 class AnswerLogprobs:
@@ -51,8 +53,12 @@ def with_offsets(prompt: Iterable[TokenLogprobs]) -> Iterator[TokenLogprobs]:
 
 
 def log_probabilities(logits: Floats, tokens: Sequence[int]) -> Floats:
-    """Return the natural logarithms of the probabilities of some tokens; ``logits`` of shape (vocabulary,)."""
+    """Return the natural logarithms of the probabilities of some tokens; ``logits`` of shape (vocabulary,). Raises
+    ``EngineError`` when they are not numbers.
+    """
     best = logits.max()
+    if not math.isfinite(best):
+        raise EngineError("the model computed logits that are not numbers; its file is probably damaged")
     total = np.exp(logits - best).sum(dtype=np.float64)
     values: Floats = (logits[list(tokens)] - best) - np.float32(np.log(total))
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -65,6 +65,24 @@ STAGES = (
 )
 
 
+# What switches a stage on, and what else says how it works.
+_STAGE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **{name: ((name,), ()) for name in STAGES},
+    "no_repeat_ngram": (("no_repeat_ngram_size",), ()),
+    "penalties": (
+        ("repetition_penalty", "frequency_penalty", "presence_penalty"),
+        ("repetition_penalty_range",),
+    ),
+    "dry": (("dry_multiplier",), ("dry_base", "dry_allowed_length", "dry_range", "dry_sequence_breakers")),
+    "temperature": (("temperature", "dynatemp_range"), ()),
+    "quadratic_sampling": (("smoothing_factor",), ("smoothing_curve",)),
+    "xtc": (("xtc_probability",), ("xtc_threshold",)),
+}
+_BEFORE_GREEDY = ("no_repeat_ngram", "encoder_repetition_penalty", "penalties", "dry")
+_BESIDE_MIROSTAT = (*_BEFORE_GREEDY, "temperature", "quadratic_sampling")
+_GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen from the logits. Every option's default is neutral.
 
@@ -115,6 +133,40 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     banned_tokens: tuple[int, ...] = ()
     ban_eos: bool = False
     min_tokens: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature < _GREEDY_BELOW and not self.dynatemp_range
+
+    def effective(self) -> Sampling:
+        """Return the same without what has no effect: only stages that do something, and nothing else that is not
+        neutral.
+        """
+        kept = _BEFORE_GREEDY if self.greedy else _BESIDE_MIROSTAT if self.mirostat_mode else STAGES
+        active = tuple(name for name in self.stages if name in kept and self._does_something(name))
+        idle: list[str] = []
+        for name, (switches, details) in _STAGE_FIELDS.items():
+            if name not in active:
+                idle += [*switches, *details]
+        if "temperature" not in active or not self.dynatemp_range:
+            idle.append("dynatemp_exponent")
+        if self.greedy or not self.mirostat_mode:
+            idle += ["mirostat_mode", "mirostat_tau", "mirostat_eta"]
+        if self.greedy or self.mirostat_mode or not self.adaptive_target:
+            idle += ["adaptive_target", "adaptive_decay"]
+        changes = {name: _DEFAULTS[name] for name in idle}
+        if self.greedy:
+            changes["temperature"] = 0.0
+        return msgspec.structs.replace(self, stages=active, **changes)
+
+    def _does_something(self, stage: str) -> bool:
+        return any(getattr(self, name) != _DEFAULTS[name] for name in _STAGE_FIELDS[stage][0])
+
+
+_DEFAULTS: dict[str, Any] = dict(
+    zip(reversed(Sampling.__struct_fields__), reversed(Sampling.__struct_defaults__), strict=False)
+)
 
 
 class Constraint(msgspec.Struct, frozen=True):

@@ -87,12 +87,21 @@ class PromptPreference:
 
 
 class NoRepeatedNgrams:
-    """Bans each token that would complete a sequence of ``size`` tokens which the text has already."""
+    """Bans each token that would complete a sequence of ``size`` tokens which the text has already.
+
+    Sequences of one token less are known by a number, as in Rabin and Karp's search: two of them have the same one
+    with a chance of 1 to 2^127.
+    """
+
+    _PRIME = 2**127 - 1
+    _BASE = 0x9E3779B97F4A7C15F39CC0605CEDC835
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._last: tuple[int, ...] = ()  # one token less than the size, once there are so many
-        self._followers: dict[tuple[int, ...], set[int]] = {}
+        self._length = size - 1
+        self._text: list[int] = []
+        self._last = 0  # the number of the last ``length`` tokens
+        self._leaving = pow(self._BASE, self._length, self._PRIME)
+        self._followers: dict[int, set[int]] = {}
 
     def __call__(self, candidates: Candidates) -> None:
         """See ``TextStage``."""
@@ -101,11 +110,15 @@ class NoRepeatedNgrams:
 
     def accept(self, token: int) -> None:
         """See ``TextStage``."""
-        before = self._last
-        if len(before) == self._size - 1:
-            self._followers.setdefault(before, set()).add(token)
-            before = before[1:]
-        self._last = (*before, token) if self._size > 1 else ()
+        text, length = self._text, self._length
+        text.append(token)
+        first = len(text) - 1 - length
+        if first >= 0:
+            self._followers.setdefault(self._last, set()).add(token)
+        last = self._last * self._BASE + token + 1
+        if first >= 0:
+            last -= (text[first] + 1) * self._leaving
+        self._last = last % self._PRIME
 
     def close(self) -> None:
         """See ``TextStage``."""

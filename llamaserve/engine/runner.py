@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence as TokenSequence
 from typing import Protocol
 
 from llamaserve.engine.candidates import Candidates, NothingLeft
-from llamaserve.engine.constraint import CanNotGoOn
+from llamaserve.engine.constraint import CanNotGoOn, Form
 from llamaserve.engine.llama import Batch, Context
 from llamaserve.engine.logprobs import of_candidates, of_token
 from llamaserve.engine.sampling import Greedy, Sampler, SamplerFactory
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
+from llamaserve.errors import EngineError, InvalidRequest
 
 
 class Runner(Protocol):
@@ -96,22 +98,21 @@ class LlamaRunner:
         wanted = sequence.generation.logprobs
         assert wanted is not None
         assert sequence.prompt_logprobs is not None
-        following = sequence.tokens[sequence.evaluated + 1 : sequence.evaluated + 1 + chunk.length]
-        for token in following[: sequence.prompt_length - sequence.evaluated - 1]:
-            sequence.prompt_logprobs.append(
-                of_token(self._context.logits(row), token, wanted.top, self._samplers.vocab)
-            )
-            row += 1
+        known = len(sequence.prompt_logprobs) - 1 - sequence.evaluated  # of a chunk that is evaluated again
+        for place in range(known, min(chunk.length, sequence.prompt_length - 1 - sequence.evaluated)):
+            token = sequence.tokens[sequence.evaluated + place + 1]
+            logits = self._context.logits(row + place)
+            sequence.prompt_logprobs.append(of_token(logits, token, wanted.top, self._samplers.vocab))
 
     def _sample(self, chunk: Chunk, row: int) -> list[int]:
         """Sample from the chunk's last row, and go on as long as the draft has guessed what is sampled. Each token is
         drawn as it would be without a draft, from the same logits and with the same random number.
         """
         sequence = chunk.sequence
-        sampler = sequence.sampler or self._start_sampling(sequence)
-        assert isinstance(sampler, Greedy | Sampler)
         tokens: list[int] = []
         try:
+            sampler = sequence.sampler or self._start_sampling(sequence)
+            assert isinstance(sampler, Greedy | Sampler)
             if sequence.generation.next_token is not None:
                 self._look_ahead(sequence, sampler, row)
             for guess in (*chunk.draft, None) if sequence.limit > sequence.prompt_length else ():
@@ -123,9 +124,14 @@ class LlamaRunner:
                 if tokens[-1] != guess or sequence.complete:
                     break
         except NothingLeft:
-            sequence.blocked = "the request bans every token that could come next, so the answer can't go on"
+            sequence.blocked = InvalidRequest("the request leaves no token that could come next: all are banned")
         except CanNotGoOn as error:
-            sequence.blocked = str(error)
+            sequence.blocked = InvalidRequest(str(error))
+        except EngineError:
+            raise
+        except Exception:  # noqa: BLE001 (a bug of ours costs this request, not the model's process and all others)
+            traceback.print_exc()
+            sequence.blocked = EngineError("the server failed to choose a token; its log has the details")
         return tokens
 
     def _look_ahead(self, sequence: Sequence, sampler: Greedy | Sampler, row: int) -> None:
@@ -138,7 +144,9 @@ class LlamaRunner:
 
     def _start_sampling(self, sequence: Sequence) -> Greedy | Sampler:
         generation = sequence.generation
+        form = sequence.form
+        assert form is None or isinstance(form, Form)
         sequence.sampler = sampler = self._samplers.build(
-            generation.sampling, sequence.tokens, choice=sequence.choice, constraint=generation.constraint
+            generation.sampling, sequence.tokens, choice=sequence.choice, form=form
         )
         return sampler

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from llamaserve.engine import stages
-from llamaserve.engine.candidates import Candidates, Floats, Places, draw
+from llamaserve.engine.candidates import Candidates, Floats, NothingLeft, Places, draw
 from llamaserve.engine.constraint import Form, Grammars
 from llamaserve.engine.llama import NativeSampler, Vocab
 from llamaserve.engine.params import Constraint, Sampling
@@ -24,10 +24,20 @@ from llamaserve.errors import EngineError
 Stage = Callable[[Candidates], None]
 
 _WHOLE_TEXT = 0  # a range of "all tokens"
-_GREEDY_BELOW = 1e-5  # temperatures at which only the best token is left, and dividing by them could overflow
 _SEEDS = 2**64  # different ones
-_BEFORE_GREEDY = ("no_repeat_ngram", "encoder_repetition_penalty", "penalties", "dry")
-_BESIDE_MIROSTAT = (*_BEFORE_GREEDY, "temperature", "quadratic_sampling")
+# the stages that have one number, the option of their name
+_BY_ONE_NUMBER: dict[str, Callable[[Candidates, Any], None]] = {
+    "top_n_sigma": stages.top_n_sigma,
+    "temperature": stages.temperature,
+    "top_k": stages.top_k,
+    "top_p": stages.top_p,
+    "typical_p": stages.typical_p,
+    "epsilon_cutoff": stages.epsilon_cutoff,
+    "eta_cutoff": stages.eta_cutoff,
+    "tfs": stages.tail_free,
+    "top_a": stages.top_a,
+    "min_p": stages.min_p,
+}
 _PREPARED = 16  # DRY samplers of a model that are kept to be cloned
 
 
@@ -113,6 +123,8 @@ class Sampler:
         candidates = Candidates(logits.copy())
         for stage in self._stages:
             stage(candidates)
+        if not math.isfinite(candidates.logits[candidates.best()]):
+            raise NothingLeft  # the options have made it infinite
         return candidates
 
     def prepare(self) -> None:
@@ -155,10 +167,9 @@ class SamplerFactory:
             self.grammars.compile(constraint)
 
     def build(
-        self, sampling: Sampling, prompt: Sequence[int], *, choice: int = 0, constraint: Constraint | None = None
+        self, sampling: Sampling, prompt: Sequence[int], *, choice: int = 0, form: Form | None = None
     ) -> Greedy | Sampler:
         """Return what samples one sequence, and knows its prompt. ``choice`` is added to the seed."""
-        form = None if constraint is None else self.grammars.start(constraint)
         return _Builder(self, sampling, prompt, choice, form).build()
 
     def range(self, wanted: int) -> int:
@@ -184,22 +195,20 @@ class _Builder:
         self._form = form
         self._factory = factory
         self._vocab = factory.vocab
-        self._sampling = sampling
+        self._sampling = sampling.effective()
         self._prompt = prompt
         self._chance = Random((sampling.seed + choice) % _SEEDS)  # noqa: S311
         self._followers: list[TextStage] = []
         self._observers: list[Observer] = []
 
     def build(self) -> Greedy | Sampler:
-        sampling = self._sampling
-        greedy = sampling.temperature < _GREEDY_BELOW and not sampling.dynatemp_range
-        kept = _BEFORE_GREEDY if greedy else _BESIDE_MIROSTAT if sampling.mirostat_mode else sampling.stages
+        form, greedy = self._form, self._sampling.greedy
         made: list[Stage] = [*self._bans()]
-        if (form := self._form) is not None:
+        if form is not None:
             self._followers.append(form)
             if not greedy:
                 made.append(form)
-        made += [stage for name in sampling.stages if name in kept for stage in self._stages(name)]
+        made += [self._stage(name) for name in self._sampling.stages]
         if not greedy:
             made += self._shapers()
         elif form is not None:
@@ -222,49 +231,31 @@ class _Builder:
         if sampling.min_tokens:
             yield self._follow(LeastLength(sampling.min_tokens, self._vocab.ends), 0)
 
-    def _stages(self, name: str) -> Iterator[Stage]:
-        """Yield the stage of this name, unless the options leave it without effect."""
+    def _stage(self, name: str) -> Stage:
+        """Return the stage of this name."""
         s = self._sampling
         match name:
-            case "no_repeat_ngram" if s.no_repeat_ngram_size > 0:
-                yield self._follow(NoRepeatedNgrams(s.no_repeat_ngram_size), self._factory.context)
-            case "encoder_repetition_penalty" if s.encoder_repetition_penalty != 1:
-                yield PromptPreference(s.encoder_repetition_penalty, self._prompt)
-            case "penalties" if (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) != (1, 0, 0):
+            case "no_repeat_ngram":
+                return self._follow(NoRepeatedNgrams(s.no_repeat_ngram_size), self._factory.context)
+            case "encoder_repetition_penalty":
+                return PromptPreference(s.encoder_repetition_penalty, self._prompt)
+            case "penalties":
                 last = self._factory.range(s.repetition_penalty_range)
                 penalties = (s.repetition_penalty, s.frequency_penalty, s.presence_penalty)
-                yield self._follow(OccurrencePenalty(NativeSampler.penalties(self._vocab, last, *penalties)), last)
-            case "dry" if s.dry_multiplier > 0:
+                return self._follow(OccurrencePenalty(NativeSampler.penalties(self._vocab, last, *penalties)), last)
+            case "dry":
                 native = self._factory.dry(*dry_options(s)).clone()
-                yield self._follow(OccurrencePenalty(native), self._factory.range(s.dry_range))
-            case "top_n_sigma" if s.top_n_sigma > 0:
-                yield partial(stages.top_n_sigma, n=s.top_n_sigma)
+                return self._follow(OccurrencePenalty(native), self._factory.range(s.dry_range))
             case "temperature" if s.dynatemp_range > 0:
                 low, high = max(0.0, s.temperature - s.dynatemp_range), s.temperature + s.dynatemp_range
-                yield partial(stages.dynamic_temperature, low=low, high=high, exponent=s.dynatemp_exponent)
-            case "temperature" if s.temperature != 1:
-                yield partial(stages.temperature, temperature=s.temperature)
-            case "quadratic_sampling" if s.smoothing_factor > 0:
-                yield partial(stages.quadratic, factor=s.smoothing_factor, curve=s.smoothing_curve)
-            case "top_k" if s.top_k > 0:
-                yield partial(stages.top_k, k=s.top_k)
-            case "top_p" if s.top_p < 1:
-                yield partial(stages.top_p, p=s.top_p)
-            case "typical_p" if s.typical_p < 1:
-                yield partial(stages.typical_p, p=s.typical_p)
-            case "epsilon_cutoff" if s.epsilon_cutoff > 0:
-                yield partial(stages.epsilon_cutoff, epsilon=s.epsilon_cutoff)
-            case "eta_cutoff" if s.eta_cutoff > 0:
-                yield partial(stages.eta_cutoff, eta=s.eta_cutoff)
-            case "tfs" if s.tfs < 1:
-                yield partial(stages.tail_free, z=s.tfs)
-            case "top_a" if s.top_a > 0:
-                yield partial(stages.top_a, a=s.top_a)
-            case "min_p" if s.min_p > 0:
-                yield partial(stages.min_p, p=s.min_p)
-            case "xtc" if s.xtc_probability > 0:
+                return partial(stages.dynamic_temperature, low=low, high=high, exponent=s.dynatemp_exponent)
+            case "quadratic_sampling":
+                return partial(stages.quadratic, factor=s.smoothing_factor, curve=s.smoothing_curve)
+            case "xtc":
                 xtc = partial(stages.xtc, probability=s.xtc_probability, threshold=s.xtc_threshold)
-                yield partial(xtc, chance=self._chance)
+                return partial(xtc, chance=self._chance)
+        stage, number = _BY_ONE_NUMBER[name], getattr(s, name)
+        return lambda candidates: stage(candidates, number)
 
     def _shapers(self) -> Iterator[Stage]:
         """Yield what comes last and learns from what is drawn."""

@@ -12,6 +12,7 @@ from llamaserve.engine.events import TokenLogprob, TokenLogprobs
 from llamaserve.engine.logprobs import AnswerLogprobs
 from llamaserve.engine.params import Generation
 from llamaserve.engine.speculation import Drafter
+from llamaserve.errors import LlamaserveError
 
 _UNLIMITED = 2**31
 _COMPARED = 256  # tokens at once: comparing list slices is far faster than comparing tokens
@@ -64,6 +65,7 @@ class Sequence:
         "deadline",
         "drafter",
         "evaluated",
+        "form",
         "generation",
         "index",
         "leader",
@@ -107,8 +109,9 @@ class Sequence:
         self.deadline = deadline  # on the engine's clock, seconds
         self.leader: tuple[Sequence, int] | None = None  # one whose first so many tokens this one waits to copy
         self.sampler: Sampler | None = None
+        self.form: object | None = None  # that the answer must have
         self.complete = False  # it has the form it must have, and nothing more may come
-        self.blocked: str | None = None  # why no token may come next
+        self.blocked: LlamaserveError | None = None  # why no token may come next
         self.drafter: Drafter | None = None  # made when it is first asked for
         self.text = Detokenizer(generation.stop)
         self.unsent: list[str] = []  # text of a request that is not streamed

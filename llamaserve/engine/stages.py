@@ -154,6 +154,7 @@ def xtc(candidates: Candidates, probability: float, threshold: float, chance: Ra
     """
     if len(candidates) < 2 or chance.random() >= probability:
         return
+    candidates.drop_impossible()
     probabilities = candidates.probabilities()
     reaching = np.flatnonzero(probabilities >= threshold)
     if len(reaching) > 1:

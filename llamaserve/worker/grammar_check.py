@@ -20,7 +20,7 @@ from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 
 TIME_LIMIT = 0.8  # seconds for one constraint; an ordinary one takes a few milliseconds
 MEMORY_LIMIT = 1024  # MB of address space for one process, Python included
-REMEMBERED = 256  # constraints that were accepted
+REMEMBERED = 256  # constraints that were checked
 
 
 class GrammarChecker(Sandbox):
@@ -30,31 +30,38 @@ class GrammarChecker(Sandbox):
         super().__init__(
             "llamaserve.worker.grammar_check_main", "the grammar checker", size=size, time_limit=time_limit
         )
-        self._accepted: OrderedDict[tuple[str, bytes], None] = OrderedDict()  # least recently used first
+        self._faults: OrderedDict[tuple[str, bytes], str | None] = OrderedDict()  # least recently used first
 
     async def check(self, constraint: Constraint) -> None:
-        """Return when the constraint can be compiled. One that was accepted lately is not compiled again.
+        """Return when the constraint can be compiled. What was found out lately, good or bad, is not tried again.
 
         Raises ``InvalidRequest`` when it is wrong or takes too much time or memory, and ``Unavailable`` when the pool
         is closed or no process can be started.
         """
         key = constraint.kind, hashlib.sha256(constraint.text.encode()).digest()  # the texts may be long
-        if key not in self._accepted and (fault := await self._fault(constraint)) is not None:
-            raise InvalidRequest(f"{constraint.param}{fault}", param=constraint.param)
-        self._accepted[key] = None
-        self._accepted.move_to_end(key)
-        if len(self._accepted) > REMEMBERED:
-            self._accepted.popitem(last=False)
+        if key not in self._faults:
+            self._faults[key] = await self._fault(constraint)
+            if len(self._faults) > REMEMBERED:
+                self._faults.popitem(last=False)
+        self._faults.move_to_end(key)
+        if (fault := self._faults[key]) is not None:
+            raise _refusal(constraint, f": {fault}")
 
     async def _fault(self, constraint: Constraint) -> str | None:
-        """Return what is wrong with a constraint, to be read after its name."""
+        """Return what is wrong with a constraint. Raises ``InvalidRequest`` where a limit came before the answer: that
+        is not remembered, since the machine may have been busy.
+        """
         try:
-            reason = msgspec.msgpack.decode(await self.ask(msgspec.msgpack.encode(constraint)), type=str | None)
+            answer = await self.ask(msgspec.msgpack.encode(constraint))
         except TookTooLong:
-            return f" took longer than {self._time_limit:g} s to compile"
+            raise _refusal(constraint, f" took longer than {self._time_limit:g} s to compile") from None
         except Ended as ended:
             # Rust's answer to an allocation that fails is SIGABRT.
             if isinstance(ended, OutOfMemory) or ended.status == -signal.SIGABRT:
-                return f" needed more than {MEMORY_LIMIT} MB of memory to compile"
-            return f" crashed the process that compiled it ({ended})"
-        return None if reason is None else f": {reason}"
+                raise _refusal(constraint, f" needed more than {MEMORY_LIMIT} MB of memory to compile") from None
+            raise _refusal(constraint, f" crashed the process that compiled it ({ended})") from None
+        return msgspec.msgpack.decode(answer, type=str | None)
+
+
+def _refusal(constraint: Constraint, why: str) -> InvalidRequest:
+    return InvalidRequest(f"{constraint.param}{why}", param=constraint.param)

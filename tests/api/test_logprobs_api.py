@@ -10,7 +10,7 @@ import pytest
 from api_helpers import CHAT, COMPLETIONS, MODEL, all_events, assert_error, length_of
 from running_server import RunningServer
 
-from llamaserve.api.logprobs import for_chat, for_completion, probabilities
+from llamaserve.api.logprobs import Echo, for_chat, for_completion, probabilities
 from llamaserve.engine.events import TokenLogprob, TokenLogprobs
 
 _FRANCE = "The capital of France is"
@@ -246,7 +246,48 @@ def test_tokens_of_the_same_text() -> None:
     assert len(found["top_logprobs_ids"][0]) == 3
 
 
-def test_an_echo_moves_the_answers_offsets() -> None:
-    found = for_completion([_entry(b"c", -1.0, offset=0)], prompt=[_entry(b"ab", 0.0)], offset=2)
-    assert found["text_offset"] == [0, 2]
-    assert found["token_logprobs"] == [None, -1.0]
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "text", "names", "offsets"),
+    [
+        ("ab", ["ab"], "ab", ["ab"], [0]),
+        ("ab cd", ["ab", " cd"], "ab cd", ["ab", " cd"], [0, 2]),
+        ("ab", ["<s>", "ab"], "ab", ["", "ab"], [0, 0]),
+        ("<s>ab", ["<s>", "ab"], "<s>ab", ["<s>", "ab"], [0, 3]),
+        ("ab cd", [" ab", " cd"], "ab cd", [" ab", " cd"], [0, 2]),  # a tokeniser's own space
+        ("ab cd ef", [" cd", " ef"], " cd ef", [" cd", " ef"], [0, 3]),  # cut
+        ("ab cd ef", ["<s>", " cd", " ef"], " cd ef", ["", " cd", " ef"], [0, 0, 3]),
+        ("ab", [], "ab", [], []),
+    ],
+)
+def test_an_echo_and_its_tokens(
+    prompt: str, tokens: list[str], text: str, names: list[str], offsets: list[int]
+) -> None:
+    starts = [len("".join(tokens[:number])) for number in range(len(tokens))]
+    entries = [_entry(token.encode(), -1.0, offset=start) for token, start in zip(tokens, starts, strict=True)]
+    echo = Echo(prompt, entries)
+    assert echo.text == text
+    found = for_completion([_entry(b"!", -2.0)], echo)
+    assert found["tokens"] == [*names, "!"]
+    assert found["text_offset"] == [*offsets, len(text)]
+    assert found["token_logprobs"] == [None, *[-1.0] * (len(tokens) - 1), -2.0][bool(not tokens) :]
+
+
+def test_offsets_lead_to_the_tokens(server: RunningServer) -> None:
+    for prompt, extra in (
+        ("The sky is blue.", {}),
+        ("<|im_start|>user\nHi<|im_end|>", {"skip_special_tokens": False}),
+        ("<|im_start|> one two three four five six seven", {"truncation_length": 8}),
+        ("日本 é 😀", {}),
+    ):
+        for stream in (False, True):
+            body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 3, "temperature": 0, **extra}
+            if stream:
+                choices = [c for e in all_events(server, COMPLETIONS, body) if e != "[DONE]" for c in e["choices"]]
+            else:
+                choices = server.post(COMPLETIONS, body).json()["choices"]
+            text = "".join(choice["text"] for choice in choices)
+            tokens = [token for choice in choices for token in (choice["logprobs"] or {"tokens": []})["tokens"]]
+            offsets = [at for choice in choices for at in (choice["logprobs"] or {"text_offset": []})["text_offset"]]
+            assert len(tokens) > 3
+            for token, offset in zip(tokens, offsets, strict=True):
+                assert token.startswith("bytes:") or text[offset:].startswith(token), (text, token, offset)

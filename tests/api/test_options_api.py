@@ -101,7 +101,7 @@ def _changes(**body: Any) -> dict[str, Any]:
         ({"min_length": 5}, {"min_tokens": 5}),
         ({"min_tokens": 5}, {"min_tokens": 5}),
         ({"logit_bias": {"5": 1.5}}, {"logit_bias": {5: 1.5}}),
-        ({"logit_bias": [[5, 1.5], [6, False]]}, {"logit_bias": {5: 1.5, 6: float("-inf")}}),
+        ({"logit_bias": [[5, 1.5], [6, False], [5, 1], [6, 2]]}, {"logit_bias": {5: 2.5, 6: float("-inf")}}),
         ({"custom_token_bans": "5, 6"}, {"banned_tokens": (5, 6)}),
         ({"custom_token_bans": [5]}, {"banned_tokens": (5,)}),
         ({"ban_eos_token": True}, {"ban_eos": True}),
@@ -239,7 +239,14 @@ def test_the_length_of_an_answer(body: dict[str, Any], expected: int | None) -> 
         ({"mirostat_mode": 2, "adaptive_target": 0.5}, ["adaptive_target"]),
         ({"mirostat_mode": 2, "top_k": 0}, []),
         ({"samplers": ["top_k"], "top_k": 5, "min_p": 0.1, "dry_multiplier": 1}, ["min_p", "dry_multiplier"]),
-        ({"samplers": ["top_k"], "temperature": 0.4, "typ_p": 0.3}, ["temperature", "typ_p"]),
+        ({"samplers": ["top_k"], "temperature": 0.4, "typ_p": 0.3, "top_k": 2}, ["temperature", "typ_p"]),
+        ({"samplers": ["top_k"], "top_k": 2, "temperature": 0}, ["top_k", "samplers"]),
+        ({"temperature": 0, "top_p": 0.5, "top_k": 40, "repeat_penalty": 1.1}, ["top_k", "top_p"]),
+        ({"temperature": 0.3, "dynamic_temperature": True, "dynatemp_high": 2}, ["temperature"]),
+        ({"dynatemp_low": 0.5, "dynatemp_high": 2}, ["dynatemp_low", "dynatemp_high"]),
+        ({"xtc_threshold": 0.2, "smoothing_curve": 2, "dry_base": 2}, ["smoothing_curve", "xtc_threshold", "dry_base"]),
+        ({"repeat_penalty": 1.3, "repeat_last_n": 0}, ["repeat_penalty", "repeat_last_n"]),
+        ({"dry_multiplier": 1, "dry_penalty_last_n": 0}, ["dry_multiplier", "dry_penalty_last_n"]),
         ({"guidance_scale": 1.5, "negative_prompt": "x"}, ["guidance_scale", "negative_prompt"]),
         ({"guidance_scale": 1, "negative_prompt": "", "penalty_alpha": 0, "num_beams": 1}, []),
         (
@@ -247,13 +254,19 @@ def test_the_length_of_an_answer(body: dict[str, Any], expected: int | None) -> 
             ["num_beams", "length_penalty", "early_stopping"],
         ),
         ({"prompt_lookup_num_tokens": 5, "static_cache": True}, ["prompt_lookup_num_tokens", "static_cache"]),
-        ({"max_tokens_second": 5}, ["max_tokens_second"]),
-        ({"max_tokens_second": 5, "stream": True}, []),
+        ({"max_tokens_second": 5, "stream_options": {"include_usage": True}}, ["max_tokens_second", "stream_options"]),
+        ({"max_tokens_second": 5, "stream_options": {"include_usage": True}, "stream": True}, []),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, ["max_completion_tokens"]),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, []),
+        ({"n_predict": 5, "auto_max_new_tokens": True}, ["n_predict"]),
         ({"unknown": 1, "other": None, "user": "me", "metadata": {"a": "b"}}, ["unknown"]),
+        ({"foo bar": 1, "x\r\ny: z": 2, "": 3}, ["foo?bar", "x??y??z", "?"]),
         ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, ["repeat_penalty"]),
         ({"preset": "Deterministic", "temperature": 0.7, "do_sample": False}, ["temperature"]),
         ({"preset": "Deterministic", "max_tokens": 5, "seed": 3, "stop": "x"}, []),
         ({"preset": "Creative", "preset_mode": "defaults", "temperature": 0.7}, []),
+        ({"preset": "Mirostat", "preset_mode": "defaults", "repeat_penalty": 1.1, "top_k": 5}, ["top_k"]),
+        *(({"preset": name}, []) for name in Presets().names()),
     ],
     ids=str,
 )
@@ -315,6 +328,14 @@ def test_every_preset_can_be_used(name: str) -> None:
 def test_no_name_becomes_a_path(name: str) -> None:
     with pytest.raises(InvalidRequest, match="no preset"):
         Presets().get(name)
+
+
+def test_a_preset_and_a_request_that_contradict_each_other(tmp_path: Path) -> None:
+    (tmp_path / "moving.yaml").write_text("dynamic_temperature: true\ndynatemp_low: 0.5\ndynatemp_high: 1\n")
+    options = _options(preset="moving", preset_mode="defaults", dynatemp_low=2)
+    with pytest.raises(InvalidRequest, match="dynatemp_low") as caught:
+        options.generation(Presets(tmp_path))
+    assert caught.value.param == "preset"
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest(server: RunningServer) -> None:

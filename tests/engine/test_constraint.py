@@ -270,7 +270,7 @@ def test_bans_that_leave_nothing_end_the_request_alone(running: RunningEngine) -
         events += running.engine.step()
     (failed,) = (event for event in events if isinstance(event, Failed))
     assert (failed.request, failed.error.name) == (1, "InvalidRequest")
-    assert "bans every token" in failed.error.message
+    assert "all are banned" in failed.error.message
     (finished,) = (event for event in events if isinstance(event, Finished))
     assert finished.completion_tokens == 5
     running.check_nothing_is_left()
@@ -351,7 +351,7 @@ def test_what_was_compiled_is_kept_and_threads_share_it(vocab: Vocab, monkeypatc
     assert grammars._matcher(_schema(_PERSON)) is matcher
     for number in range(80):
         grammars.compile(_schema({"const": number}))
-    assert len(grammars._compiled) == 64
+    assert len(grammars._compiled) == 32
     assert grammars._matcher(_schema(_PERSON)) is not matcher
 
 
@@ -386,9 +386,6 @@ def test_a_mask_leaves_what_may_come(grammars: Grammars, vocab: Vocab, pattern: 
     if pattern != "[0-9]":
         expected = {token for token in expected if not _is_cut(vocab.piece(token))} | vocab.ends | (left - vocab.ends)
     assert left == expected
-    some = Candidates(logits[100:600].copy(), np.arange(100, 600, dtype=np.int32))
-    form(some)
-    assert _allowed(some) == left & set(range(100, 600))
     kept = {
         int(token): float(value) for token, value in zip(whole.tokens, whole.logits, strict=True) if value > -np.inf
     }
@@ -412,7 +409,7 @@ def test_the_best_of_what_may_come_is_found(grammars: Grammars, vocab: Vocab, ba
         logits[list(banned)] = -50.0
         everything = Candidates(logits.copy())
         grammars.start(constraint)(everything)
-        sampler = factory.build(_GREEDY, [], constraint=constraint)
+        sampler = factory.build(_GREEDY, [], form=grammars.start(constraint))
         assert sampler.sample(logits) == everything.token(everything.best())
 
 

@@ -17,6 +17,7 @@ from llamaserve.engine.llama import Model, Vocab
 from llamaserve.engine.logprobs import log_probabilities, of_candidates, of_token
 from llamaserve.engine.params import Generation, LoadParams, Logprobs, NextToken, Sampling
 from llamaserve.engine.speculation import Draft, PromptLookup
+from llamaserve.errors import EngineError
 
 _PRECISION = 1e-4
 _PROMPT = "Once upon a time, once upon a"
@@ -185,6 +186,23 @@ def test_of_a_prompt_that_had_to_begin_again(running: RunningEngine) -> None:
         _check(running, prompt, running.answers[number, 0], 2)
 
 
+@pytest.mark.parametrize("cells", range(118, 132))
+def test_of_a_prompt_that_had_to_begin_again_in_the_middle(loud: Model, loud_params: LoadParams, cells: int) -> None:
+    """It may begin again before the tokens of which the log-probabilities are known already."""
+    running = RunningEngine(loud, msgspec.structs.replace(loud_params, context=200, batch=16))
+    running.forget(cells, batch=16)
+    try:
+        prompt = np.random.default_rng(3).integers(20, 200, 90).tolist()
+        running.submit(0, "abc", _generation(Sampling(seed=1, ban_eos=True), max_tokens=60))
+        running.step(3)
+        running.submit(1, prompt, _generation(logprobs=Logprobs(1, prompt=True), max_tokens=3))
+        running.run()
+        assert len(running.answers[1, 0].prompt_logprobs) == len(prompt)
+        _check(running, prompt, running.answers[1, 0], 1)
+    finally:
+        running.close()
+
+
 def test_a_scored_prompt_is_not_evaluated_in_tiny_steps(running: RunningEngine) -> None:
     prompt = np.random.default_rng(1).integers(20, 200, 90).tolist()
     running.submit(0, prompt, _generation(logprobs=Logprobs(0, prompt=True), max_tokens=0))
@@ -288,6 +306,12 @@ def test_the_next_token_before_and_after_the_samplers(running: RunningEngine) ->
 
 
 # The arithmetic
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
+    with pytest.raises(EngineError):
+        log_probabilities(np.array([1.0, value], np.float32), [0])
 
 
 def test_large_and_impossible_logits() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import sampling_definitions as definitions
+from hypothesis import given, settings, strategies as st
 from sampling_definitions import Logits, softmax
 
 from llamaserve.engine.candidates import NothingLeft, draw
@@ -279,6 +283,19 @@ def test_stages_run_in_the_order_that_is_asked_for() -> None:
     assert len(set(results)) > 2
 
 
+def test_what_has_no_effect_is_left_out() -> None:
+    for options, stages in (
+        ({}, ()),
+        ({"top_k": 5, "min_p": 0.1}, ("top_k", "min_p")),
+        ({"temperature": 0.0, "top_k": 5, "presence_penalty": 1.0}, ("penalties",)),
+        ({"mirostat_mode": 1, "top_k": 5, "temperature": 0.5}, ("temperature",)),
+        ({"stages": ("min_p", "top_k"), "top_k": 5, "temperature": 2.0}, ("top_k",)),
+    ):
+        effective = Sampling(seed=1, **options).effective()
+        assert effective.stages == stages
+        assert effective == effective.effective()
+
+
 def test_a_stage_that_is_not_listed_is_off() -> None:
     logits = _VECTORS["peaked"]
     expected = softmax(definitions.temperature([float(logit) for logit in logits], 2.0))
@@ -357,6 +374,82 @@ def test_each_step_follows_the_definition_with_the_text_so_far() -> None:
         changed = definitions.penalties(plain, text, 20, 1, 0.6, 0)
         assert token == changed.index(max(changed))
         text.append(token)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_long_sequences_are_known_as_well(size: int) -> None:
+    chance = random.Random(size)
+    text = [chance.randrange(3) for _ in range(60)]
+    text += text[:50]
+    logits = np.zeros(3, np.float32)
+    for end in range(1, len(text)):
+        expected = definitions.no_repeated_ngram([0.0] * 3, text[:end], size)
+        sampler = _factory(3).build(Sampling(seed=1, no_repeat_ngram_size=size), text[:end])
+        try:
+            left = set(sampler.candidates(logits).tokens[sampler.candidates(logits).logits > -np.inf].tolist())
+        except NothingLeft:
+            left = set()
+        assert left == {token for token, logit in enumerate(expected) if logit == 0}
+
+
+def test_a_long_sequence_takes_no_more_than_a_short_one() -> None:
+    text = list(range(20_000))
+    begin = time.perf_counter()
+    _factory(30_000, context=50_000).build(Sampling(seed=1, no_repeat_ngram_size=10_000), text)
+    assert time.perf_counter() - begin < 2
+
+
+def test_xtc_looks_only_at_what_may_come() -> None:
+    logits = _VECTORS["few"]
+    probabilities = _probabilities(logits, banned_tokens=(9,), xtc_probability=1.0, xtc_threshold=0.0)
+    assert (probabilities > 0).sum() == 1
+    assert probabilities[9] == 0
+
+
+_SHARE = st.sampled_from([0.0, 1e-30, 0.5, 1.0])
+_ODD = st.sampled_from([0.0, 1e-300, 1e-30, 0.01, 0.5, 1.0, 100.0])
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": _ODD,
+            "dynatemp_range": _ODD,
+            "dynatemp_exponent": _ODD,
+            "smoothing_factor": _ODD,
+            "smoothing_curve": _ODD,
+            "top_k": st.sampled_from([0, 1, 3, 2**31 - 1]),
+            **dict.fromkeys(
+                ("top_p", "min_p", "typical_p", "tfs", "xtc_threshold"), st.sampled_from([0.0, 1e-30, 0.5, 1.0])
+            ),
+            **dict.fromkeys(("top_n_sigma", "top_a", "mirostat_tau"), _ODD),
+            **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), st.sampled_from([0.0, 1e-30, 1.0, 10_000.0])),
+            "xtc_probability": st.sampled_from([0.0, 0.5, 1.0]),
+            "mirostat_mode": st.integers(0, 2),
+            "mirostat_eta": st.sampled_from([0.0, 0.1, 10.0]),
+            "adaptive_target": st.sampled_from([0.0, 1e-30, 0.5, 1.0]),
+            "adaptive_decay": st.sampled_from([0.0, 0.5, 1.0]),
+            "repetition_penalty": st.sampled_from([0.01, 1.0, 100.0]),
+            "encoder_repetition_penalty": st.sampled_from([0.01, 1.0, 100.0]),
+            **dict.fromkeys(("frequency_penalty", "presence_penalty"), st.sampled_from([-100.0, 0.0, 100.0])),
+            "no_repeat_ngram_size": st.sampled_from([0, 1, 2, 2**31 - 1]),
+            "banned_tokens": st.sampled_from([(), (1,), (0, 2, 5)]),
+            "logit_bias": st.sampled_from([{}, {3: 100.0}, {3: -100.0}]),
+            "stages": st.permutations(STAGES).map(tuple),
+        },
+    ),
+    st.sampled_from(["few", "flat", "certain"]),
+)
+@settings(max_examples=300)
+def test_no_combination_of_options_is_too_odd(options: dict[str, Any], vector: str) -> None:
+    logits = _VECTORS[vector]
+    sampler = _factory(len(logits)).build(Sampling(seed=1, **options), _PROMPT)
+    with np.errstate(over="ignore"), contextlib.suppress(NothingLeft):
+        for _ in range(4):
+            token = sampler.sample(logits)
+            assert 0 <= token < len(logits)
+            assert token not in options.get("banned_tokens", ())
 
 
 def test_no_sequence_is_repeated() -> None:
