@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from llguidance import LLMatcher, LLParserLimits
 
-from llamaserve.engine.gbnf import to_lark
+from llamaserve.engine import lark
 from llamaserve.engine.params import Constraint
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def grammar_text(constraint: Constraint) -> str:
         case "regex":
             return LLMatcher.grammar_from_regex(constraint.text)
         case "choice":
-            choices: list[str] = msgspec.json.decode(constraint.text)
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark_string, choices)))
+            return LLMatcher.grammar_from_lark(lark.from_choices(msgspec.json.decode(constraint.text, type=list[str])))
         case "grammar":
-            return LLMatcher.grammar_from_lark(to_lark(constraint.text))
+            return LLMatcher.grammar_from_lark(lark.from_gbnf(constraint.text))
 
 
 def _schema(text: str) -> str:
@@ -48,11 +47,6 @@ def _schema(text: str) -> str:
     if text == "false":
         raise ValueError("no answer could meet it: it is false")
     return LLMatcher.grammar_from_json_schema("{}" if text == "true" else text, overrides=_JSON_OPTIONS)
-
-
-def lark_string(text: str) -> str:
-    """Return a text as Lark writes it."""
-    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
 
 
 def limits() -> LLParserLimits:

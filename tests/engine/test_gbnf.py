@@ -18,8 +18,8 @@ from hypothesis import example, given, settings, strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.llamacpp import lltokenizer_from_vocab
 
-from llamaserve.engine import gbnf
-from llamaserve.engine.gbnf import GrammarError, to_lark
+from llamaserve.engine import lark
+from llamaserve.engine.gbnf import GrammarError
 from llamaserve.engine.llama import NativeSampler, Vocab
 
 
@@ -48,7 +48,7 @@ def _matcher(tokenizer: LLTokenizer, lark: str) -> LLMatcher:
 
 def _reader(grammar: str) -> Callable[[str], bool]:
     """Return what tells whether a text is one that the grammar describes."""
-    start = _matcher(_byte_tokenizer(), to_lark(grammar))
+    start = _matcher(_byte_tokenizer(), lark.from_gbnf(grammar))
 
     def accepts(text: str) -> bool:
         matcher = start.deep_copy()
@@ -60,7 +60,7 @@ def _reader(grammar: str) -> Callable[[str], bool]:
 
 def _is_regex(grammar: str) -> bool:
     """Whether the grammar became a single lexeme."""
-    return "start: T" in to_lark(grammar)
+    return "start: T" in lark.from_gbnf(grammar)
 
 
 def _recursive(grammar: str) -> str:
@@ -361,7 +361,7 @@ def test_random_grammars_describe_the_same_short_texts_as_sets_computed_from_the
     grammar = "\n".join(f"{name} ::= {part.written}" for name, part in parts.items())
     with pytest.MonkeyPatch.context() as patch:
         if not regex:
-            patch.setattr(gbnf, "_MAX_REGEX", 0)  # so that more grammars are cut into lexemes
+            patch.setattr(lark, "_MAX_REGEX", 0)  # so that more grammars are cut into lexemes
         try:
             accepts = _reader(grammar)
         except GrammarError as error:
@@ -394,7 +394,7 @@ class _Differential:
     def walk(self, grammar: str, text: str) -> bool:
         """Compare the tokens allowed at each token of a text, up to one that isn't, and tell whether all were."""
         native = NativeSampler(lib.llama_sampler_init_grammar(self._vocab.handle, grammar.encode(), b"root"))
-        matcher = _matcher(self._tokenizer, to_lark(grammar))
+        matcher = _matcher(self._tokenizer, lark.from_gbnf(grammar))
         written = b""
         for token in [*self._vocab.tokenize(text, add_bos=False, parse_special=False), min(self._vocab.ends)]:
             mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little").astype(bool)
@@ -489,7 +489,7 @@ def test_masks_inside_of_strings_are_not_computed_character_by_character(
     tokenizer = _tokenizer(vocab)
 
     def seconds() -> float:
-        matcher = _matcher(tokenizer, to_lark(grammar))
+        matcher = _matcher(tokenizer, lark.from_gbnf(grammar))
         assert matcher.consume_tokens(vocab.tokenize(beginning, add_bos=False, parse_special=False))
         start = time.perf_counter()
         for token in vocab.tokenize(" words in a row", add_bos=False, parse_special=False):
@@ -499,7 +499,7 @@ def test_masks_inside_of_strings_are_not_computed_character_by_character(
 
     fast = min(seconds() for _ in range(3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gbnf, "_MAX_WORK", 0)  # every lexeme is a character
+        patch.setattr(lark, "_MAX_WORK", 0)  # every lexeme is a character
         slow = min(seconds() for _ in range(3))
     assert fast < slow / 10  # 100 and more in fact
 
@@ -583,7 +583,7 @@ def test_masks_inside_of_strings_are_not_computed_character_by_character(
 )
 def test_refuses_what_is_no_grammar_and_says_why_and_where(grammar: str, message: str) -> None:
     with pytest.raises(GrammarError) as error:
-        to_lark(grammar)
+        lark.from_gbnf(grammar)
     assert str(error.value).startswith(message)
     assert len(str(error.value)) < 200
     str(error.value).encode()
@@ -602,8 +602,8 @@ def test_refuses_what_is_no_grammar_and_says_why_and_where(grammar: str, message
 )
 def test_llguidance_survives_the_deepest_grammars_in_a_thread(grammar: str) -> None:
     masks = []
-    lark = to_lark(grammar)
-    thread = threading.Thread(target=lambda: masks.append(_matcher(_byte_tokenizer(), lark).compute_bitmask()))
+    written = lark.from_gbnf(grammar)
+    thread = threading.Thread(target=lambda: masks.append(_matcher(_byte_tokenizer(), written).compute_bitmask()))
     thread.start()
     thread.join()
     assert masks[0][ord("a") >> 3] >> (ord("a") & 7) & 1
@@ -631,9 +631,9 @@ _WORDS = ["".join(letters) for letters in itertools.product("abcdefghijklm", rep
 )
 def test_large_and_cunning_grammars_take_seconds_at_most(grammar: str) -> None:
     start = time.perf_counter()
-    lark = to_lark(grammar)
+    written = lark.from_gbnf(grammar)
     assert time.perf_counter() - start < 8  # at most two in fact
-    _matcher(_byte_tokenizer(), lark)
+    _matcher(_byte_tokenizer(), written)
 
 
 @settings(max_examples=300)
@@ -642,7 +642,7 @@ def test_large_and_cunning_grammars_take_seconds_at_most(grammar: str) -> None:
 def test_any_text_is_a_grammar_or_refused(text: str) -> None:
     for grammar in (text, f"root ::= {text}", f'root ::= "a" {text}\na ::= "b" | b\nb ::= [c]'):
         try:
-            lark = to_lark(grammar)
+            written = lark.from_gbnf(grammar)
         except GrammarError:
             continue
-        _matcher(_byte_tokenizer(), lark)
+        _matcher(_byte_tokenizer(), written)
