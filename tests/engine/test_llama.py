@@ -65,7 +65,7 @@ def test_sizes_and_threads(load_params: LoadParams) -> None:
     native = llama.context_params(params)
     assert (native.n_ctx, native.n_batch, native.n_ubatch) == (700, 96, 96)
     assert (native.n_seq_max, native.n_outputs_max) == (3, 3 + DRAFTED_ROWS + SCORED_ROWS)
-    assert llama.context_params(_changed(params, speculation=False)).n_outputs_max == 3
+    assert llama.context_params(_changed(params, speculation=False)).n_outputs_max == 3 + SCORED_ROWS
     assert (native.n_threads, native.n_threads_batch) == (5, 5)
     assert native.kv_unified
     assert not llama.context_params(_changed(params, kv_unified=False)).kv_unified
