@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 from llamaserve.engine.candidates import Candidates
-from llamaserve.engine.grammar import grammar_text, limits, words
+from llamaserve.engine.grammar import compiled, words
 from llamaserve.engine.llama import TOKENIZE_ADDRESS, Vocab
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
@@ -137,7 +137,10 @@ class Grammars:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
             tokenizer = self._tokenizer = self._tokenizer or self._make_tokenizer()
-        matcher = _compiled(constraint, tokenizer)
+        try:
+            matcher = compiled(constraint, tokenizer)
+        except ValueError as error:
+            raise InvalidRequest(f"{constraint.param}: {words(str(error))}", param=constraint.param) from error
         with self._lock:
             self._compiled[key] = matcher
             if len(self._compiled) > _KEPT:
@@ -159,15 +162,3 @@ class Grammars:
             slices=None,
         )
         return tokenizer
-
-
-def _compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
-    try:
-        matcher = LLMatcher(tokenizer, grammar_text(constraint), log_level=0, limits=limits())
-    except ValueError as error:
-        raise InvalidRequest(f"{constraint.param}: {words(str(error))}", param=constraint.param) from error
-    if not matcher.is_error() and not any(matcher.compute_bitmask()) and not matcher.is_error():
-        raise InvalidRequest(f"{constraint.param}: no answer could meet it", param=constraint.param)
-    if matcher.is_error():
-        raise InvalidRequest(f"{constraint.param}: {words(matcher.get_error())}", param=constraint.param)
-    return matcher

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 import msgspec
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llamaserve.engine import lark
 from llamaserve.engine.params import Constraint
@@ -25,6 +25,19 @@ _MARK = "<non-verbose/>"  # what llguidance says instead of showing the whole gr
 # The lines of a message that show the place of an error: the grammar's own, and the carets under them.
 _EXCERPT = re.compile(r"^ *(\d+ \|.*|\^+) *$", re.MULTILINE)
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+
+
+def compiled(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+    """Return what keeps answers to a constraint, with its first mask computed: much of the work is put off until then.
+    Raises ``ValueError`` in llguidance's words for one that is wrong or that no answer could meet.
+    """
+    matcher = LLMatcher(tokenizer, grammar_text(constraint), log_level=0, limits=limits())
+    possible = not matcher.is_error() and any(matcher.compute_bitmask())
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    if not possible:
+        raise ValueError("no answer could meet it")
+    return matcher
 
 
 def grammar_text(constraint: Constraint) -> str:

@@ -2,8 +2,9 @@
 
 Each ``Constraint`` gets an answer: what is wrong with it, or None. ``sandbox.py`` brings and takes them.
 
-It does not know the time limit of a job: the parent measures it and kills this process. It knows nothing of models and
-has no vocabulary, so it finds what is wrong with a constraint by itself, not what a model can't say.
+It compiles them for a vocabulary of single bytes, which takes about as long as for a model's: without one, most of the
+work would be put off until the model's process does it, where nothing could stop it. It does not know the time limit of
+a job: the parent measures it and kills this process. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import sys
 
 import msgspec
 import psutil
-from llguidance import LLMatcher
+from llguidance import LLTokenizer, TokenizerWrapper
 
-from llamaserve.engine.grammar import grammar_text, limits, words
+from llamaserve.engine.grammar import compiled, words
 from llamaserve.engine.params import Constraint
 from llamaserve.sandbox import serve
 from llamaserve.worker.grammar_check import MEMORY_LIMIT
@@ -22,8 +23,24 @@ from llamaserve.worker.grammar_check import MEMORY_LIMIT
 KEPT_MEMORY = 256  # MB; a process that still holds more after a job ends, since the models may need them
 
 _CONSTRAINTS = msgspec.msgpack.Decoder(Constraint)
-_LIMITS = limits()
 _PROCESS = psutil.Process()
+_END = 256  # the token after those of the bytes
+
+
+class _Bytes:
+    """The vocabulary, as llguidance asks for it."""
+
+    eos_token_id = _END
+    bos_token_id = None
+    tokens = (*(bytes([value]) for value in range(_END)), b"<end>")
+    special_token_ids = (_END,)
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return the tokens of a text."""
+        return list(text)
+
+
+_TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
 def answer(payload: bytes) -> tuple[bytes, bool]:
@@ -35,10 +52,10 @@ def answer(payload: bytes) -> tuple[bytes, bool]:
 def fault(constraint: Constraint) -> str | None:
     """Return why the constraint can't be compiled, in llguidance's words."""
     try:
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar_text(constraint), None, limits=_LIMITS)
+        compiled(constraint, _TOKENIZER)
     except ValueError as error:
         return words(str(error))
-    return words("\n".join(messages)) if wrong else None
+    return None
 
 
 def main(fd: int) -> int:

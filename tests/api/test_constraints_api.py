@@ -264,6 +264,7 @@ _HOSTILE = {
         ]
     },
     "deep": _deep(400),
+    "divisible": {"type": "integer", "multipleOf": 999_983},
     "wide": {"type": "object", "properties": {f"property{number}": {} for number in range(9000)}},
     "itself": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
     "nothing": {"type": "integer", "minimum": 3, "maximum": 2},

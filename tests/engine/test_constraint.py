@@ -16,7 +16,7 @@ from llguidance import LLParserLimits
 from running_engine import Answer, RunningEngine
 from simulated_clock import SimulatedClock
 
-from llamaserve.engine import constraint as constraint_module
+from llamaserve.engine import constraint as constraint_module, grammar
 from llamaserve.engine.candidates import Candidates
 from llamaserve.engine.constraint import Form, Grammars
 from llamaserve.engine.events import Failed, Finished
@@ -415,7 +415,7 @@ def test_the_best_of_what_may_come_is_found(grammars: Grammars, vocab: Vocab, ba
 
 def test_a_step_that_takes_too_much_fails_the_request(running: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over llguidance's limits for one token is an error, and never an unchecked token."""
-    monkeypatch.setattr(constraint_module, "limits", lambda: LLParserLimits(step_max_items=300, verbose_errors=False))
+    monkeypatch.setattr(grammar, "limits", lambda: LLParserLimits(step_max_items=300, verbose_errors=False))
     inner = {
         "type": "object",
         "properties": {f"property{number}": {} for number in range(150)},
