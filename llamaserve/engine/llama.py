@@ -119,7 +119,7 @@ def _scratch_sequences(params: LoadParams) -> int:
 
 
 # llama.cpp's own tokenise function, for libraries that call it from C
-TOKENIZE_ADDRESS: int = ctypes.cast(lib._lib.llama_tokenize, ctypes.c_void_p).value or 0
+TOKENIZE_ADDRESS = ctypes.cast(lib._lib.llama_tokenize, ctypes.c_void_p).value
 
 
 class Vocab:
