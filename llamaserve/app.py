@@ -10,12 +10,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from llamaserve import __version__
-from llamaserve.api import chat, completions, internal, models
+from llamaserve.api import chat, completions, fim, infill, internal, models
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.services import Services
+from llamaserve.chat.characters import Characters
+from llamaserve.chat.conversation import Conversations
+from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
@@ -28,7 +31,15 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with TemplateRenderer() as renderer, GrammarChecker() as grammars:
-            app.state.services = Services(settings, pool, renderer, Presets(settings.presets_dir), grammars)
+            app.state.services = Services(
+                settings,
+                pool,
+                Presets(settings.presets_dir),
+                Characters(settings.characters_dir),
+                InstructionTemplates(settings.instruction_templates_dir),
+                Conversations(renderer, grammars),
+                grammars,
+            )
             pool.start_loading()
             warming = asyncio.create_task(renderer.warm())
             try:
@@ -45,7 +56,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for resource in (completions, chat, models, internal):
+    for resource in (completions, chat, fim, infill, models, internal):
         app.include_router(resource.router)
     add_error_handlers(app)
     app.add_middleware(RequestGate, max_body=settings.max_body)
@@ -54,6 +65,6 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         allow_origins=settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[IGNORED_HEADER, "Retry-After"],
+        expose_headers=[IGNORED_HEADER, chat.TRUNCATED_HEADER, "Retry-After"],
     )
     return app

@@ -10,6 +10,7 @@ The tree::
     │   ├── ChatTemplateError       400 invalid_request_error   chat_template_error
     │   ├── BodyTooLarge            413 invalid_request_error   body_too_large
     │   └── ModelNotFound           404 invalid_request_error   model_not_found
+    ├── NotSupported                501 not_supported_error     not_supported
     ├── Unavailable                 503 server_error            unavailable
     │   ├── ModelNotLoaded          503 server_error            model_not_loaded
     │   ├── EngineCrashed           503 server_error            engine_crashed
@@ -103,6 +104,14 @@ class ModelNotFound(InvalidRequest):
 
     status = 404
     code = "model_not_found"
+
+
+class NotSupported(LlamaserveError):
+    """The model has not what this needs, such as tokens for filling in the middle; no other request would change it."""
+
+    status = 501
+    type = "not_supported_error"
+    code = "not_supported"
 
 
 class Unavailable(LlamaserveError):

@@ -25,6 +25,13 @@ class Settings(BaseSettings):
         None, description="models.yaml to use instead of ./models.yaml or the shipped one."
     )
     presets_dir: Path | None = Field(None, description="Folder with presets of sampling options, beside the shipped.")
+    characters_dir: Path | None = Field(None, description="Folder with characters, beside the shipped.")
+    instruction_templates_dir: Path | None = Field(
+        None, description="Folder with instruction templates, beside the shipped."
+    )
+    reasoning_field: Literal["reasoning_content", "reasoning", "both"] = Field(
+        "reasoning_content", description="The name under which thoughts are sent."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")

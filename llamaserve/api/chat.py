@@ -1,131 +1,118 @@
-"""``POST /v1/chat/completions``: the next message of a conversation, through the model's own chat template."""
+"""``POST /v1/chat/completions``: the next message of a conversation. ``POST /v1/internal/chat-prompt``: its prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
 
+from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice
+from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
-from llamaserve.api.logprobs import for_chat
-from llamaserve.api.options import GenerationOptions
+from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.api.services import Services, UsesServices
-from llamaserve.chat.messages import normalise
-from llamaserve.chat.template import RenderJob
-from llamaserve.engine.events import Delta, Finished, FinishReason
-from llamaserve.engine.params import Logprobs
-from llamaserve.errors import InvalidRequest, ModelNotCapable
+from llamaserve.chat.conversation import Prepared
+from llamaserve.errors import UnsupportedParameter
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter(tags=["generation"])
+router = APIRouter()
+
+TRUNCATED_HEADER = "x-llamaserve-truncated"
+_RESERVED = 512  # tokens kept for an answer of which the length is not said, but at most a quarter of the context
+_LONG = 16  # characters a token: a prompt that is longer is not tokenised to see that it is too long
+_KEYWORD = re.compile(r'"([\w$]+)"')
 
 
-class ChatRequest(GenerationOptions):
-    """A request for the next message."""
-
-    messages: list[dict[str, Any]] = Field(
-        description="The conversation; roles system, developer, user and assistant, content as text or text parts.",
-        examples=[[{"role": "user", "content": "Why is the sky blue?"}]],
-    )
-    logprobs: bool = Field(default=False, description="Report the log-probabilities of the answer's tokens.")
-    top_logprobs: int = Field(0, ge=0, le=20, description="And of so many of the most probable ones in their places.")
-
-    def wanted_logprobs(self) -> Logprobs | None:
-        """Return which log-probabilities are asked for."""
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-        return Logprobs(self.top_logprobs) if self.logprobs else None
-
-
-@router.post("/v1/chat/completions", summary="Answer a conversation")
+@router.post("/v1/chat/completions", summary="Answer a conversation", tags=["generation"])
 async def create_chat_completion(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Answer with ``n`` messages."""
-    messages = normalise(body.messages)
     model = services.pool.get(body.model)
-
-    async def prompts() -> Sequence[Prompt]:
-        return [await _render(services, model, messages)]
-
-    generation = body.generation(services.presets, logprobs=body.wanted_logprobs())
-    job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
-    job.tokens_per_second = body.max_tokens_second
-    headers = body.ignored_header(services.presets)
+    prepared = await _prepare(services, model, body)
+    job = _job(services, model, body, prepared)
+    headers = _headers(services, body, prepared)
+    style = AnswerStyle(
+        body.thought_fields(services.settings.reasoning_field), body.function_call_wanted, _truncated(prepared)
+    )
     if body.stream:
-        chunks = _Chunks(job, include_usage=body.include_usage)
+        chunks = Chunks(job, prepared.reader, prepared.begun, style, include_usage=body.include_usage)
         return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
-        choices = [_choice(job, answer) for answer in answers]
-        return JSONResponse(_body(job, "chat.completion", choices) | {"usage": usage}, headers=headers)
+        choices = [choice(job, each, prepared.reader(), prepared.begun, style) for each in answers]
+        return JSONResponse(answer_object(job, "chat.completion", choices, style) | {"usage": usage}, headers=headers)
 
     return await unless_client_leaves(request, answer())
 
 
-async def _render(services: Services, model: ServedModel, messages: list[dict[str, Any]]) -> str:
-    header = model.header
-    if not header.chat_template:
-        raise ModelNotCapable(
-            f"{model.name} has no chat template, so it was probably not trained for conversations; "
-            "use /v1/completions with the whole text as the prompt",
-            param="model",
-        )
-    return await services.renderer.render(RenderJob(header.chat_template, messages, header.bos_token, header.eos_token))
-
-
-def _choice(job: Job, answer: Finished) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    logprobs = for_chat(answer.logprobs) if job.generation.logprobs else None
-    return {"index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
-
-
-def _body(job: Job, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "object": kind,
-        "created": job.created,
-        "model": job.model.name,
-        "system_fingerprint": None,
-        "seed": job.generation.sampling.seed,
-        "choices": choices,
-    }
-
-
-class _Chunks:
-    """The chunks of a streamed answer: the role first, then text, then the reason; ``usage: null`` on every one when
-    usage is wanted at the end.
+@router.post("/v1/internal/chat-prompt", summary="What would the model be given?", tags=["internal"])
+async def chat_prompt(body: ChatRequest, request: Request, services: UsesServices) -> Response:
+    """Return the text that a chat completion with this body gives to the model. No model is loaded for it, unless the
+    conversation is to be shortened.
     """
 
-    def __init__(self, job: Job, *, include_usage: bool) -> None:
-        self._job = job
-        self._extra: dict[str, Any] = {"usage": None} if include_usage else {}
+    async def answer() -> Response:
+        prepared = await _prepare(services, services.pool.get(body.model), body)
+        found = {"prompt": prepared.prompt, "stop": [*body.stop, *prepared.stop]} | _truncated(prepared)
+        return JSONResponse(found, headers=_headers(services, body, prepared))
 
-    async def start(self) -> Sequence[Mapping[str, Any]]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(index, delta, None) for index in range(self._job.generation.choices)]
+    return await unless_client_leaves(request, answer())
 
-    def text(self, index: int, text: str) -> Mapping[str, Any]:
-        return self._chunk(index, {"content": text}, None)
 
-    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
-        return self._chunk(piece.index, {"content": piece.text}, None, for_chat(piece.logprobs))
+async def _prepare(services: Services, model: ServedModel, body: ChatRequest) -> Prepared:
+    wish = body.wish(services, model.header)
+    if not body.shortens:
+        return await services.conversations.prepare(wish)
+    context = min(model.context, body.truncation_length or model.context)
+    room = context - (body.answer_tokens or min(_RESERVED, context // 4))
 
-    def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
-        return self._chunk(index, {}, reason)
+    async def count(prompt: str) -> int:
+        if len(prompt) > _LONG * context:
+            return len(prompt)
+        worker = await model.worker()
+        return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
 
-    def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _body(self._job, "chat.completion.chunk", []) | {"usage": usage}
+    return await services.conversations.prepare(wish, room=room, count=count)
 
-    def _chunk(
-        self,
-        index: int,
-        delta: Mapping[str, Any],
-        reason: FinishReason | None,
-        logprobs: Mapping[str, Any] | None = None,
-    ) -> Mapping[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return _body(self._job, "chat.completion.chunk", [choice]) | self._extra
+
+def _job(services: Services, model: ServedModel, body: ChatRequest, prepared: Prepared) -> Job:
+    async def prompts() -> Sequence[Prompt]:
+        return [prepared.prompt]
+
+    generation = body.generation(
+        services.presets,
+        logprobs=body.wanted_logprobs(),
+        constraint=prepared.constraint,
+        stop=(*body.stop, *prepared.stop),
+        shown=prepared.shown,
+        thinking=prepared.thinking,
+    )
+    job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
+    job.tokens_per_second = body.max_tokens_second
+    return job
+
+
+def _truncated(prepared: Prepared) -> dict[str, Any]:
+    return {"truncated_messages": prepared.dropped} if prepared.dropped else {}
+
+
+def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[str, str]:
+    """Return the headers that say what was left out. Raises ``UnsupportedParameter`` if nothing may be."""
+    relaxed = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
+    if relaxed and body.strict:
+        raise UnsupportedParameter(f"strict: {', '.join(relaxed)} can't be enforced", param=relaxed[0])
+    headers = body.ignored_header(services.presets)
+    if relaxed:
+        headers[IGNORED_HEADER] = ", ".join([*filter(None, [headers.get(IGNORED_HEADER)]), *relaxed[:64]])
+    if prepared.dropped:
+        headers[TRUNCATED_HEADER] = f"{prepared.dropped} messages"
+    return headers
+
+
+def _keywords(place: str, words: str) -> list[str]:
+    """Return the places of the keywords that llguidance's words are about."""
+    return [f"{place}.{keyword}" for keyword in _KEYWORD.findall(words)] or [place]

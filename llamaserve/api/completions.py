@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaserve.api.fields import check_text
-from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
+from llamaserve.api.fields import Text, check_text
+from llamaserve.api.fim_prompt import Gaps, fim_prompts, fim_tokens
+from llamaserve.api.generating import (
+    Job,
+    TextChunks,
+    generate_whole,
+    new_id,
+    stream_response,
+    unless_client_leaves,
+)
 from llamaserve.api.logprobs import Echo, for_completion
 from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
 from llamaserve.api.services import UsesServices
@@ -68,6 +76,25 @@ class CompletionRequest(GenerationOptions):
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Report the log-probabilities of the tokens, and of so many in their places."
     )
+    suffix: Text | None = Field(None, description="Text behind the gap that the answer fills.")
+    suffix_mode: Literal["fim", "append"] = Field(
+        "fim", description="append: the model does not see the suffix; it is put behind the answer."
+    )
+
+    @property
+    def gap(self) -> str:
+        """The text behind the gap that is to be filled; empty when there is none."""
+        return self.suffix or "" if self.suffix_mode == "fim" else ""
+
+    @property
+    def appendix(self) -> str:
+        """What comes behind each answer."""
+        return self.suffix or "" if self.suffix_mode == "append" else ""
+
+    def _idle(self) -> Iterator[str]:
+        yield from super()._idle()
+        if self.suffix_mode == "append" and not self.suffix:
+            yield "suffix_mode"
 
 
 @router.post("/v1/completions", summary="Continue text")
@@ -75,25 +102,31 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     """Answer with one choice for each prompt and each of its ``n`` answers."""
 
     async def prompts() -> Sequence[Prompt]:
-        return body.prompt
+        if marks is None:
+            return body.prompt
+        filled = await fim_prompts(job, marks, Gaps(body.prompt, body.gap))
+        if body.echo and logprobs is not None:  # which are of all that the model sees
+            echoes.prompts = filled
+        return filled
 
     logprobs = Logprobs(body.logprobs, prompt=body.echo) if body.logprobs is not None else None
-    truncate = body.truncation_length > 0
+    truncate = body.truncation_length > 0 and not body.gap
     generation = body.generation(services.presets, len(body.prompt), truncate=truncate, logprobs=logprobs)
     sequences = len(body.prompt) * generation.choices
     model = services.pool.get(body.model)
+    marks = await fim_tokens(model) if body.gap else None
     job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
     job.tokens_per_second = body.max_tokens_second
     headers = body.ignored_header(services.presets)
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:
-        chunks = _Chunks(job, echoes, include_usage=body.include_usage)
+        chunks = _Chunks(job, echoes, body.appendix, include_usage=body.include_usage)
         return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
         await echoes.resolve()
-        choices = [_whole(job, each, echoes.of(each.index)) for each in answers]
+        choices = [_whole(job, each, echoes.of(each.index), body.appendix) for each in answers]
         return JSONResponse(_body(job, choices) | {"usage": usage}, headers=headers)
 
     return await unless_client_leaves(request, answer())
@@ -103,13 +136,13 @@ class _Echoes:
     """The prompts as text, to put before the answers; token ids are turned into text by the model."""
 
     def __init__(self, job: Job, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
         self._job = job
-        self._prompts = prompts
         self._texts: list[str] = []
 
     async def resolve(self) -> None:
         """Get the texts; the model must be loaded."""
-        self._texts = await asyncio.gather(*(self._text(prompt) for prompt in self._prompts))
+        self._texts = await asyncio.gather(*(self._text(prompt) for prompt in self.prompts))
 
     async def _text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
@@ -121,11 +154,12 @@ class _Echoes:
         return self._texts[index // self._job.generation.choices] if self._texts else ""
 
 
-def _whole(job: Job, answer: Finished, prompt: str) -> dict[str, Any]:
+def _whole(job: Job, answer: Finished, prompt: str, appendix: str) -> dict[str, Any]:
+    text = answer.text + appendix
     if not job.generation.logprobs:
-        return _choice(answer.index, prompt + answer.text, answer.reason)
+        return _choice(answer.index, prompt + text, answer.reason)
     echo = Echo(prompt, answer.prompt_logprobs)
-    return _choice(answer.index, echo.text + answer.text, answer.reason, for_completion(answer.logprobs, echo))
+    return _choice(answer.index, echo.text + text, answer.reason, for_completion(answer.logprobs, echo))
 
 
 def _choice(
@@ -146,12 +180,14 @@ def _body(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class _Chunks:
+class _Chunks(TextChunks):
     """The chunks of a streamed completion; every one carries ``usage: null`` when usage is wanted at the end."""
 
-    def __init__(self, job: Job, echoes: _Echoes, *, include_usage: bool) -> None:
+    def __init__(self, job: Job, echoes: _Echoes, appendix: str, *, include_usage: bool) -> None:
+        super().__init__()
         self._job = job
         self._echoes = echoes
+        self._appendix = appendix
         self._echoed: dict[int, int] = {}  # characters before each answer
         self._extra: dict[str, Any] = {"usage": None} if include_usage else {}
 
@@ -175,7 +211,7 @@ class _Chunks:
         return _body(self._job, [_choice(piece.index, echo.text + piece.text, None, logprobs)]) | self._extra
 
     def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
-        return _body(self._job, [_choice(index, "", reason)]) | self._extra
+        return _body(self._job, [_choice(index, self._appendix, reason)]) | self._extra
 
     def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
         return _body(self._job, []) | {"usage": usage}

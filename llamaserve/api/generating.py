@@ -9,7 +9,8 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -46,7 +47,7 @@ class Job:
     created: int = field(default_factory=lambda: int(time.time()))
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
     tokens_per_second: int = 0  # of each answer in a stream, at most; 0: as fast as they come
-    truncated_tokens: int = 0  # what the prompts had more
+    truncated_tokens: int = 0  # what the prompts had more; who makes them may have cut some already
     place: Place | None = None
     stream: GenerationStream | None = None
 
@@ -66,7 +67,8 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
         services.running[job.id] = stream
         accepted = await stream.accepted()
-        job.prompt_tokens, job.truncated_tokens = accepted.prompt_tokens, accepted.truncated
+        job.prompt_tokens = accepted.prompt_tokens
+        job.truncated_tokens += accepted.truncated
     except BaseException as error:
         close_generation(services, job)
         if isinstance(error, InvalidRequest) and error.param == "prompt":
@@ -152,23 +154,47 @@ class ChunkFormat(Protocol):
     async def start(self) -> Sequence[Mapping[str, Any]]:
         """Return the chunks to send before any text."""
 
-    def text(self, index: int, text: str) -> Mapping[str, Any]:
-        """Return the chunk for a piece of text; pieces of one index differ in nothing else."""
-
-    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
-        """Return the chunk for a piece of text and the log-probabilities that belong to it."""
-
-    def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
-        """Return the chunk that ends a choice."""
+    def events(self, piece: Delta | Finished) -> Iterable[bytes]:
+        """Return the events for what the engine reports: a piece of an answer, or its last."""
 
     def usage(self, usage: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the chunk that carries the usage."""
 
 
-async def stream_response(
-    services: Services, job: Job, chunks: ChunkFormat, *, include_usage: bool, headers: Mapping[str, str]
-) -> EventStream:
-    """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
+class TextChunks(ABC):
+    """The chunks of an endpoint whose answers are nothing but text."""
+
+    def __init__(self) -> None:
+        self._text_events: dict[int, TextEvent] = {}
+
+    def events(self, piece: Delta | Finished) -> Iterable[bytes]:
+        """See ``ChunkFormat``."""
+        if piece.logprobs or piece.prompt_logprobs:
+            yield event(self.with_logprobs(piece))
+        elif piece.text:
+            if piece.index not in self._text_events:
+                self._text_events[piece.index] = TextEvent(functools.partial(self.text, piece.index))
+            yield self._text_events[piece.index](piece.text)
+        if isinstance(piece, Finished):
+            yield event(self.finish(piece.index, piece.reason))
+
+    @abstractmethod
+    def text(self, index: int, text: str) -> Mapping[str, Any]:
+        """Return the chunk for a piece of text; pieces of one index differ in nothing else."""
+
+    @abstractmethod
+    def with_logprobs(self, piece: Delta | Finished) -> Mapping[str, Any]:
+        """Return the chunk for a piece of text and the log-probabilities that belong to it."""
+
+    @abstractmethod
+    def finish(self, index: int, reason: FinishReason) -> Mapping[str, Any]:
+        """Return the chunk that ends a choice."""
+
+
+async def open_early(services: Services, job: Job) -> tuple[asyncio.Task[GenerationStream], Callable[[], None]]:
+    """Begin to open a generation for a stream, and return what becomes of it and how to end it. Errors that show within
+    the first seconds are raised, later ones are the task's.
+    """
     opening = asyncio.create_task(open_generation(services, job))
     opening.add_done_callback(lambda done: done.cancelled() or done.exception())
 
@@ -183,6 +209,14 @@ async def stream_response(
     except BaseException:
         close()
         raise
+    return opening, close
+
+
+async def stream_response(
+    services: Services, job: Job, chunks: ChunkFormat, *, include_usage: bool, headers: Mapping[str, str]
+) -> EventStream:
+    """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
+    opening, close = await open_early(services, job)
     return EventStream(
         _events(job, opening, chunks, include_usage=include_usage),
         close=close,
@@ -212,11 +246,6 @@ async def _events(
     job: Job, opening: asyncio.Task[GenerationStream], chunks: ChunkFormat, *, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield server-sent events; those of one step of the engine at once, since every piece costs a system call."""
-
-    @functools.cache
-    def text_event(index: int) -> TextEvent:
-        return TextEvent(functools.partial(chunks.text, index))
-
     stream = await asyncio.shield(opening)
     for chunk in await chunks.start():
         yield event(chunk)
@@ -229,12 +258,8 @@ async def _events(
                 yield b"".join(step)
                 step.clear()
                 await asyncio.sleep(seconds)
-            if each.logprobs or each.prompt_logprobs:
-                step.append(event(chunks.with_logprobs(each)))
-            elif each.text:
-                step.append(text_event(each.index)(each.text))
+            step += chunks.events(each)
             if isinstance(each, Finished):
-                step.append(event(chunks.finish(each.index, each.reason)))
                 finished.append(each)
         yield b"".join(step)
     if include_usage:

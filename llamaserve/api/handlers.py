@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, TimeLimitExceeded
+from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, NotSupported, TimeLimitExceeded
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def server_bug() -> LlamaserveError:
 def _respond(request: Request, error: LlamaserveError, status: int | None = None) -> JSONResponse:
     body = error_body(request.url.path, error)
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-    if isinstance(error, TimeLimitExceeded):
-        headers["x-should-retry"] = "false"  # to the openai SDK, which would wait for as long twice more
+    if isinstance(error, TimeLimitExceeded | NotSupported):
+        headers["x-should-retry"] = "false"  # to the openai SDK, which would try twice more, and wait as long
     return JSONResponse(body, status or error.status, headers)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from llamaserve.api.services import UsesServices
+from llamaserve.errors import ModelError
+from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool, ServedModel
 
 router = APIRouter(tags=["models"])
@@ -39,9 +41,16 @@ def capabilities(model: ServedModel) -> dict[str, bool]:
         "tools": False,
         "vision": False,
         "reasoning": False,
-        "fim": False,
+        "fim": header is not None and _fills(header),
         "embeddings": False,
     }
+
+
+def _fills(header: GGUFHeader) -> bool:
+    try:
+        return not header.is_embedding_model and header.fim_tokens is not None
+    except ModelError:  # the file was changed or taken away since its header was read
+        return False
 
 
 def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:

@@ -38,7 +38,6 @@ _WITHOUT_EFFECT = frozenset(
 # In use when not empty; an answer without them would not be what was asked for.
 _NOT_OFFERED = {
     **dict.fromkeys(("tools", "functions"), "tool calling is not offered yet"),
-    "suffix": "filling in the middle is not offered yet",
     "modalities": "only text is offered",
     "audio": "only text is offered",
 }
@@ -216,6 +215,11 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
             yield "max_tokens_second"
         if self.include_usage and not self.stream:
             yield "stream_options"
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """How many tokens an answer may have; None if that is not said."""
+        return self._max_tokens()
 
     def _max_tokens(self) -> int | None:
         value = self.max_completion_tokens if self.max_tokens is None else self.max_tokens

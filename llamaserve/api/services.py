@@ -8,7 +8,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from llamaserve.api.presets import Presets
-from llamaserve.chat.template import TemplateRenderer
+from llamaserve.chat.characters import Characters
+from llamaserve.chat.conversation import Conversations
+from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
@@ -21,8 +23,10 @@ class Services:
 
     settings: Settings
     pool: ModelPool
-    renderer: TemplateRenderer
     presets: Presets
+    characters: Characters
+    instruction_templates: InstructionTemplates
+    conversations: Conversations
     grammars: GrammarChecker
     running: dict[str, GenerationStream] = field(default_factory=dict)
 

@@ -3,6 +3,10 @@
 Each ``RenderJob`` gets a ``RenderAnswer``; ``sandbox.py`` brings and takes them. The Jinja environment is that of
 Hugging Face's transformers, which templates are written for.
 
+Two things are done that no template does by itself. Templates that complain about the order of roles are rendered as
+if they did not, as long as every message shows (``_prompt``). And a prompt may end within its last message
+(``_continued``).
+
 It does not know the time limit of a job: the parent measures it and kills this process. It knows nothing of models.
 """
 
@@ -10,11 +14,14 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NoReturn
 
 import msgspec
@@ -23,8 +30,11 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec.structs import replace
 
+from llamaserve.chat.probing import probe
 from llamaserve.chat.template import MEMORY_LIMIT, RenderAnswer, RenderJob
+from llamaserve.chat.traits import ProbeJob
 from llamaserve.errors import ChatTemplateError, to_value
 from llamaserve.sandbox import serve
 
@@ -34,10 +44,31 @@ MAX_CODE = 1024 * 1024  # characters of Python, which Jinja makes of a template:
 KEPT_TEMPLATES = 8  # compiled templates in memory: few, since strangers' templates share the memory limit
 
 _SOURCE_NAME = "<template>"  # Jinja's name for the file of a template that was given as a string
-_JOBS = msgspec.msgpack.Decoder(RenderJob)
+_JOBS = msgspec.msgpack.Decoder(RenderJob | ProbeJob)
 _PROBE = "quokkaprobe"  # a text that no template writes by itself
 _ANSWERED = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
 _OPENINGS: tuple[list[dict[str, Any]], ...] = ([], [{"role": "system", "content": "a system text"}], _ANSWERED)
+
+# What templates say when they don't know how to show the messages in this order. Anything else is a refusal.
+_COMPLAINTS = re.compile(
+    r"must alternate|roles? (should|need to) alternate|only .{1,60} roles? (is|are) (supported|allowed)"
+    r"|must (start|begin) with (a |the )?user|system messages? (must be|is only allowed) at the (beginning|start)",
+    re.IGNORECASE,
+)
+_NO_SYSTEM = re.compile(r"system (role|messages?|prompts?) (is |are )?not supported", re.IGNORECASE)
+
+# How a text may begin that holds its own reasoning, and what a template may then have written before it by itself.
+_EMPTY_BLOCKS = {
+    opening: re.compile(rf"{before}\s*\Z")
+    for opening, before in {
+        "<think>": r"<think>\s*</think>",
+        "<thinking>": r"<thinking>\s*</thinking>",
+        "<seed:think>": r"<seed:think>\s*</seed:think>",
+        "[THINK]": r"\[THINK\]\s*\[/THINK\]",
+        "<|channel>thought": r"<\|channel>thought\s*<channel\|>",
+        "<|channel|>": r"<\|channel\|>final<\|message\|>",
+    }.items()
+}
 
 # What a template, its compilation or the sandbox raises. Anything else ends the process, and the parent says so.
 _FAILURES = (
@@ -48,6 +79,10 @@ _FAILURES = (
 
 class Refusal(TemplateError):
     """The template called ``raise_exception``."""
+
+
+class CantContinue(Exception):
+    """The template does not show the last message once and whole."""
 
 
 class OutputTooLong(Exception):
@@ -66,6 +101,13 @@ class GenerationTag(Extension):
 
 
 def _raise_exception(message: object) -> NoReturn:
+    raise Refusal(str(message))
+
+
+def _tolerate(message: object) -> str:
+    """Stand in for ``raise_exception`` where a complaint about the order of roles shall not count."""
+    if _COMPLAINTS.search(str(message)):
+        return ""
     raise Refusal(str(message))
 
 
@@ -89,7 +131,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
 
@@ -118,14 +159,108 @@ def _compiled(source: str) -> _Program:
 
 
 def render(job: RenderJob) -> str:
-    """Return the job's prompt. Raises ``OutputTooLong``, ``MemoryError``, or what the template raises."""
+    """Return the prompt. Raises ``CantContinue``, ``OutputTooLong``, ``MemoryError``, or what the template raises."""
     program = _compiled(job.template)
     if program.takes_parts is None:
         program.takes_parts = _takes_parts(program.template, job)
-    return _text(program.template, job, _in_parts(job.messages) if program.takes_parts else job.messages)
+    return _continued(program, job) if job.continue_final_message else _prompt(program, job)
 
 
-def _text(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]]) -> str:
+def _continued(program: _Program, job: RenderJob) -> str:
+    """Return the prompt up to the end of the last message's text, which stands in it exactly as it was written.
+
+    The template gets another text in its place, so it makes no difference what it would have done to the text: trim
+    it, or take out the reasoning.
+    """
+    *earlier, last = job.messages
+    dummy = f"{_PROBE}{secrets.token_hex(8)}"
+    messages = [*earlier, {**last, "content": dummy}]
+    pieces = _prompt(program, replace(job, messages=messages, add_generation_prompt=False)).split(dummy)
+    if len(pieces) != 2:
+        raise CantContinue
+    text: str = last["content"]
+    before = pieces[0]
+    for opening, block in _EMPTY_BLOCKS.items():
+        if text.lstrip().startswith(opening):
+            before = block.sub("", before)
+    return before + text
+
+
+def _prompt(program: _Program, job: RenderJob) -> str:
+    """Return the prompt, tolerating complaints about the order of roles.
+
+    Where a template complains, the messages are tried as they are, then with what is later and from the system in the
+    user's messages, then with all that is from the system there, then with neighbours of one role joined. The first
+    try that shows every message counts; when none does, the complaint stands.
+    """
+    try:
+        return _text(program, job, job.messages)
+    except Refusal as refusal:
+        if not (_COMPLAINTS.search(str(refusal)) or _NO_SYSTEM.search(str(refusal))):
+            raise
+        for messages in _rearranged(job.messages):
+            try:
+                if _shows_all(program, job, messages):
+                    return _text(program, job, messages, tolerant=True)
+            except _FAILURES:
+                continue
+        raise
+
+
+def _rearranged(messages: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    yield messages
+    yield _system_in_user(messages, keep=1)
+    without_system = _system_in_user(messages, keep=0)
+    yield without_system
+    yield _neighbours_joined(without_system)
+
+
+def _system_in_user(messages: Sequence[dict[str, Any]], *, keep: int) -> list[dict[str, Any]]:
+    """Put each system text, but for the first ``keep`` messages, before the text of the user's message after it."""
+    arranged: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for index, message in enumerate(messages):
+        if message["role"] == "system" and index >= keep:
+            waiting.append(message["content"])
+        elif message["role"] == "user" and waiting:
+            arranged.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            arranged.append(message)
+    if waiting:
+        arranged.append({"role": "user", "content": "\n\n".join(waiting)})
+    return arranged
+
+
+def _neighbours_joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def kind(item: tuple[int, dict[str, Any]]) -> tuple[str, int]:
+        index, message = item
+        alone = message["role"] == "tool" or message.get("tool_calls")
+        return message["role"], index if alone else -1
+
+    groups = [[message for _, message in group] for _, group in groupby(enumerate(messages), kind)]
+    return [{**group[0], "content": "\n\n".join(message["content"] for message in group)} for group in groups]
+
+
+def _shows_all(program: _Program, job: RenderJob, messages: Sequence[dict[str, Any]]) -> bool:
+    """Say whether the template shows the text of each message, by giving it marks in place of the texts."""
+    marks = {i: f"{_PROBE}{i}." for i, message in enumerate(messages) if _must_show(message)}
+    marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
+    shown = _text(program, job, marked, tolerant=True).lower()
+    return all(mark in shown for mark in marks.values())
+
+
+def _must_show(message: dict[str, Any]) -> bool:
+    return bool((message["content"] or "").strip()) and not message.get("tool_calls")  # beside calls many leave the text out
+
+
+def _text(program: _Program, job: RenderJob, messages: Sequence[dict[str, Any]], *, tolerant: bool = False) -> str:
+    """Render the messages, in parts if the template wants them so."""
+    messages = _in_parts(messages) if program.takes_parts else messages
+    return _written(program.template, job, messages, tolerant=tolerant)
+
+
+def _written(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]], *, tolerant: bool = False) -> str:
     variables = {
         "tools": None,
         "documents": None,  # templates test `documents is not none`; transformers passes it too
@@ -134,6 +269,7 @@ def _text(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]]
         "bos_token": job.bos_token,
         "eos_token": job.eos_token,
         "add_generation_prompt": job.add_generation_prompt,
+        "raise_exception": _tolerate if tolerant else _raise_exception,
     }
     chunks: list[str] = []
     room = MAX_TEXT * 1024 * 1024
@@ -162,7 +298,7 @@ def _takes_parts(template: Template, job: RenderJob) -> bool | None:
 
 def _shows_probe(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]]) -> bool:
     try:
-        return _PROBE in _text(template, job, messages).lower()
+        return _PROBE in _written(template, job, messages).lower()
     except _FAILURES:
         return False
 
@@ -183,13 +319,16 @@ def answer_bytes(payload: bytes) -> tuple[bytes, bool]:
     return msgspec.msgpack.encode(result), spent
 
 
-def answer(job: RenderJob) -> tuple[RenderAnswer, bool]:
-    """Render the job, with any failure of the template as a value. Say, too, whether it has used up the memory."""
+def answer(job: RenderJob | ProbeJob) -> tuple[RenderAnswer, bool]:
+    """Do the job, with any failure of the template as a value. Say, too, whether it has used up the memory."""
     try:
+        if isinstance(job, ProbeJob):
+            _compiled(job.template)
+            return RenderAnswer(traits=probe(job, render, (*_FAILURES, CantContinue, OutputTooLong))), False
         return RenderAnswer(text=render(job)), False
     except MemoryError as error:
         line = _line(error)
-    except (*_FAILURES, OutputTooLong) as error:
+    except (*_FAILURES, CantContinue, OutputTooLong) as error:
         return _failed(_reason(error)), False
     gc.collect()  # outside the except clause nothing holds what the template built
     return _failed(f"the chat template needed more than {MEMORY_LIMIT} MB of memory{_in_line(line)}"), True
@@ -204,6 +343,8 @@ def _reason(error: BaseException) -> str:
     # The text may be the template's own: long, or with halves of surrogate pairs.
     detail = str(error)[:500].encode(errors="replace").decode()
     match error:
+        case CantContinue():
+            return "the chat template does not show the last message as it is, so it can't be continued"
         case OutputTooLong():
             return f"the chat template wrote more than {MAX_TEXT} MiB of text{where}"
         case Refusal():

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.errors import ChatTemplateError, ErrorValue, InvalidRequest, from_value
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 
@@ -21,21 +22,27 @@ MEMORY_LIMIT = 512  # MB of address space for one renderer process, Python inclu
 RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt"})
 
 
-class RenderJob(msgspec.Struct, frozen=True):
-    """One prompt to render. The contents of ``messages`` are strings; ``variables`` go to the template as they are."""
+class RenderJob(msgspec.Struct, frozen=True, tag=True):
+    """One prompt to render. The contents of ``messages`` are strings; ``variables`` go to the template as they are.
+
+    With ``continue_final_message`` the prompt ends right after the text of the last message, which is an assistant's:
+    what the model writes goes on with it. ``add_generation_prompt`` then counts as false.
+    """
 
     template: str
     messages: list[dict[str, Any]]
     bos_token: str
     eos_token: str
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     variables: dict[str, Any] = {}
 
 
 class RenderAnswer(msgspec.Struct, frozen=True):
-    """A renderer's answer: ``text`` or ``error``."""
+    """A renderer's answer: ``text``, ``traits`` or ``error``."""
 
     text: str = ""
+    traits: Traits | None = None
     error: ErrorValue | None = None
 
 
@@ -49,10 +56,18 @@ class TemplateRenderer(Sandbox):
         """Return the prompt text.
 
         Raises ``ChatTemplateError`` when the template refuses the messages, fails, or takes too much time or memory;
-        ``InvalidRequest`` when the variables hold a reserved name or a value that can't be passed on; ``Unavailable``
-        when the pool is closed or no process can be started.
+        ``InvalidRequest`` when the variables hold a reserved name or a value that can't be passed on, or when the last
+        message is none to continue; ``Unavailable`` when the pool is closed or no process can be started.
         """
-        payload = _encoded(job)
+        return (await self._answer(_encoded(job))).text
+
+    async def probe(self, job: ProbeJob) -> Traits:
+        """Return what a template can do. Raises ``ChatTemplateError`` as above, and ``Unavailable``."""
+        answer = await self._answer(msgspec.msgpack.encode(job))
+        assert answer.traits is not None
+        return answer.traits
+
+    async def _answer(self, payload: bytes) -> RenderAnswer:
         try:
             answer = msgspec.msgpack.decode(await self.ask(payload), type=RenderAnswer)
         except TookTooLong:
@@ -63,7 +78,7 @@ class TemplateRenderer(Sandbox):
             raise _failure(f"crashed its renderer process ({ended})") from None
         if answer.error is not None:
             raise from_value(answer.error)
-        return answer.text
+        return answer
 
 
 def _failure(what: str) -> ChatTemplateError:
@@ -74,7 +89,17 @@ def _encoded(job: RenderJob) -> bytes:
     taken = sorted(RESERVED & job.variables.keys())
     if taken:
         raise InvalidRequest(f"a chat template variable can't be named {taken[0]!r}")
+    if job.continue_final_message:
+        _check_continuable(job.messages)
     try:
         return msgspec.msgpack.encode(job)
     except (OverflowError, RecursionError, UnicodeEncodeError) as error:
         raise InvalidRequest(f"the messages or variables can't be passed to the chat template: {error}") from error
+
+
+def _check_continuable(messages: list[dict[str, Any]]) -> None:
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant":
+        raise InvalidRequest("only a last message of the assistant's can be continued", param="messages")
+    if last.get("tool_calls"):
+        raise InvalidRequest("a message with tool calls can't be continued", param=f"messages[{len(messages) - 1}]")

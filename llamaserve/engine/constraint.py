@@ -119,7 +119,7 @@ class Grammars:
         self._vocab = vocab
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
         self._aside = ThreadPoolExecutor(1, "masks")  # its thread starts with the first mask that takes long
 
     def compile(self, constraint: Constraint) -> None:
@@ -131,21 +131,27 @@ class Grammars:
         return Form(self._matcher(constraint).deep_copy(), self._vocab.size, self._aside)
 
     def _matcher(self, constraint: Constraint) -> LLMatcher:
-        key = constraint.kind, constraint.text
+        key = constraint.anonymous()
         with self._lock:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
             tokenizer = self._tokenizer = self._tokenizer or self._make_tokenizer()
-        try:
-            matcher = compiled(constraint, tokenizer)
-        except ValueError as error:
-            raise InvalidRequest(f"{constraint.param}: {words(str(error))}", param=constraint.param) from error
+        matcher = self._compile(constraint, tokenizer)
         with self._lock:
             self._compiled[key] = matcher
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         return matcher
+
+    def _compile(self, constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+        """Compile a constraint. What is wrong with a part of it is looked for when something is."""
+        try:
+            return compiled(constraint, tokenizer, self._vocab.control)
+        except ValueError as error:
+            for part in constraint.parts:
+                self._compile(part, tokenizer)
+            raise InvalidRequest(f"{constraint.param}: {words(str(error))}", param=constraint.param) from error
 
     def _make_tokenizer(self) -> LLTokenizer:
         """Give llguidance the vocabulary: 0.3 s for 49,152 tokens."""

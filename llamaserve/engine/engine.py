@@ -53,6 +53,8 @@ MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
 _PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _PROGRESS_INTERVAL = 0.5  # seconds
 _PLAIN = Generation(sampling=Sampling(seed=0))
+_MAX_SHOWN = 64  # names of control tokens
+_MAX_NAME = 256  # characters
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -171,18 +173,24 @@ class Engine:
         return self.vocab.detokenize(tokens, special=special)
 
     def check(self, generation: Generation) -> None:
-        """Refuse sampling options and constraints that can't work with this model. Thread-safe."""
-        self._samplers.check(generation.sampling, generation.constraint)
+        """Refuse sampling options, constraints and what else can't work with this model. Thread-safe."""
+        if len(generation.shown) > _MAX_SHOWN or not all(len(name) <= _MAX_NAME for name in generation.shown):
+            raise InvalidRequest(
+                f"at most {_MAX_SHOWN} names of control tokens are taken, of {_MAX_NAME} characters each"
+            )
+        self._samplers.check(generation.sampling, generation.constraint, generation.thinking)
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
         """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
         limit = generation.time_limit
         deadline = math.inf if limit is None else self._clock() + limit
         self._next_deadline = min(self._next_deadline, deadline)
+        shown = frozenset(token for name in generation.shown if (token := self.vocab.control(name)) is not None)
         for number, prompt in enumerate(prompts):
             for choice in range(generation.choices):
                 index = number * generation.choices + choice
                 sequence = Sequence(request, index, prompt, generation, deadline, self._context)
+                sequence.shown = shown
                 self._record_logprobs(sequence)
                 if generation.constraint is not None:
                     sequence.form = self._samplers.grammars.start(generation.constraint)
@@ -325,7 +333,7 @@ class Engine:
         if wrong:
             self._cache.rewind(sequence, sequence.evaluated - wrong)
         self._begun.add(sequence.request)
-        special = sequence.generation.special
+        special, shown = sequence.generation.special, sequence.shown
         pieces: list[str] = []
         for token in tokens:
             if self.vocab.is_end_of_generation(token):
@@ -333,7 +341,7 @@ class Engine:
             sequence.tokens.append(token)
             if sequence.logprobs is not None:
                 sequence.logprobs.begin(sequence.text.decoded)
-            pieces.append(sequence.text.push(self.vocab.piece(token, special=special)))
+            pieces.append(sequence.text.push(self.vocab.piece(token, special=special or token in shown)))
             if sequence.text.stopped:
                 return [self._finish(sequence, "stop", "".join(pieces))]
             if len(sequence.tokens) >= sequence.limit and not sequence.complete:

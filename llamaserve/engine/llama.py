@@ -197,10 +197,17 @@ class Vocab:
     def is_control(self, token: int) -> bool:
         """Tell whether a token is no part of any text: a control token, or one that was added in the form of one."""
         attributes = lib.llama_vocab_get_attr(self._vocab, token)
-        if attributes & lib.LLAMA_TOKEN_ATTR_CONTROL:
+        if attributes & (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN):
             return True
         piece = self.piece(token, special=True) if attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED else b""
         return piece.startswith(b"<") and piece.endswith(b">")
+
+    def control(self, name: str) -> int | None:
+        """Return the token that is no part of any text and has this name, unless it ends an answer."""
+        tokens = self.tokenize(name, add_bos=False, parse_special=True)
+        if len(tokens) != 1 or self.is_end_of_generation(tokens[0]) or not self.is_control(tokens[0]):
+            return None
+        return tokens[0] if self.piece(tokens[0], special=True) == name.encode() else None
 
     def is_end_of_generation(self, token: int) -> bool:
         """Tell whether the model says with this token that its answer is complete."""

@@ -169,14 +169,45 @@ _DEFAULTS: dict[str, Any] = dict(
 )
 
 
-class Constraint(msgspec.Struct, frozen=True):
+ConstraintKind = Literal["json_schema", "grammar", "regex", "choice", "lark"]
+
+
+class Constraint(msgspec.Struct, frozen=True, omit_defaults=True):
     """What form an answer must have: JSON that fits a schema, a sentence of a GBNF grammar, a text that matches a
     regular expression as a whole, or one of several texts (a JSON list). ``param`` is the request field it is from.
+    A ``lenient`` schema may have keywords that can't be enforced; they are left out.
+
+    Or ``lark``: rules in llguidance's notation that may use, for each of the ``parts``, a rule ``part0``, ``part1`` …
+    that is its form, and for each of the ``markers`` three rules: ``marker0`` is the control token of that name, or
+    the text where the vocabulary has none; ``until0`` is text without any of the markers, and then this one;
+    ``through0`` is text in which the other markers may be, and then this one. ``TEXT`` is text without markers.
     """
 
-    kind: Literal["json_schema", "grammar", "regex", "choice"]
+    kind: ConstraintKind
     text: str
     param: str
+    markers: tuple[str, ...] = ()
+    parts: tuple[Constraint, ...] = ()
+    lenient: bool = False
+
+    def anonymous(self) -> Constraint:
+        """Return the same from no field: two constraints that mean the same are equal then."""
+        return msgspec.structs.replace(self, param="", parts=tuple(part.anonymous() for part in self.parts))
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """How long an answer may think: after ``budget`` tokens ``message`` and ``end`` come, whatever the model wants.
+
+    Thinking is what stands between ``start``, at the beginning of the answer (white space may be before it), and
+    ``end``; if the prompt has ``begun`` it, ``start`` is in the prompt already. Both are texts, or names of control
+    tokens.
+    """
+
+    start: str
+    end: str
+    budget: int
+    begun: bool = False
+    message: str = ""
 
 
 class NextToken(msgspec.Struct, frozen=True):
@@ -204,8 +235,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``context`` is how many tokens prompt and answer may have together, if that is less than the model's; with
     ``truncate`` a longer prompt loses its beginning, otherwise it is refused. ``add_bos`` begins a text prompt with the
-    begin token, if the model has one. ``special`` shows control tokens in the text. With ``next_token`` nothing is
-    generated: what could come next is reported.
+    begin token, if the model has one. ``special`` shows control tokens in the text, otherwise only those of the names
+    in ``shown`` are. With ``next_token`` nothing is generated: what could come next is reported.
     """
 
     sampling: Sampling
@@ -220,4 +251,6 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     truncate: bool = False
     add_bos: bool = True
     special: bool = False
+    shown: tuple[str, ...] = ()
+    thinking: Thinking | None = None
     next_token: NextToken | None = None

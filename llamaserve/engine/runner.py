@@ -13,7 +13,10 @@ from llamaserve.engine.logprobs import of_candidates, of_token
 from llamaserve.engine.sampling import Greedy, Sampler, SamplerFactory
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
+from llamaserve.engine.thinking import LimitedThinking
 from llamaserve.errors import EngineError, InvalidRequest
+
+Picks = Greedy | Sampler | LimitedThinking
 
 
 class Runner(Protocol):
@@ -112,7 +115,7 @@ class LlamaRunner:
         tokens: list[int] = []
         try:
             sampler = sequence.sampler or self._start_sampling(sequence)
-            assert isinstance(sampler, Greedy | Sampler)
+            assert isinstance(sampler, Picks)
             if sequence.generation.next_token is not None:
                 self._look_ahead(sequence, sampler, row)
             for guess in (*chunk.draft, None) if sequence.limit > sequence.prompt_length else ():
@@ -134,7 +137,7 @@ class LlamaRunner:
             sequence.blocked = EngineError("the server failed to choose a token; its log has the details")
         return tokens
 
-    def _look_ahead(self, sequence: Sequence, sampler: Greedy | Sampler, row: int) -> None:
+    def _look_ahead(self, sequence: Sequence, sampler: Picks, row: int) -> None:
         """Take note of what could come next."""
         wanted = sequence.generation.next_token
         assert wanted is not None
@@ -142,11 +145,11 @@ class LlamaRunner:
         candidates = sampler.candidates(logits) if wanted.sampled else Candidates(logits)
         sequence.next_tokens = of_candidates(candidates, wanted.top, self._samplers.vocab)
 
-    def _start_sampling(self, sequence: Sequence) -> Greedy | Sampler:
+    def _start_sampling(self, sequence: Sequence) -> Picks:
         generation = sequence.generation
         form = sequence.form
         assert form is None or isinstance(form, Form)
         sequence.sampler = sampler = self._samplers.build(
-            generation.sampling, sequence.tokens, choice=sequence.choice, form=form
+            generation.sampling, sequence.tokens, choice=sequence.choice, form=form, limit=generation.thinking
         )
         return sampler

@@ -1,6 +1,7 @@
 """From a request's sampling options to what picks the next token: a row of stages, then a draw.
 
-Biases and bans come first, then the stages in the order of the request. Knows nothing of requests or batches.
+Biases and bans come first, then the stages in the order of the request. A token may also be forced, which nothing but
+the form of the answer can prevent. Knows nothing of requests or batches.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llamaserve.engine import stages
+from llamaserve.engine import stages, thinking
 from llamaserve.engine.candidates import Candidates, Floats, NothingLeft, Places, draw
-from llamaserve.engine.constraint import Form, Grammars
+from llamaserve.engine.constraint import CanNotGoOn, Form, Grammars
 from llamaserve.engine.llama import NativeSampler, Vocab
-from llamaserve.engine.params import Constraint, Sampling
+from llamaserve.engine.params import Constraint, Sampling, Thinking
 from llamaserve.engine.penalties import LeastLength, NoRepeatedNgrams, OccurrencePenalty, PromptPreference, TextStage
+from llamaserve.engine.thinking import LimitedThinking
 from llamaserve.errors import EngineError
 
 Stage = Callable[[Candidates], None]
@@ -58,6 +60,9 @@ class Greedy:
         return token
 
     complete = False  # there is always a most probable one
+
+    def force(self, token: int) -> None:
+        """There is nothing to tell of a token that was not picked."""
 
     def candidates(self, logits: Floats) -> Candidates:
         """Return the one token that could be picked."""
@@ -115,6 +120,15 @@ class Sampler:
             follower.accept(token)
         return token
 
+    def force(self, token: int) -> None:
+        """Take note of a token that comes next without having been picked, whatever the bans. Raises ``CanNotGoOn``
+        where the answer's form does not allow it.
+        """
+        if not self.possible([token]):
+            raise CanNotGoOn("the answer's form does not let its thinking end where the budget for it is used up")
+        for follower in self._followers:
+            follower.accept(token)
+
     def candidates(self, logits: Floats) -> Candidates:
         """Return the tokens that could be picked, with what their probabilities are the softmax of. Raises
         ``NothingLeft``.
@@ -157,20 +171,31 @@ class SamplerFactory:
         self.dry = lru_cache(_PREPARED)(self._make_dry)
         self.grammars = Grammars(vocab)
 
-    def check(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+    def check(self, sampling: Sampling, constraint: Constraint | None = None, limit: Thinking | None = None) -> None:
         """Refuse options that can't work with this model, and do what takes long in ``build``. Thread-safe."""
         self.vocab.check(sampling.logit_bias, "logit_bias")
         self.vocab.check(sampling.banned_tokens, "custom_token_bans")
         if sampling.dry_multiplier > 0:
             self.dry(*dry_options(sampling))
+        if limit is not None:
+            thinking.check(limit, self.vocab)
         if constraint is not None:
             self.grammars.compile(constraint)
 
     def build(
-        self, sampling: Sampling, prompt: Sequence[int], *, choice: int = 0, form: Form | None = None
-    ) -> Greedy | Sampler:
-        """Return what samples one sequence, and knows its prompt. ``choice`` is added to the seed."""
-        return _Builder(self, sampling, prompt, choice, form).build()
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        *,
+        choice: int = 0,
+        form: Form | None = None,
+        limit: Thinking | None = None,
+    ) -> Greedy | Sampler | LimitedThinking:
+        """Return what samples one sequence, and knows its prompt. ``choice`` is added to the seed, and ``limit`` is how
+        long it may think.
+        """
+        sampler = _Builder(self, sampling, prompt, choice, form).build()
+        return sampler if limit is None else LimitedThinking(sampler, limit, self.vocab)
 
     def range(self, wanted: int) -> int:
         """Return how many last tokens a penalty looks at: llama.cpp allocates what it is told."""

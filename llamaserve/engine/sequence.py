@@ -77,6 +77,7 @@ class Sequence:
         "reported",
         "request",
         "sampler",
+        "shown",
         "slot",
         "state",
         "text",
@@ -114,6 +115,7 @@ class Sequence:
         self.blocked: LlamaserveError | None = None  # why no token may come next
         self.drafter: Drafter | None = None  # made when it is first asked for
         self.text = Detokenizer(generation.stop)
+        self.shown: frozenset[int] = frozenset()  # control tokens that are part of the text
         self.unsent: list[str] = []  # text of a request that is not streamed
         self.reported = 0  # generated tokens of which there was an event
         self.logprobs: AnswerLogprobs | None = None

@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -170,6 +170,33 @@ _EMBEDDING_ARCHITECTURES = frozenset(
     }
 )
 
+# The tokens around a gap that is to be filled: the metadata keys that may have their ids (tokenizer.ggml.*_token_id),
+# and what models call them, those that llama-vocab.cpp knows.
+_FIM_KEYS = {
+    "prefix": ("fim_pre", "prefix"),
+    "suffix": ("fim_suf", "suffix"),
+    "middle": ("fim_mid", "middle"),
+    "repository": ("fim_rep",),
+    "separator": ("fim_sep",),
+}
+_FIM_NAMES = {
+    "prefix": (
+        *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>"),  # noqa: RUF001
+        *("<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>"),
+    ),
+    "suffix": (
+        *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>"),  # noqa: RUF001
+        *("<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>"),
+    ),
+    "middle": (
+        *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>"),  # noqa: RUF001
+        *("<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>"),
+    ),
+    "repository": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "separator": ("<|file_sep|>",),
+}
+_SPECIAL_TOKEN_TYPES = (3, 4)  # control and user-defined
+
 # ---- what a header is --------------------------------------------------------------------------------------------
 
 
@@ -207,6 +234,21 @@ class TensorInfo:
     def type_name(self) -> str:
         """Return the ggml type's name, such as ``Q4_K``."""
         return _TENSOR_TYPES[self.type][0]
+
+
+@dataclass(frozen=True, slots=True)
+class FimTokens:
+    """The tokens of a model that fills gaps: before the text in front of the gap, before the text behind it, and before
+    its filling; and, if it knows whole repositories, before the name of one and before each of its files. ``names`` are
+    the texts of all of them.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    repository: int | None
+    separator: int | None
+    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -315,6 +357,34 @@ class GGUFHeader:
         data = _read_back(self, tokens)
         start, end = next(islice(_spans(data, tokens.count, self.path), token, None))
         return data[start:end].decode(errors="replace")
+
+    @cached_property
+    def fim_tokens(self) -> FimTokens | None:
+        """Return the tokens with which the model fills in the middle; None when it has not all three that it takes.
+        Reads the vocabulary, which takes a tenth of a second. Raises ``GGUFError`` as ``read_array`` does.
+        """
+        texts = self.tokens()
+        types = self._token_types()
+        special = {number for number in range(min(len(texts), len(types))) if types[number] in _SPECIAL_TOKEN_TYPES}
+        numbers = {texts[number].decode(errors="replace"): number for number in special}
+        found = {part: self._fim_token(part, special, numbers) for part in _FIM_KEYS}
+        prefix, suffix, middle = found["prefix"], found["suffix"], found["middle"]
+        if prefix is None or suffix is None or middle is None:
+            return None
+        names = frozenset(name for name, number in numbers.items() if number in found.values())
+        return FimTokens(prefix, suffix, middle, found["repository"], found["separator"], names)
+
+    def _fim_token(self, part: str, special: Container[int], numbers: Mapping[str, int]) -> int | None:
+        """Return one of the tokens: the metadata's if that can be one, else one with a known name."""
+        for key in _FIM_KEYS[part]:
+            number = self.integer(f"tokenizer.ggml.{key}_token_id")
+            if number is not None and number in special:
+                return number
+        return next((numbers[name] for name in _FIM_NAMES[part] if name in numbers), None)
+
+    def _token_types(self) -> list[Scalar]:
+        value = self.metadata.get("tokenizer.ggml.token_type")
+        return self.read_array("tokenizer.ggml.token_type") if isinstance(value, GGUFArray) else []
 
     def tokens(self) -> list[bytes]:
         """Return the vocabulary as it is in the file; empty without one."""

@@ -1,6 +1,6 @@
 """The checking process: ``python -m llamaserve.worker.grammar_check_main FD`` compiles constraints, one at a time.
 
-Each ``Constraint`` gets an answer: what is wrong with it, or None. ``sandbox.py`` brings and takes them.
+Each ``Constraint`` gets a ``Verdict``. ``sandbox.py`` brings and takes them.
 
 It compiles them for a vocabulary of single bytes, which takes about as long as for a model's: without one, most of the
 work would be put off until the model's process does it, where nothing could stop it. It does not know the time limit of
@@ -15,10 +15,10 @@ import msgspec
 import psutil
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from llamaserve.engine.grammar import compiled, words
+from llamaserve.engine.grammar import compiled, left_out, words
 from llamaserve.engine.params import Constraint
 from llamaserve.sandbox import serve
-from llamaserve.worker.grammar_check import MEMORY_LIMIT
+from llamaserve.worker.grammar_check import MEMORY_LIMIT, Verdict
 
 KEPT_MEMORY = 256  # MB; a process that still holds more after a job ends, since the models may need them
 
@@ -45,17 +45,17 @@ _TOKENIZER = LLTokenizer(TokenizerWrapper(_Bytes()))
 
 def answer(payload: bytes) -> tuple[bytes, bool]:
     """Check an encoded constraint, as ``serve`` wants it."""
-    result = msgspec.msgpack.encode(fault(_CONSTRAINTS.decode(payload)))
+    result = msgspec.msgpack.encode(verdict(_CONSTRAINTS.decode(payload)))
     return result, _PROCESS.memory_info().rss > KEPT_MEMORY * 1024 * 1024
 
 
-def fault(constraint: Constraint) -> str | None:
-    """Return why the constraint can't be compiled, in llguidance's words."""
+def verdict(constraint: Constraint) -> Verdict:
+    """Tell whether the constraint can be compiled, in llguidance's words."""
     try:
-        compiled(constraint, _TOKENIZER)
+        matcher = compiled(constraint, _TOKENIZER)
     except ValueError as error:
-        return words(str(error))
-    return None
+        return Verdict(words(str(error)))
+    return Verdict(left_out=left_out(matcher))
 
 
 def main(fd: int) -> int:

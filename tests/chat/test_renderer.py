@@ -56,8 +56,8 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
 {% endif %}
 {% for message in messages %}
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-{% endif %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}
 {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
 {{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
@@ -111,6 +111,27 @@ TYPED_AFTER_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('a system message must be first') }}{% endif %}"
     "{% for message in messages %}[{{ message.content[0]['text'] | upper }}]{% endfor %}"
 )
+USER_ONLY = """{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% else %}
+{{ raise_exception('Only the role user is supported') }}{% endif %}{% endfor %}"""
+MISTRAL_1 = """{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}
+{%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
+SYSTEM_FIRST = """{% for message in messages %}{% if message.role == 'system' %}{% if not loop.first %}
+{{ raise_exception('System message must be at the beginning.') }}
+{% else %}{{ 'S: ' + message.content + '|' }}
+{%- endif %}{% else %}{{ message.role[0] + ': ' + message.content + '|' }}{% endif %}{% endfor %}"""
+TURNS_ONLY = """{% for message in messages %}
+{% if message.role == 'user' and loop.index0 % 2 == 0 %}{{ 'Q ' + message.content }}
+{%- elif message.role == 'assistant' and loop.index0 % 2 == 1 %}{{ ' A ' + message.content + '|' }}
+{%- else %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"""
+EMPTY_THOUGHT = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.role == 'assistant' %}{% set text = message.content.split('</think>')[-1] %}
+{%- if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ text.strip() }}
+{%- else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 ANSWERED_ONLY = "{{ messages[0].content + messages[1].content + messages[2].content }}"
 
 USER = [{"role": "user", "content": " Hi "}]
@@ -157,6 +178,7 @@ RENDERED = {
     ),
     "typed": (job(TYPED), "user:  Hi </s>assistant: Hello!</s>user: Bye</s> assistant:"),
     "typed, after a system message": (job(TYPED_AFTER_SYSTEM, [SYSTEM, *USER]), "[BE BRIEF.][ HI ]"),
+    "raise_exception is no variable": (job("{{ raise_exception is string }}", raise_exception="x"), "False"),
     "three messages at least": (job(ANSWERED_ONLY), " Hi Hello!Bye"),
     "unshown": (job("nothing of yours"), "nothing of yours"),
 }
@@ -168,12 +190,121 @@ def test_styles(done: RenderJob, expected: str) -> None:
     assert render(done) == expected  # compiled and probed already
 
 
+LATER = {"role": "system", "content": "Rhyme."}
+ASKS = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+ANSWER = {"role": "assistant", "content": "c"}
+# Orders of roles that the templates complain about.
+REARRANGED = {
+    "system role not supported": (
+        job(GEMMA, [SYSTEM, *USER]),
+        "<s><start_of_turn>user\nBe brief.\n\n Hi<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "system before a greeting": (
+        job(GEMMA, [SYSTEM, ANSWER, *ASKS[:1]]),
+        (
+            "<s><start_of_turn>model\nc<end_of_turn>\n<start_of_turn>user\nBe brief.\n\na<end_of_turn>\n"
+            "<start_of_turn>model\n"
+        ),
+    ),
+    "system alone": (job(GEMMA, [SYSTEM]), "<s><start_of_turn>user\nBe brief.<end_of_turn>\n<start_of_turn>model\n"),
+    "neighbours that show": (job(MISTRAL, [*ASKS, ANSWER, ANSWER]), "<s>[INST] a[/INST][INST] b[/INST] c</s> c</s>"),
+    "only user and assistant": (
+        job(MISTRAL_1, [SYSTEM, *ASKS, ANSWER]),
+        "<s>[INST] Be brief.\n\na [/INST][INST] b [/INST]c</s>",
+    ),
+    "later system": (job(SYSTEM_FIRST, [SYSTEM, *ASKS, LATER, ANSWER]), "S: Be brief.|u: a|u: b|a: c|u: Rhyme.|"),
+    "later system before a question": (job(SYSTEM_FIRST, [SYSTEM, LATER, *ASKS]), "S: Be brief.|u: Rhyme.\n\na|u: b|"),
+    "neighbours that do not show": (
+        job(TURNS_ONLY, [SYSTEM, *ASKS, ANSWER, ANSWER]),
+        "Q Be brief.\n\na\n\nb A c\n\nc|",
+    ),
+    "the text of one is in another": (job(TURNS_ONLY, [ASKS[0], ASKS[0], ANSWER]), "Q a\n\na A c|"),
+}
+
+
+@pytest.mark.parametrize(("done", "expected"), REARRANGED.values(), ids=REARRANGED)
+def test_complaints_about_the_order_of_roles_are_worked_around(done: RenderJob, expected: str) -> None:
+    assert render(done) == expected
+
+
+def test_an_order_that_can_not_be_shown_stays_refused() -> None:
+    result, _ = answer(job(TURNS_ONLY, [ANSWER, *USER]))
+    assert result.error is not None
+    assert result.error.message == "the chat template refused the messages in line 4: roles must alternate"
+    tool = [*USER, ANSWER, {"role": "tool", "tool_call_id": "1", "content": "4"}]
+    assert "in line 3: Conversation roles must" in str(answer(job(MISTRAL_1, tool))[0].error)
+
+
+def unfinished(source: str, text: str, *, before: list[dict[str, Any]] = USER) -> RenderJob:
+    messages = [*before, {"role": "assistant", "content": text}]
+    return RenderJob(source, messages, "<s>", "</s>", continue_final_message=True)
+
+
+CHATML_START = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
+THOUGHT_START = "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
+CONTINUED = {
+    "chatml": (unfinished(CHATML, " Sure, "), CHATML_START + " Sure, "),
+    "empty": (unfinished(CHATML, ""), CHATML_START),
+    "trimmed by the template": (unfinished(MISTRAL, "\nWell \n"), "<s>[INST]  Hi [/INST] \nWell \n"),
+    "parts": (unfinished(TYPED, "We"), "user:  Hi </s>assistant: We"),
+    "said before": (unfinished(GEMMA, "Hi"), "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHi"),
+    "role order": (
+        unfinished(GEMMA, "d", before=[ANSWER]),
+        "<s><start_of_turn>model\nc<end_of_turn>\n<start_of_turn>model\nd",
+    ),
+    "neighbours joined": (unfinished(TURNS_ONLY, "d ", before=[ASKS[0], ANSWER]), "Q a A c\n\nd "),
+    "after an empty thought": (unfinished(EMPTY_THOUGHT, "We"), THOUGHT_START + "<think>\n\n</think>\n\nWe"),
+    "in a thought": (unfinished(EMPTY_THOUGHT, "<think>\nThe"), THOUGHT_START + "<think>\nThe"),
+    "after a thought": (unfinished(EMPTY_THOUGHT, "<think>a</think> "), THOUGHT_START + "<think>a</think> "),
+    "with a thought apart": (
+        RenderJob(QWEN3, [*USER, {**ANSWER, "reasoning_content": "2+2"}], "", "", continue_final_message=True),
+        THOUGHT_START + "<think>\n2+2\n</think>\n\nc",
+    ),
+}
+
+
+@pytest.mark.parametrize(("done", "expected"), CONTINUED.values(), ids=CONTINUED)
+def test_the_last_message_is_continued(done: RenderJob, expected: str) -> None:
+    assert render(done) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_continued_text_is_the_end_of_the_prompt_whatever_it_is(text: str) -> None:
+    prompt = render(unfinished(EMPTY_THOUGHT, text))
+    assert prompt.startswith(THOUGHT_START)
+    assert prompt.endswith(text)
+
+
+@pytest.mark.parametrize(
+    "source", ["nothing of yours", "{{ messages[-1].content * 2 }}", "{{ messages[-1].content | upper }}"]
+)
+def test_a_template_that_does_not_show_the_last_message_once_can_not_continue_it(source: str) -> None:
+    result, spent = answer(unfinished(source, "a"))
+    assert result.error is not None
+    assert "does not show the last message as it is" in result.error.message
+    assert not spent
+
+
+def test_only_a_text_of_the_assistant_is_continued() -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}]
+    for messages, param in (
+        ([], "messages"),
+        (USER, "messages"),
+        ([*USER, {**ANSWER, "tool_calls": calls}], "messages[1]"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            asyncio.run(TemplateRenderer().render(RenderJob(CHATML, messages, "", "", continue_final_message=True)))
+        assert caught.value.param == param
+
+
 def test_a_process_renders_what_this_one_renders() -> None:
+    expected = [*RENDERED.values(), *REARRANGED.values(), *CONTINUED.values()]
+
     async def all_at_once() -> list[str]:
         async with TemplateRenderer() as pool:
-            return await asyncio.gather(*(pool.render(done) for done, _ in RENDERED.values()))
+            return await asyncio.gather(*(pool.render(done) for done, _ in expected))
 
-    assert asyncio.run(all_at_once()) == [expected for _, expected in RENDERED.values()]
+    assert asyncio.run(all_at_once()) == [text for _, text in expected]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
@@ -215,8 +346,8 @@ def test_a_variable_set_inside_generation_ends_with_it() -> None:
 
 
 REASONS = {
-    "raised": (job(GEMMA, [SYSTEM, *USER]), "refused the messages in line 2: System role not supported"),
-    "raised on alternation": (job(MISTRAL, [*USER, *USER]), "refused the messages in line 10: roles must alternate"),
+    "raised": (job(TYPED_AFTER_SYSTEM, USER), "refused the messages in line 1: a system message must be first"),
+    "raised on a role": (job(USER_ONLY, TALK), "refused the messages in line 2: Only the role user is supported"),
     "syntax": (job("a\n{% if %}"), "has a syntax error in line 2: Expected an expression"),
     "unknown tag": (job("a\n\n{% frob %}"), "has a syntax error in line 3: Encountered unknown tag 'frob'"),
     "undefined": (job("\n{{ x.y }}"), "used a value that is not defined in line 2: 'x' is undefined"),

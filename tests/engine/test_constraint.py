@@ -415,7 +415,7 @@ def test_the_best_of_what_may_come_is_found(grammars: Grammars, vocab: Vocab, ba
 
 def test_a_step_that_takes_too_much_fails_the_request(running: RunningEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over llguidance's limits for one token is an error, and never an unchecked token."""
-    monkeypatch.setattr(grammar, "limits", lambda: LLParserLimits(step_max_items=300, verbose_errors=False))
+    monkeypatch.setattr(grammar, "limits", lambda kind: LLParserLimits(step_max_items=300, verbose_errors=False))
     inner = {
         "type": "object",
         "properties": {f"property{number}": {} for number in range(150)},

@@ -304,6 +304,23 @@ def test_sentencepiece_text_survives_but_for_the_space_it_begins_with(spelling: 
         assert spelling.detokenize(tokens, special=False).replace("▁", " ").removeprefix(" ") == text
 
 
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("<repo_name>", 3),
+        ("<|im_start|>", 1),
+        ("<|im_end|>", None),  # ends an answer
+        ("<repo_name> ", None),
+        ("<repo_name><repo_name>", None),
+        ("<think>", None),
+        ("Hello", None),
+        ("", None),
+    ],
+)
+def test_control_tokens_have_names(vocab: Vocab, name: str, token: int | None) -> None:
+    assert vocab.control(name) == token
+
+
 def test_end_of_generation(vocab: Vocab) -> None:
     (end,) = vocab.tokenize("<|im_end|>", add_bos=False, parse_special=True)
     assert vocab.is_end_of_generation(end)

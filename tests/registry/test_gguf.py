@@ -256,6 +256,70 @@ def test_impossible_path() -> None:
         read_header(Path("model\0.gguf"))
 
 
+FIM_NAMES = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>"]
+
+
+def with_fim(tokens: list[str], types: list[int], **keys: int) -> bytes:
+    """Return a file with these tokens behind two others, and these special ones by id."""
+    ids = {f"tokenizer.ggml.{key}_token_id": token for key, token in keys.items()}
+    vocabulary = {"tokenizer.ggml.tokens": ["a", "b", *tokens], "tokenizer.ggml.token_type": [1, 1, *types]}
+    return File(MINIMAL | vocabulary | ids).bytes()
+
+
+def fim_ids(header: GGUFHeader) -> list[int | None] | None:
+    found = header.fim_tokens
+    return found and [found.prefix, found.suffix, found.middle, found.repository, found.separator]
+
+
+@pytest.mark.parametrize(
+    ("names", "separator"),
+    [
+        (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), "<|file_sep|>"),
+        (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), ""),
+        (("<fim-prefix>", "<fim-suffix>", "<fim-middle>"), ""),
+        (("<PRE>", "<SUF>", "<MID>"), ""),
+        (("▁<PRE>", "▁<SUF>", "▁<MID>"), ""),
+        (("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"), ""),
+        (("<|prefix|>", "<|suffix|>", "<|middle|>"), ""),
+        (("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"), ""),  # noqa: RUF001
+    ],
+)
+def test_tokens_around_a_gap_are_found_by_their_names(
+    write: Write, names: tuple[str, str, str], separator: str
+) -> None:
+    header = read_header(write(with_fim([*names, separator or "c"], [3, 4, 3, 3])))
+    assert fim_ids(header) == [2, 3, 4, None, 5 if separator else None]
+    assert header.fim_tokens is header.fim_tokens
+    assert header.fim_tokens is not None
+    assert header.fim_tokens.names == {*names, separator} - {""}
+
+
+def test_tokens_around_a_gap_may_be_given_by_id(write: Write) -> None:
+    ids = {"fim_pre": 4, "fim_suf": 3, "fim_mid": 2, "fim_rep": 6, "fim_sep": 5}
+    others = ["1", "2", "3", "4", "5"]
+    assert fim_ids(read_header(write(with_fim(FIM_NAMES, [3] * 5, **ids)))) == [4, 3, 2, 6, 5]
+    assert fim_ids(read_header(write(with_fim(others, [3] * 5, prefix=4, suffix=3, middle=2)))) == [4, 3, 2, None, None]
+    wrong = {"fim_pre": 10**6, "fim_suf": 0}
+    assert fim_ids(read_header(write(with_fim(FIM_NAMES, [3] * 5, **wrong)))) == [2, 3, 4, 5, 6]
+
+
+def test_without_special_tokens_around_a_gap_there_are_none(write: Write, starter: GGUFHeader) -> None:
+    assert starter.fim_tokens is None
+    assert read_header(write(with_fim(FIM_NAMES, [1, 3, 3, 3, 3]))).fim_tokens is None
+    assert read_header(write(with_fim(FIM_NAMES[:2], [3, 3]))).fim_tokens is None
+    assert read_header(write(with_fim(FIM_NAMES, []))).fim_tokens is None
+    assert read_header(write(File(MINIMAL).bytes())).fim_tokens is None
+    assert read_header(write(File(MINIMAL | {"tokenizer.ggml.token_type": 3}).bytes())).fim_tokens is None
+
+
+def test_tokens_around_a_gap_are_found_quickly(write: Write) -> None:
+    tokens = [f"token{number}" for number in range(250_000)]
+    header = read_header(write(with_fim(tokens + FIM_NAMES, [1] * 250_000 + [3] * 5)))
+    start = time.perf_counter()
+    assert fim_ids(header) == [250_002, 250_003, 250_004, 250_005, 250_006]
+    assert time.perf_counter() - start < 2
+
+
 def test_file_that_changes_after_it_was_read(write: Write) -> None:
     path = write(tiny_llama())
     header = read_header(path)
@@ -398,6 +462,7 @@ def test_any_damage_is_an_error_of_ours(write: Write, length: int, flips: list[t
             header = read_header(path)
             assert len(header.bos_token) + len(header.quantisation) < 1000
             header.tokens()
+            assert header.fim_tokens is None
             check_loadable(header)
     finally:
         _, peak = tracemalloc.get_traced_memory()

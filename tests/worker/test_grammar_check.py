@@ -17,8 +17,8 @@ from llamaserve.engine.grammar import words
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest, Unavailable
 from llamaserve.worker import grammar_check
-from llamaserve.worker.grammar_check import GrammarChecker
-from llamaserve.worker.grammar_check_main import fault
+from llamaserve.worker.grammar_check import GrammarChecker, Verdict
+from llamaserve.worker.grammar_check_main import verdict
 
 
 def schema(value: Any) -> Constraint:
@@ -65,12 +65,12 @@ BOMB = schema({"allOf": [{"type": "string", "pattern": f".*a.{{{n}}}b.*"} for n 
 
 @pytest.mark.parametrize("constraint", GOOD.values(), ids=GOOD)
 def test_good_constraints(constraint: Constraint) -> None:
-    assert fault(constraint) is None
+    assert verdict(constraint) == Verdict()
 
 
 @pytest.mark.parametrize(("constraint", "reason"), BAD.values(), ids=BAD)
 def test_bad_constraints_and_why(constraint: Constraint, reason: str) -> None:
-    found = fault(constraint)
+    found = verdict(constraint).fault
     assert found is not None
     assert reason in found
     assert "\n" not in found
@@ -92,7 +92,7 @@ def test_a_process_says_what_this_one_says() -> None:
             for constraint in GOOD.values():
                 await checker.check(constraint)
             for constraint, _ in BAD.values():
-                assert await refusal(checker, constraint) == f"{constraint.param}: {fault(constraint)}"
+                assert await refusal(checker, constraint) == f"{constraint.param}: {verdict(constraint).fault}"
             assert checker.pids == first
 
     asyncio.run(scenario())
@@ -233,6 +233,100 @@ def test_what_was_checked_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch)
             for _ in range(2):
                 await refusal(checker, regex("("))
             assert checker.asked == before + 1
+
+    asyncio.run(scenario())
+
+
+def tool(number: int, **more: Any) -> Constraint:
+    properties = {"path": {"type": "string", "description": "Where it is. " * 20}, f"option{number}": {"enum": [1, 2]}}
+    value = {"type": "object", "properties": properties, "required": ["path"], **more}
+    return Constraint("json_schema", json.dumps(value), f"tools[{number}].function.parameters")
+
+
+def call_of(*parts: Constraint, markers: tuple[str, ...] = ("<tool_call>", "</tool_call>")) -> Constraint:
+    calls = " | ".join(f'"f{number}(" part{number} ")"' for number in range(len(parts)))
+    return Constraint("lark", f"start: TEXT | until0 ({calls}) marker1", "tools", markers, parts)
+
+
+def test_parts_are_checked_first_and_each_once() -> None:
+    async def scenario() -> None:
+        async with Counting(size=1) as checker:
+            await checker.check(call_of(tool(0), tool(1)))
+            assert checker.asked == 3
+            await checker.check(call_of(tool(1), tool(0), tool(2)))
+            assert checker.asked == 5
+            await checker.check(call_of(tool(0), tool(1)))
+            assert checker.asked == 5
+            await checker.check(call_of(tool(0), tool(1), markers=("<call>", "</call>")))
+            assert checker.asked == 6
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (tool(1, type="text"), "tools[1].function.parameters: Invalid type: text"),
+        (Constraint("json_schema", BOMB.text, "tools[1]"), "tools[1] took longer than 0.8 s to compile"),
+        (Constraint("grammar", "root ::= missing", "tools[1].custom"), "tools[1].custom: "),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said_of_it(part: Constraint, reason: str) -> None:
+    async def scenario() -> None:
+        async with GrammarChecker(size=1) as checker:
+            with pytest.raises(InvalidRequest) as caught:
+                await checker.check(call_of(tool(0), part, tool(2, type="text")))
+            assert caught.value.param == part.param
+            assert caught.value.message.startswith(reason)
+            assert await refusal(checker, call_of(tool(0), markers=("", ""))) == (
+                "tools: there must be at most 32 markers, all different"
+            )
+            assert "grammar size" in await refusal(checker, call_of(*[big_tool(number) for number in range(40)]))
+
+    asyncio.run(scenario())
+
+
+def big_tool(number: int) -> Constraint:
+    return tool(number, properties={f"option{index}": {"enum": [1, 2]} for index in range(400)}, required=[])
+
+
+def test_an_agents_many_tools_take_no_time() -> None:
+    constraint = call_of(*map(tool, range(60)))
+
+    async def scenario() -> None:
+        async with GrammarChecker(size=1) as checker:
+            await checker.warm()
+            started = time.monotonic()
+            await checker.check(constraint)
+            assert time.monotonic() - started < 2
+            started = time.monotonic()
+            await checker.check(constraint)
+            assert time.monotonic() - started < 0.1
+
+    asyncio.run(scenario())
+
+
+def test_what_a_schema_has_that_can_not_be_enforced_is_left_out() -> None:
+    strict = tool(1)
+    beyond = tool(1, properties={"a": {"not": {}}, "b": {"uniqueItems": True}, "c": {"not": {}}}, required=[])
+    lenient = Constraint("json_schema", beyond.text, beyond.param, lenient=True)
+
+    async def scenario() -> None:
+        async with Counting(size=1) as checker:
+            assert await checker.relaxed(strict) == (strict, None)
+            for _ in range(2):
+                found, words = await checker.relaxed(beyond)
+                assert found == lenient
+                assert words == 'Unimplemented keys: ["not"] (2 times); Unimplemented keys: ["uniqueItems"]'
+            assert checker.asked == 3
+            assert await checker.relaxed(lenient) == (lenient, words)
+            await checker.check(call_of(strict, lenient))
+            assert await checker.relaxed(regex("a")) == (regex("a"), None)
+            assert await refusal(checker, beyond) == 'tools[1].function.parameters: Unimplemented keys: ["not"]'
+            for wrong in (tool(1, type="text"), schema(False), regex("("), BOMB):
+                with pytest.raises(InvalidRequest) as caught:
+                    await checker.relaxed(wrong)
+                assert caught.value.param == wrong.param
 
     asyncio.run(scenario())
 

@@ -1,0 +1,210 @@
+"""The fields of a chat request, and what they become for ``chat/``. docs/chat.md has all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field
+
+from llamaserve.api.fields import Text
+from llamaserve.api.options import GenerationOptions
+from llamaserve.api.services import Services
+from llamaserve.chat.conversation import ChatWish, ThinkingWish
+from llamaserve.chat.instruction_templates import InstructionTemplate, Overrides
+from llamaserve.chat.messages import normalise
+from llamaserve.chat.modes import Mode, ModelTemplate, Style
+from llamaserve.chat.tools import Toolbox, toolbox
+from llamaserve.engine.params import Logprobs
+from llamaserve.errors import InvalidRequest
+from llamaserve.registry.gguf import GGUFHeader
+
+_OF_DIALOGUES = ("user_bio", "chat_template_str", "chat_instruct_command")
+_OFF = ("none", "off", "disabled")  # efforts that are none
+
+
+class ChatRequest(GenerationOptions):
+    """A request for the next message."""
+
+    messages: list[dict[str, Any]] = Field(
+        description="The conversation, in the roles system, developer, user, assistant, tool and function.",
+        examples=[[{"role": "user", "content": "Why is the sky blue?"}]],
+    )
+    logprobs: bool = Field(default=False, description="Report the log-probabilities of the answer's tokens.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="And of so many of the most probable ones in their places.")
+
+    tools: list[Any] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or which function.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether an answer may have several calls.")
+    functions: list[Any] | None = Field(None, description="Older name of tools.")
+    function_call: str | dict[str, Any] | None = Field(None, description="Older name of tool_choice.")
+
+    enable_thinking: bool | None = Field(
+        None, validation_alias=AliasChoices("enable_thinking", "think"), description="Whether the model thinks first."
+    )
+    reasoning_effort: Text | None = Field(None, max_length=64, description="How much; none switches thinking off.")
+    preserve_thinking: bool | None = Field(None, description="Whether a template shows earlier thoughts.")
+    reasoning_budget: int | None = Field(
+        None,
+        ge=-1,
+        le=2**31 - 1,
+        validation_alias=AliasChoices(
+            *("reasoning_budget", "max_thinking_tokens", "reasoning_budget_tokens", "thinking_budget_tokens"),
+            "thinking_budget",
+        ),
+        description="Tokens of thinking at most; -1: any, 0: none.",
+    )
+    reasoning_budget_message: Text = Field(
+        "", max_length=4096, description="What the model finds at the end of thoughts that are cut there."
+    )
+    reasoning_format: Literal["auto", "deepseek", "both", "none"] = Field(
+        "auto", description="Where thoughts go: reasoning_content, reasoning too, or left in the content."
+    )
+    include_reasoning: bool = Field(default=True, description="Whether the answer has the thoughts at all.")
+
+    mode: Mode = Field(Mode.INSTRUCT, description="instruct, chat or chat-instruct.")
+    character: Text | None = Field(None, max_length=512, description="A character's name.")
+    name1: Text = Field("", validation_alias=AliasChoices("name1", "user_name"), description="The user's name.")
+    name2: Text = Field("", validation_alias=AliasChoices("name2", "bot_name"), description="The model's name.")
+    context: Text = Field("", description="What the character is like.")
+    greeting: Text = Field("", description="Without effect: a greeting that was shown is among the messages.")
+    user_bio: Text = Field("", description="What the user is like.")
+    chat_instruct_command: Text = Field("", description="What chat-instruct asks for.")
+    chat_template_str: Text = Field("", description="Jinja source that writes the dialogue of the chat modes.")
+    instruction_template: Text | None = Field(None, max_length=512, description="An instruction template's name.")
+    instruction_template_str: Text = Field(
+        "",
+        validation_alias=AliasChoices("instruction_template_str", "chat_template"),
+        description="Jinja source in place of the model's chat template.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the template.")
+    turn_template: Text = Field("", description="A turn of an instruction template in the older form.")
+    name1_instruct: Text = Field("", description="What stands for the user in it.")
+    name2_instruct: Text = Field("", description="What stands for the model in it.")
+    context_instruct: Text = Field("", description="What stands before its turns.")
+    system_message: Text = Field("", description="The system text of conversations without one.")
+
+    continue_: bool = Field(default=False, description="Go on with the last message, and return it with the rest.")
+    continue_final_message: bool = Field(default=False, description="Go on with the last message; return the rest.")
+    add_generation_prompt: bool = Field(default=True, description="Whether the prompt opens the model's turn.")
+    echo: bool = Field(default=False, description="Return what continue_final_message goes on with, too.")
+    truncation: Literal["disabled", "auto"] | None = Field(
+        None, description="auto: leave out the oldest turns of a conversation that is too long."
+    )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return self.continue_ or self.continue_final_message
+
+    @property
+    def shortens(self) -> bool:
+        """Whether a conversation that is too long loses its oldest turns."""
+        return self.truncation == "auto" or (self.truncation is None and self.truncation_length > 0)
+
+    @property
+    def function_call_wanted(self) -> bool:
+        """Whether the request is of before there were tools, and gets its call in the form of that time."""
+        return bool(self.functions)
+
+    def wanted_logprobs(self) -> Logprobs | None:
+        """Return which log-probabilities are asked for."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return Logprobs(self.top_logprobs) if self.logprobs else None
+
+    def thought_fields(self, usual: str) -> tuple[str, ...]:
+        """Return the names under which the thoughts of an answer are sent, if they are; ``usual`` is the server's."""
+        if not self.include_reasoning:
+            return ()
+        if "both" in (usual, self.reasoning_format):
+            return "reasoning_content", "reasoning"
+        return (usual if self.reasoning_format == "auto" else "reasoning_content",)
+
+    def toolbox(self) -> Toolbox | None:
+        """Return the tools that the model may call."""
+        return toolbox(
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            functions=self.functions,
+            function_call=self.function_call,
+        )
+
+    def wish(self, services: Services, header: GGUFHeader) -> ChatWish:
+        """Return what the request wants. Raises ``InvalidRequest`` for what can't be."""
+        if (
+            self.continue_final_message
+            and "add_generation_prompt" in self.model_fields_set
+            and self.add_generation_prompt
+        ):
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt can't both be true", param="add_generation_prompt"
+            )
+        return ChatWish(
+            messages=normalise(self.messages),
+            model=ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token),
+            style=self._style(services),
+            toolbox=self.toolbox(),
+            body=self.constraint(),
+            thinking=ThinkingWish(
+                wanted=False if self.reasoning_effort in _OFF else self.enable_thinking,
+                budget=None if self.reasoning_budget == -1 else self.reasoning_budget,
+                message=self.reasoning_budget_message,
+                read=self.reasoning_format != "none",
+            ),
+            variables=self._variables(),
+            echo=self.continue_ or self.echo,
+            streamed=self.stream,
+        )
+
+    def _style(self, services: Services) -> Style:
+        return Style(
+            mode=self.mode,
+            character=services.characters.get(self.character),
+            name1=self.name1,
+            name2=self.name2,
+            context=self.context,
+            greeting=self.greeting,
+            user_bio=self.user_bio,
+            instruction=self._instruction(services),
+            chat_template=self.chat_template_str,
+            chat_instruct_command=self.chat_instruct_command,
+            continue_=self.continues,
+            generation_prompt=self.add_generation_prompt,
+        )
+
+    def _instruction(self, services: Services) -> InstructionTemplate:
+        if self.instruction_template_str:
+            return InstructionTemplate(self.instruction_template_str, self.system_message)
+        overrides = Overrides(
+            turn_template=self.turn_template,
+            name1_instruct=self.name1_instruct,
+            name2_instruct=self.name2_instruct,
+            context_instruct=self.context_instruct,
+            system_message=self.system_message,
+        )
+        return services.instruction_templates.get(self.instruction_template, overrides)
+
+    def _variables(self) -> dict[str, Any]:
+        """Return the template's variables: thinking is on unless it is switched off."""
+        thinking = (
+            self.enable_thinking is not False and self.reasoning_effort not in _OFF and self.reasoning_budget != 0
+        )
+        variables: dict[str, Any] = {"enable_thinking": thinking, "thinking": thinking}
+        if self.reasoning_effort is not None and self.reasoning_effort not in _OFF:
+            variables["reasoning_effort"] = self.reasoning_effort
+        if self.preserve_thinking is not None:
+            variables["preserve_thinking"] = self.preserve_thinking
+        return variables | self.chat_template_kwargs
+
+    def _idle(self) -> Iterator[str]:
+        yield from super()._idle()
+        if self.greeting:
+            yield "greeting"
+        if self.echo and not self.continues:
+            yield "echo"
+        if self.parallel_tool_calls is not None and not self.tools:
+            yield "parallel_tool_calls"
+        if self.mode is Mode.INSTRUCT:
+            yield from (name for name in _OF_DIALOGUES if getattr(self, name))

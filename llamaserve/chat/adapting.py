@@ -1,0 +1,126 @@
+"""Fits a conversation with tools to what its chat template can show.
+
+What a template has no place for is written into the texts that it shows: the tools into the system message, calls into
+the answers they were part of, results into messages of the user. Knows no family of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from llamaserve.chat.formats.json_calls import JsonCalls
+from llamaserve.chat.tools import Toolbox
+from llamaserve.chat.traits import Traits
+
+Message = dict[str, Any]
+
+_INSTRUCTIONS = """\
+You can call these functions, which are described as JSON, one on each line:
+<tools>
+{tools}
+</tools>
+To call a function, write its name and its arguments like this:
+{example}
+The result then comes in <tool_response> tags. Answer in plain text when no function helps."""
+
+
+def adapted(
+    messages: Sequence[Message], traits: Traits, tools: Toolbox | None, written: JsonCalls
+) -> tuple[list[Message], list[Any] | None]:
+    """Return the messages as the template wants them, and what it gets as ``tools``. ``written`` is how a call is
+    written into a text.
+    """
+    shown: list[Message] = [each for message in messages for each in _told_apart(message, traits)]
+    offered = [tool.for_template() for tool in tools.tools] if tools is not None else None
+    if offered and not traits.tools:
+        shown = _with_instructions(shown, _instructions(offered, written))
+        offered = None
+    in_text = not (traits.tools and traits.calls)
+    shown = [_answer(_with_thoughts(message, traits), traits, written if in_text else None) for message in shown]
+    if not (traits.tools and traits.results):
+        shown = _results_from_user(shown)
+    return shown, offered
+
+
+def _instructions(tools: Sequence[Any], written: JsonCalls) -> str:
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    example = written.write([("the_name", '{"a_parameter": "its value"}')])
+    return _INSTRUCTIONS.format(tools=lines, example=example)
+
+
+def _with_instructions(messages: list[Message], instructions: str) -> list[Message]:
+    if messages and messages[0]["role"] == "system":
+        first, *rest = messages
+        text = first["content"]
+        return [{**first, "content": f"{text}\n\n{instructions}" if text else instructions}, *rest]
+    return [{"role": "system", "content": instructions}, *messages]
+
+
+def _told_apart(message: Message, traits: Traits) -> list[Message]:
+    """Return a message with calls and text as two, if the template can't show both in one."""
+    if not (traits.null_content and message.get("tool_calls")):
+        return [message]
+    text = {key: value for key, value in message.items() if key != "tool_calls"}
+    calls = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": None}
+    return [text, calls] if message["content"] else [{**message, "content": None}]
+
+
+def _with_thoughts(message: Message, traits: Traits) -> Message:
+    """Return a message with its thoughts under the name that the template looks for."""
+    thoughts = message.get("reasoning_content")
+    if thoughts is None or traits.thoughts in (None, "reasoning_content"):
+        return message
+    return {**message, traits.thoughts: thoughts}
+
+
+def _answer(message: Message, traits: Traits, written: JsonCalls | None) -> Message:
+    """Return a message with its calls as the template wants them, or in its text if they are ``written`` there."""
+    calls = message.get("tool_calls")
+    if not calls:
+        if message["role"] == "tool" and traits.id_length:
+            return {**message, "tool_call_id": _short(message["tool_call_id"], traits.id_length)}
+        return message
+    if written is not None:
+        named = [(call["function"]["name"], _json(call["function"]["arguments"])) for call in calls]
+        kept = {key: value for key, value in message.items() if key != "tool_calls"}
+        return {**kept, "content": "\n".join(filter(None, [message["content"], written.write(named)]))}
+    return {**message, "tool_calls": [_call(call, traits) for call in calls]}
+
+
+def _call(call: Message, traits: Traits) -> Message:
+    function = call["function"]
+    if traits.arguments == "text":
+        function = {**function, "arguments": _json(function["arguments"])}
+    number = _short(call["id"], traits.id_length) if traits.id_length else call["id"]
+    return {**call, "id": number, "function": function}
+
+
+def _short(identifier: str, length: int) -> str:
+    """Return an id of so many letters and digits: the same one for the same id."""
+    if len(identifier) == length and identifier.isascii() and identifier.isalnum():
+        return identifier
+    return hashlib.sha256(identifier.encode()).hexdigest()[:length]
+
+
+def _results_from_user(messages: Sequence[Message]) -> list[Message]:
+    """Put neighbouring results into one message of the user's."""
+    shown: list[Message] = []
+    for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            texts = [f"<tool_response>\n{_result(message)}\n</tool_response>" for message in group]
+            shown.append({"role": "user", "content": "\n".join(texts)})
+        else:
+            shown += group
+    return shown
+
+
+def _result(message: Message) -> str:
+    return _json({"name": message.get("name", ""), "content": message["content"]})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

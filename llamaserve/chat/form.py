@@ -1,0 +1,123 @@
+"""The form that an answer must have, put together from what it may consist of: thoughts, text, tool calls, a body.
+
+While text flows nothing is asked of it. From the moment a call begins, it is kept to the way the model writes calls and
+to the tool's schema. Knows no family of models, and nothing of vocabularies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamaserve.chat.answer import ThinkingTags
+from llamaserve.chat.formats.format import CallFormat, Rules
+from llamaserve.chat.tools import Tool
+from llamaserve.engine.params import Constraint
+
+_SPACE = "SPACE: /[ \\n]{0,4}/"
+# Keywords by which a schema says something of properties that it does not list
+_OPEN = frozenset(
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "allOf", "anyOf", "oneOf"}
+    | {"$ref", "not", "if", "then", "else", "dependentSchemas", "propertyNames"}
+)
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What an answer may think first, or must, if the prompt has ``begun`` it."""
+
+    tags: ThinkingTags
+    begun: bool
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How calls are written, of what ``parts`` its rules are, and whether one must come."""
+
+    format: CallFormat
+    rules: Rules
+    parts: Sequence[Constraint]
+    forced: bool
+
+
+def schema_of(tool: Tool) -> Constraint:
+    """Return what the arguments of a tool must be."""
+    return Constraint("json_schema", json.dumps(tool.parameters, ensure_ascii=False), f"{tool.place}.parameters")
+
+
+def closed(tool: Tool) -> Tool:
+    """Return a tool that takes no other arguments than it lists, at any depth, if it does not say anything of others:
+    a function would not know what to do with them.
+    """
+    return replace(tool, parameters=_closed(tool.parameters))
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = dict(schema)
+    for keyword in ("properties", "$defs", "definitions"):
+        if isinstance(inner := closed.get(keyword), Mapping):
+            closed[keyword] = {name: _closed(each) for name, each in inner.items()}
+    for keyword in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(several := closed.get(keyword), list):
+            closed[keyword] = [_closed(each) for each in several]
+    if "items" in closed:
+        closed["items"] = _closed(closed["items"])
+    if isinstance(closed.get("properties"), Mapping) and not _OPEN & closed.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+def answer_form(thoughts: Thoughts | None, calls: Calls | None, body: Constraint | None) -> Constraint | None:
+    """Return the form of an answer whose text, if it has any, must be a ``body``; None if it may be anything."""
+    if calls is None and (body is None or thoughts is None):
+        return body
+    return _Form(thoughts, calls, body).constraint()
+
+
+class _Form:
+    def __init__(self, thoughts: Thoughts | None, calls: Calls | None, body: Constraint | None) -> None:
+        self._thoughts = thoughts
+        self._calls = calls
+        self._body = body
+        self._rules = calls.rules if calls is not None else Rules("")
+        shown = calls.format.shown if calls is not None else ()
+        tags = thoughts.tags if thoughts is not None else None
+        own = (tags.end, tags.start, tags.answer) if tags is not None else ()
+        self._markers = tuple(dict.fromkeys(filter(None, (*shown, *own))))
+
+    def constraint(self) -> Constraint:
+        """Put it together."""
+        lines = ["start: " + " ".join([*self._thinking(), "answer"]), _SPACE, *self._answer(), self._rules.lark]
+        parts = tuple(self._calls.parts) if self._calls is not None else ()
+        if self._body is not None:
+            parts = (*parts, self._body)
+        param = self._body.param if self._body is not None else "tools"
+        return Constraint("lark", "\n".join(lines), param, self._markers, parts)
+
+    def _thinking(self) -> Iterator[str]:
+        """Yield the rules of thoughts, and of what may be before the answer after them."""
+        if self._thoughts is None:
+            return
+        tags = self._thoughts.tags
+        rules = f"through{self._markers.index(tags.end)} SPACE"
+        if tags.answer:
+            rules = f"{rules} marker{self._markers.index(tags.answer)}?"
+        yield rules if self._thoughts.begun else f"(marker{self._markers.index(tags.start)} {rules})?"
+
+    def _answer(self) -> Iterator[str]:
+        calls, body = self._calls, f"part{len(self._calls.parts) if self._calls is not None else 0}"
+        if calls is None:
+            yield f"answer: {body}"
+        elif calls.forced:
+            yield "answer: calls"
+        elif self._body is not None:
+            yield f"answer: {body} | calls"
+        elif calls.format.marker is not None:
+            yield "answer: TEXT | until0 rest"
+        else:
+            yield "answer: PLAIN | calls"
+            yield f"PLAIN: TEXT & ~/{self._rules.plain}(?s:.*)/"

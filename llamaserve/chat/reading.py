@@ -1,0 +1,256 @@
+"""Reading an answer that arrives in pieces: what it is made of, and the text that is read.
+
+What reads is a generator: it yields parts of the answer, or None while it waits for more text, and so is written from
+top to bottom as if all of the text were there. What it yields does not depend on how the text was cut. Knows nothing of
+any format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text of the answer proper."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text of what the model thinks first."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegins:
+    """The model calls a tool of this name. What follows, up to ``CallEnds``, are the call's arguments."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A piece of the JSON text of a call's arguments."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnds:
+    """The arguments are complete; without it the answer was cut."""
+
+
+Part = Content | Reasoning | CallBegins | Arguments | CallEnds
+Reading = Generator[Part | None, None, T]
+
+
+class Incoming:
+    """Text of which the beginning is there. All methods that are ``Reading``s wait until they can tell."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = 0  # where reading has come to in it
+        self._kept = 0  # how many readers may want to go back
+        self._ended = False
+        self.starved = False  # whether the end came where more was wanted
+
+    def push(self, text: str) -> None:
+        """Take more text."""
+        if self._kept:
+            self._text += text
+        else:
+            self._text = self._text[self._at :] + text
+            self._at = 0
+
+    def end(self) -> None:
+        """No more text comes."""
+        self._ended = True
+
+    def attempt(self, reading: Reading[T]) -> Reading[T]:
+        """Read, and go back to where it began if what reads says False or None. It must not have yielded parts then."""
+        start = self._at
+        self._kept += 1
+        try:
+            read = yield from reading
+        finally:
+            self._kept -= 1
+        if read is None or read is False:
+            self._at = start
+        return read
+
+    def close(self, reading: Reading[bool]) -> Reading[bool]:
+        """Read like ``attempt`` what closes something. What there is of it is passed if the text ends in it."""
+        read = yield from self.attempt(reading)
+        if not read and self.starved:
+            self._at = len(self._text)
+        return read
+
+    def wait(self) -> Reading[bool]:
+        """Wait for more text, and say whether some may have come."""
+        if self._ended:
+            self.starved = True
+            return False
+        yield None
+        return True
+
+    def at_end(self) -> Reading[bool]:
+        """Say whether there is no text left."""
+        while self._at == len(self._text):
+            if self._ended:
+                return True
+            yield None
+        return False
+
+    def whole(self) -> Reading[str]:
+        """Wait for the end, and return all that is left. It is not passed."""
+        while not self._ended:
+            yield None
+        return self._text[self._at :]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all of the text that is there has been passed."""
+        return self._at == len(self._text)
+
+    def letter(self) -> Reading[str]:
+        """Return the next character, which is not passed; nothing if the text has ended."""
+        while self._at == len(self._text):
+            if not (yield from self.wait()):
+                return ""
+        return self._text[self._at]
+
+    def run(self, letters: re.Pattern[str]) -> str:
+        """Pass characters of a kind, of those that are there, and return them. ``letters`` matches one or more."""
+        found = letters.match(self._text, self._at)
+        if found is None:
+            return ""
+        self._at = found.end()
+        return found.group()
+
+    def next_is(self, *words: str) -> Reading[str | None]:
+        """Return the longest of the words that comes next, or None. It is not passed."""
+        while True:
+            rest = self._text[self._at : self._at + max(map(len, words), default=0)]
+            longer = any(len(word) > len(rest) and word.startswith(rest) for word in words)
+            if not longer or not (yield from self.wait()):
+                return max((word for word in words if rest.startswith(word)), key=len, default=None)
+
+    def take(self, *words: str) -> Reading[str | None]:
+        """Pass the longest of the words that comes next, and return it; None if there is none."""
+        word = yield from self.next_is(*words)
+        self._at += len(word or "")
+        return word
+
+    def take_loosely(self, word: str) -> Reading[bool]:
+        """Pass a word if it comes next, whatever white space it or the text has; there may be some before it, too."""
+        for letter in word:
+            if letter.isspace():
+                continue
+            yield from self.skip_space()
+            if (yield from self.take(letter)) is None:
+                return False
+        return True
+
+    def skip_space(self) -> Reading[str]:
+        """Pass white space, and return it."""
+        start = self._at
+        self._kept += 1
+        try:
+            while True:
+                rest = self._text[self._at :]
+                self._at += len(rest) - len(rest.lstrip())
+                if self._at < len(self._text) or self._ended:
+                    return self._text[start : self._at]
+                yield None
+        finally:
+            self._kept -= 1
+
+    def up_to(self, words: tuple[str, ...], part: Callable[[str], Part], *, trim: bool = False) -> Reading[str | None]:
+        """Yield the text before the first of some words in parts, and return that word, which is not passed; None if
+        none comes. With ``trim``, neither is white space before the word.
+        """
+        while True:
+            found = [(at, -len(word), word) for word in words if (at := self._text.find(word, self._at)) >= 0]
+            at, _, word = min(found, default=(len(self._text), 0, None))
+            held = self._held(words, at) if not self._ended else at
+            # A longer word may begin earlier than the one that is there.
+            sure = min(at, held)
+            text = self._text[self._at : sure]
+            if trim and not (self._ended and word is None):
+                text = text.rstrip()
+            if text:
+                self._at += len(text)
+                yield part(text)
+            if word is not None and held >= at:
+                return word
+            if self._ended:
+                return None
+            yield None
+
+    def _held(self, words: tuple[str, ...], limit: int) -> int:
+        """Return where the first word may begin of which the end is not there yet."""
+        longest = max(map(len, words), default=0)
+        for start in range(max(self._at, len(self._text) - longest + 1), limit):
+            rest = self._text[start:]
+            if any(word.startswith(rest) for word in words):
+                return start
+        return limit
+
+    def collect(self, *words: str, limit: int) -> Reading[str | None]:
+        """Pass the text before the first of some words, and return it; None if none comes within ``limit`` characters,
+        or at all.
+        """
+        start = looked = self._at
+        longest = max(map(len, words))
+        self._kept += 1
+        try:
+            while True:
+                found = [at for word in words if (at := self._text.find(word, looked, start + limit)) >= 0]
+                if found:
+                    self._at = min(found)
+                    return self._text[start : self._at]
+                looked = max(start, len(self._text) - longest + 1)
+                if len(self._text) - start >= limit or not (yield from self.wait()):
+                    return None
+        finally:
+            self._kept -= 1
+
+    def json_object(self) -> Reading[bool]:
+        """Yield one JSON object in parts, as ``Arguments``; False if none begins here or if it is cut. Its text is
+        passed on as it is: only brackets and strings are looked at.
+        """
+        if (yield from self.next_is("{")) is None:
+            return False
+        depth, quoted, escaped = 0, False, False
+        while True:
+            start = at = self._at
+            while at < len(self._text):
+                letter = self._text[at]
+                at += 1
+                if escaped:
+                    escaped = False
+                elif quoted:
+                    escaped, quoted = letter == "\\", letter != '"'
+                elif letter == '"':
+                    quoted = True
+                elif letter in "{[":
+                    depth += 1
+                elif letter in "}]":
+                    depth -= 1
+                    if not depth:
+                        self._at = at
+                        yield Arguments(self._text[start:at])
+                        return True
+            self._at = at
+            if start < at:
+                yield Arguments(self._text[start:at])
+            if not (yield from self.wait()):
+                return False
