@@ -78,12 +78,10 @@ class _Message:
         self._style = style
         self._texts: dict[type[Part], list[str]] = {Content: [], Reasoning: []}
         self._calls: list[tuple[str, list[str]]] = []
-
-    @property
-    def called(self) -> bool:
-        return bool(self._calls)
+        self.called = False  # with all of its arguments: a stop text may be among them
 
     def add(self, part: Part) -> None:
+        self.called = isinstance(part, CallEnds) or (self.called and not isinstance(part, CallBegins))
         match part:
             case CallBegins(name):
                 self._calls.append((name, []))
@@ -162,6 +160,7 @@ class _Stream:
         self._reader = reader
         self._style = style
         self._calls = 0
+        self._called = False  # as in a ``_Message``
         self._logprobs: list[Any] = []
         self._text_events: dict[tuple[type[Part], int], TextEvent] = {}
 
@@ -175,10 +174,11 @@ class _Stream:
         for part in parts:
             yield from self.add(part)
         if isinstance(piece, Finished):
-            yield self._event({}, _reason(piece, self._calls > 0, self._style))
+            yield self._event({}, _reason(piece, self._called, self._style))
 
     def add(self, part: Part) -> Iterator[bytes]:
         """Yield the events for a part of the answer."""
+        self._called = isinstance(part, CallEnds) or (self._called and not isinstance(part, CallBegins))
         match part:
             case CallBegins(name):
                 self._calls += 1

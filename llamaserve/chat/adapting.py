@@ -40,6 +40,7 @@ def adapted(
         shown = _with_instructions(shown, _instructions(offered, written))
         offered = None
     in_text = not (traits.tools and traits.calls)
+    shown = _with_ids(shown, traits)
     shown = [_answer(_with_thoughts(message, traits), traits, written if in_text else None) for message in shown]
     if not (traits.tools and traits.results):
         shown = _results_from_user(shown)
@@ -77,12 +78,39 @@ def _with_thoughts(message: Message, traits: Traits) -> Message:
     return {**message, traits.thoughts: thoughts}
 
 
+def _with_ids(messages: Sequence[Message], traits: Traits) -> list[Message]:
+    """Return the messages with ids of calls as the template wants them."""
+    if not (traits.id_length or traits.ids_name):
+        return list(messages)
+    given: dict[str, str] = {}
+    renamed: list[Message] = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            given |= {call["id"]: _id(call, len(given) + n, traits) for n, call in enumerate(calls)}
+            renamed.append({**message, "tool_calls": [{**call, "id": given[call["id"]]} for call in calls]})
+        elif message["role"] == "tool":
+            renamed.append({**message, "tool_call_id": given[message["tool_call_id"]]})
+        else:
+            renamed.append(message)
+    return renamed
+
+
+def _id(call: Message, number: int, traits: Traits) -> str:
+    """Return the id of a call: one that says which function is called, or one of so many letters and digits, the same
+    for the same id.
+    """
+    if not traits.id_length:
+        return f"functions.{call['function']['name']}:{number}"
+    known: str = call["id"]
+    if len(known) == traits.id_length and known.isascii() and known.isalnum():
+        return known
+    return hashlib.sha256(known.encode()).hexdigest()[: traits.id_length]
+
+
 def _answer(message: Message, traits: Traits, written: JsonCalls | None) -> Message:
     """Return a message with its calls as the template wants them, or in its text if they are ``written`` there."""
     calls = message.get("tool_calls")
     if not calls:
-        if message["role"] == "tool" and traits.id_length:
-            return {**message, "tool_call_id": _short(message["tool_call_id"], traits.id_length)}
         return message
     if written is not None:
         named = [(call["function"]["name"], _json(call["function"]["arguments"])) for call in calls]
@@ -95,15 +123,7 @@ def _call(call: Message, traits: Traits) -> Message:
     function = call["function"]
     if traits.arguments == "text":
         function = {**function, "arguments": _json(function["arguments"])}
-    number = _short(call["id"], traits.id_length) if traits.id_length else call["id"]
-    return {**call, "id": number, "function": function}
-
-
-def _short(identifier: str, length: int) -> str:
-    """Return an id of so many letters and digits: the same one for the same id."""
-    if len(identifier) == length and identifier.isascii() and identifier.isalnum():
-        return identifier
-    return hashlib.sha256(identifier.encode()).hexdigest()[:length]
+    return {**call, "function": function}
 
 
 def _results_from_user(messages: Sequence[Message]) -> list[Message]:

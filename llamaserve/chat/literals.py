@@ -27,7 +27,7 @@ _QUOTES = ('"""', "'''", '"', "'")
 _CLOSE = {"{": "}", "[": "]", "(": ")"}
 _BRACKETS = {"(": "[", ")": "]"}
 _DIGITS = {"x": 2, "u": 4, "U": 8}  # of an escaped character
-_ABOVE_SURROGATES = 0xE000  # up to there, JSON escapes are the safe way to write a character
+_MAX_ESCAPED = 0xFFFF  # what JSON can escape
 _ESCAPES = {"'": "'", "a": "\\u0007", "v": "\\u000b", "0": "\\u0000", "\n": ""}  # what only Python has
 
 
@@ -80,9 +80,7 @@ def _read(text: str) -> tuple[Incoming, str | None]:
         if not complete:
             found.clear()
 
-    for part in collect():
-        if isinstance(part, Arguments):
-            found.append(part.text)
+    found.extend(part.text for part in collect() if isinstance(part, Arguments))
     return incoming, "".join(found) or None
 
 
@@ -229,7 +227,7 @@ def _numbered(text: Incoming, kind: str) -> Reading[None]:
         yield from text.take(letter)
         digits += letter
     number = int(digits, 16) if len(digits) == wanted else math.inf
-    if number < _ABOVE_SURROGATES:
-        yield Arguments(f"\\u{number:04x}")
+    if number <= _MAX_ESCAPED:
+        yield Arguments(f"\\u{digits[-4:]:0>4}")
     else:
         yield inside(chr(int(number)) if number <= sys.maxunicode else f"\\{kind}{digits}")

@@ -108,6 +108,7 @@ def probe(job: ProbeJob, render: Render, failures: tuple[type[Exception], ...]) 
         arguments="text" if probes.as_text else "object",
         null_content=probes.null,
         id_length=_SHORT if one and not probes.called(_FIRST, id=_LONG_ID) else None,
+        ids_name=bool(one) and one.count(_FIRST.name) == plain.count(_FIRST.name),
         call_texts=_call_texts(probes, plain, [one, two] if several else [one]) if one else None,
         thinking=thinking,
         thoughts=thoughts,

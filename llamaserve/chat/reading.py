@@ -178,50 +178,51 @@ class Incoming:
         none comes. With ``trim``, neither is white space before the word.
         """
         while True:
-            found = [(at, -len(word), word) for word in words if (at := self._text.find(word, self._at)) >= 0]
-            at, _, word = min(found, default=(len(self._text), 0, None))
-            held = self._held(words, at) if not self._ended else at
-            # A longer word may begin earlier than the one that is there.
-            sure = min(at, held)
-            text = self._text[self._at : sure]
+            place, word = self._first(words, self._at, sure=self._ended)
+            text = self._text[self._at : place]
             if trim and not (self._ended and word is None):
                 text = text.rstrip()
             if text:
                 self._at += len(text)
                 yield part(text)
-            if word is not None and held >= at:
+            if word is not None or self._ended:
                 return word
-            if self._ended:
-                return None
             yield None
-
-    def _held(self, words: tuple[str, ...], limit: int) -> int:
-        """Return where the first word may begin of which the end is not there yet."""
-        longest = max(map(len, words), default=0)
-        for start in range(max(self._at, len(self._text) - longest + 1), limit):
-            rest = self._text[start:]
-            if any(word.startswith(rest) for word in words):
-                return start
-        return limit
 
     def collect(self, *words: str, limit: int) -> Reading[str | None]:
         """Pass the text before the first of some words, and return it; None if none comes within ``limit`` characters,
         or at all.
         """
         start = looked = self._at
-        longest = max(map(len, words))
         self._kept += 1
         try:
             while True:
-                found = [at for word in words if (at := self._text.find(word, looked, start + limit)) >= 0]
-                if found:
-                    self._at = min(found)
-                    return self._text[start : self._at]
-                looked = max(start, len(self._text) - longest + 1)
-                if len(self._text) - start >= limit or not (yield from self.wait()):
+                enough = len(self._text) - start >= limit
+                looked, word = self._first(words, looked, start + limit, sure=enough or self._ended)
+                if word is not None:
+                    self._at = looked
+                    return self._text[start:looked]
+                if enough or not (yield from self.wait()):
                     return None
         finally:
             self._kept -= 1
+
+    def _first(
+        self, words: tuple[str, ...], start: int, end: int | None = None, *, sure: bool
+    ) -> tuple[int, str | None]:
+        """Return where the first of some words begins, and the longest of those that begin there. None if it is not
+        ``sure``, as more may come, whether one begins there.
+        """
+        found = [(at, -len(word), word) for word in words if (at := self._text.find(word, start, end)) >= 0]
+        place, _, word = min(found, default=(len(self._text), 0, None))
+        if sure:
+            return place, word
+        longest = max(map(len, words), default=0)
+        for at in range(max(start, len(self._text) - longest + 1), min(place + 1, len(self._text))):
+            rest = self._text[at:]
+            if any(len(each) > len(rest) and each.startswith(rest) for each in words):
+                return at, None
+        return place, word
 
     def json_object(self) -> Reading[bool]:
         """Yield one JSON object in parts, as ``Arguments``; False if none begins here or if it is cut. Its text is

@@ -17,7 +17,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -187,27 +187,40 @@ def _continued(program: _Program, job: RenderJob) -> str:
 
 
 def _prompt(program: _Program, job: RenderJob) -> str:
-    """Return the prompt, tolerating complaints about the order of roles.
+    """Return the prompt, tolerating complaints about the order of roles, and without losing what the system says.
 
-    Where a template complains, the messages are tried as they are, then with what is later and from the system in the
-    user's messages, then with all that is from the system there, then with neighbours of one role joined. The first
-    try that shows every message counts; when none does, the complaint stands.
+    Where a template complains, or silently leaves out a system message, the messages are arranged in another way. When
+    none shows every message, the complaint stands.
     """
     try:
-        return _text(program, job, job.messages)
+        text = _text(program, job, job.messages)
     except Refusal as refusal:
         if not (_COMPLAINTS.search(str(refusal)) or _NO_SYSTEM.search(str(refusal))):
             raise
-        for messages in _rearranged(job.messages):
-            try:
-                if _shows_all(program, job, messages):
-                    return _text(program, job, messages, tolerant=True)
-            except _FAILURES:
-                continue
-        raise
+        arranged = _arranged(program, job)
+        if arranged is None:
+            raise
+        return arranged
+    if all(message["content"].strip() in text for message in job.messages if message["role"] == "system"):
+        return text
+    return _arranged(program, job) or text
+
+
+def _arranged(program: _Program, job: RenderJob) -> str | None:
+    """Return the prompt for the first arrangement of the messages of which the template shows every one."""
+    for messages in _rearranged(job.messages):
+        try:
+            if _shows_all(program, job, messages):
+                return _text(program, job, messages, tolerant=True)
+        except _FAILURES:
+            continue
+    return None
 
 
 def _rearranged(messages: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
+    """Yield the messages as they are, then with what is later and from the system in the user's messages, then with all
+    that is from the system there, then with neighbours of one role joined.
+    """
     yield messages
     yield _system_in_user(messages, keep=1)
     without_system = _system_in_user(messages, keep=0)
@@ -251,20 +264,34 @@ def _shows_all(program: _Program, job: RenderJob, messages: Sequence[dict[str, A
 
 
 def _must_show(message: dict[str, Any]) -> bool:
-    return bool((message["content"] or "").strip()) and not message.get("tool_calls")  # beside calls many leave the text out
+    return bool((message["content"] or "").strip()) and not message.get("tool_calls")  # beside them many leave it out
 
 
 def _text(program: _Program, job: RenderJob, messages: Sequence[dict[str, Any]], *, tolerant: bool = False) -> str:
-    """Render the messages, in parts if the template wants them so."""
+    """Render the messages, in parts if the template wants them so. Without tools, a template gets none, and where it
+    can't bear that, it does not get the variable.
+    """
     messages = _in_parts(messages) if program.takes_parts else messages
-    return _written(program.template, job, messages, tolerant=tolerant)
+    variables = {"tools": None, **job.variables}
+    try:
+        return _written(program.template, job, messages, variables, tolerant=tolerant)
+    except TypeError:
+        if variables.pop("tools") is not None:
+            raise
+        return _written(program.template, job, messages, variables, tolerant=tolerant)
 
 
-def _written(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]], *, tolerant: bool = False) -> str:
+def _written(
+    template: Template,
+    job: RenderJob,
+    messages: Sequence[dict[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    tolerant: bool = False,
+) -> str:
     variables = {
-        "tools": None,
         "documents": None,  # templates test `documents is not none`; transformers passes it too
-        **job.variables,
+        **variables,
         "messages": messages,
         "bos_token": job.bos_token,
         "eos_token": job.eos_token,
@@ -298,7 +325,7 @@ def _takes_parts(template: Template, job: RenderJob) -> bool | None:
 
 def _shows_probe(template: Template, job: RenderJob, messages: Sequence[dict[str, Any]]) -> bool:
     try:
-        return _PROBE in _written(template, job, messages).lower()
+        return _PROBE in _written(template, job, messages, {"tools": None, **job.variables}).lower()
     except _FAILURES:
         return False
 

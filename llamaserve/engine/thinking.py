@@ -55,8 +55,8 @@ class _State(Enum):
 
 def check(thinking: Thinking, vocab: Vocab) -> None:
     """Refuse what can't work."""
-    for marker in (thinking.end,) if thinking.begun else (thinking.start, thinking.end):
-        if not marker.strip() or len(marker) > _MAX_MARKER:
+    for marker, looked_for in ((thinking.start, not thinking.begun), (thinking.end, True)):
+        if len(marker) > _MAX_MARKER or (looked_for and not marker.strip()):
             raise InvalidRequest(f"what begins and ends thinking must be a text of at most {_MAX_MARKER} characters")
     if len(thinking.message) > _MAX_MESSAGE:
         raise InvalidRequest(

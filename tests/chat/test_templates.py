@@ -37,8 +37,6 @@ TOOLS = [
 ]
 THOUGHTS = "Arr, let me think."
 
-# They leave out any system message but one: the last, or the first.
-LOSE_SYSTEM = {"deepseek-r1", "gpt-oss", "minimax-m2", "phi4-mini-tools", "smollm3"}
 
 SHOW_NO_CALLS = {"gemma3", "lfm2", "phi4-mini", "smollm2", "smollm3"}
 SHOW_ONE_CALL = {"gpt-oss", "llama3.1", "llama3.2"}
@@ -112,12 +110,7 @@ def test_an_answer_begins_where_the_prompt_for_it_ends(template: Published) -> N
 def test_system_messages_may_come_later(template: Published) -> None:
     later = {"role": "system", "content": "Whisper from now on."}
     prompt = template.render([SYSTEM, QUESTION, ANSWER, later, MORE])
-    shown = [text["content"] in prompt for text in (SYSTEM, QUESTION, ANSWER, later, MORE)]
-    if template.name in LOSE_SYSTEM:
-        assert shown.count(False) == 1
-        assert all(shown[at] for at in (1, 2, 4))
-    else:
-        assert all(shown)
+    assert all(text["content"] in prompt for text in (SYSTEM, QUESTION, ANSWER, later, MORE))
 
 
 def test_an_answer_can_be_continued(template: Published) -> None:

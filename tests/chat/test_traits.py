@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import assume, given, settings, strategies as st
@@ -74,7 +74,7 @@ EXPECTED = {
     "gpt-oss": replace(ALL, several=False, thoughts="thinking"),
     "granite4": HERMES_LIKE,
     "hermes3": HERMES_LIKE,
-    "kimi-k2": ALL,
+    "kimi-k2": replace(ALL, ids_name=True),
     "lfm2": Traits(tools=True, results=True),
     "lfm2.5": replace(ALL, **THINKS),
     "llama3.1": LLAMA_LIKE,
@@ -176,7 +176,7 @@ FORMATS = st.builds(
 )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=60)
 @given(FORMATS)
 def test_any_texts_around_names_and_json_are_found(calls: JsonCalls) -> None:
     assume((calls.begin + calls.before).strip() and calls.between.strip())
@@ -249,7 +249,9 @@ def test_empty_thoughts_are_no_part_of_calls() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-def test_thoughts_are_found_under_any_of_their_names(key: str) -> None:
+def test_thoughts_are_found_under_any_of_their_names(
+    key: Literal["reasoning_content", "thinking", "reasoning"],
+) -> None:
     source = f"{{{{ messages[-1].{key} and '[THINK]' + messages[-1].{key} + '[/THINK]' }}}}"
     assert probe(source) == Traits(thinking="[THINK]", thoughts=key)
 
@@ -312,18 +314,11 @@ def test_failures_are_not_remembered() -> None:
 
 def test_a_renderer_process_finds_traits() -> None:
     async def ask() -> None:
-        renderer = TemplateRenderer()
-        try:
+        async with TemplateRenderer(size=1) as renderer:
             finder = TraitFinder(renderer)
             published = next(template for template in PUBLISHED if template.name == "qwen3")
             assert await finder.of(published.source, BOS, published.eos) == EXPECTED["qwen3"]
             with pytest.raises(ChatTemplateError, match="syntax error"):
                 await finder.of("{% if %}", "", "")
-            with pytest.raises(ChatTemplateError, match="longer than"):
-                await finder.of(
-                    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "", ""
-                )
-        finally:
-            await renderer.close()
 
     asyncio.run(ask())

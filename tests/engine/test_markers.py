@@ -19,12 +19,13 @@ from simulated_clock import SimulatedClock
 
 from llamaserve.engine.candidates import Candidates
 from llamaserve.engine.constraint import Form, Grammars
-from llamaserve.engine.grammar import grammar_text
+from llamaserve.engine.grammar import compiled, grammar_text
 from llamaserve.engine.llama import Model, Vocab
 from llamaserve.engine.markers import prelude
 from llamaserve.engine.params import Constraint, Generation, LoadParams, Sampling
 from llamaserve.engine.speculation import PromptLookup
 from llamaserve.errors import InvalidRequest
+from llamaserve.worker.grammar_check_main import _TOKENIZER
 
 _CITY = {
     "type": "object",
@@ -216,9 +217,6 @@ def test_until_and_through_end_where_the_marker_is_complete(pieces: list[str]) -
 
 def _byte_form(constraint: Constraint) -> Any:
     """Return what tells whether a text fits, on a vocabulary of bytes."""
-    from llamaserve.engine.grammar import compiled
-    from llamaserve.worker.grammar_check_main import _TOKENIZER
-
     matcher = compiled(constraint, _TOKENIZER)
 
     def fits(text: str) -> bool:

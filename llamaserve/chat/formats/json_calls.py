@@ -16,6 +16,7 @@ from llamaserve.chat.formats.format import Rules, escaped, one_of, sequence
 from llamaserve.chat.literals import json_object
 from llamaserve.chat.reading import CallBegins, CallEnds, Incoming, Reading
 from llamaserve.chat.tools import Tool
+from llamaserve.engine.lark import string
 
 ID = "\0"  # in a text: where the call's id is
 _MAX_ID = 256  # characters
@@ -61,18 +62,35 @@ class JsonCalls:
     def rules(self, tools: Sequence[Tool], *, several: bool) -> Rules:
         """See ``CallFormat``."""
         more = f"({self._rule(self.separator)} call)* " if several and not self.lone else ""
-        rest, marker = f"{more}{self._rule(self.end)}", "marker0" if self.marker else ""
+        rest = f"{more}{self._rule(self.end)}"
+        if self.marker is None:
+            return self._rules_without_marker(tools, rest)
         begin, before = self.begin, self.before
         if begin:
-            begin = begin[len(self.marker or "") :]
-            lines = [f"rest: {self._rule(begin)} call {rest}", f"calls: {marker} rest", "call: body"]
+            begin = begin.removeprefix(self.marker)
+            lines = [f"rest: {self._rule(begin)} call {rest}", "calls: marker0 rest", "call: body"]
         else:
-            before = before[len(self.marker or "") :]
-            lines = [f"rest: body {rest}", f"calls: {marker} rest", f"call: {marker} body"]
+            before = before.removeprefix(self.marker)
+            lines = [f"rest: body {rest}", "calls: marker0 rest", "call: marker0 body"]
         called = " | ".join(f"call{number}" for number in range(len(tools)))
         lines.append(f"body: {self._rule(before)} ({called}) {self._rule(self.after)}")
         lines += [f"call{i}: {self._rule(tool.name + self.between)} part{i}" for i, tool in enumerate(tools)]
-        return Rules("\n".join(lines), "" if self.marker else self._looks_like_a_call(tools))
+        return Rules("\n".join(lines))
+
+    def _rules_without_marker(self, tools: Sequence[Tool], rest: str) -> Rules:
+        """The first lexeme of an answer is as long as there could still be a text instead of it: llguidance could not
+        go back to a shorter one.
+        """
+        first, calls = (" | ".join(f"{kind}{i}" for i in range(len(tools))) for kind in ("first", "call"))
+        lines = [f"calls: ({first}) {self._rule(self.after)} {rest}", f"call: ({calls}) {self._rule(self.after)}"]
+        spaces = len(self.between) - len(self.between.lstrip())
+        stop = self.between[: spaces + 1]
+        for i, tool in enumerate(tools):
+            begin = self.begin + self.before + tool.name
+            head = string(begin + stop) if ID not in begin + stop else self._rule(begin + stop)
+            lines.append(f"first{i}: {head} {self._rule(self.between.removeprefix(stop))} part{i}")
+            lines.append(f"call{i}: {self._rule(self.before + tool.name + self.between)} part{i}")
+        return Rules("\n".join(lines), self._looks_like_a_call(tools))
 
     def _rule(self, text: str) -> str:
         parts = text.split(ID)

@@ -17,6 +17,7 @@ from llamaserve.chat.formats.parameters import Parameter, Parameters, Parts, Sch
 from llamaserve.chat.literals import literal, quoted
 from llamaserve.chat.reading import Arguments, CallBegins, CallEnds, Incoming, Reading
 from llamaserve.chat.tools import Tool
+from llamaserve.engine.lark import string
 
 _MAX_KEY = 1024  # characters
 _KEY = re.compile(r"""[^()\[\]{}"'=,\n]+""")
@@ -54,10 +55,11 @@ class PythonCalls:
         parts = Parts()
         more = '(", " call)*' if several else ""
         end = "" if self.marker is None else sequence(self.end, self.shown)
+        first, calls = (" | ".join(f"{kind}{i}" for i in range(len(tools))) for kind in ("first", "call"))
         lines = [
-            f'rest: "[" call {more} "]" {end}',
+            f'rest: ({first}) {more} "]" {end}',
             "calls: rest" if self.marker is None else "calls: marker0 rest",
-            "call: " + " | ".join(f"call{number}" for number in range(len(tools))),
+            f"call: {calls}",
         ]
         for number, tool in enumerate(tools):
             lines += self._rules_of(tool, number, parts)
@@ -65,11 +67,16 @@ class PythonCalls:
         return Rules("\n".join(lines), plain, tuple(parts.constraints))
 
     def _rules_of(self, tool: Tool, number: int, parts: Parts) -> Iterator[str]:
+        """Yield the rules of a call of one tool. The first lexeme of an answer is as long as there could still be a
+        text instead of it: llguidance could not go back to a shorter one.
+        """
         rules = ValueRules(_PYTHON, f"value{number}", Schemas(tool.parameters), parts, f"{tool.place}.parameters")
         members = [
             (f"{each.name}=", rules.value(each.schema), each.required) for each in Parameters(tool).listed(_is_writable)
         ]
-        yield f'call{number}: {sequence(f"{tool.name}(", ())} {rules.members(members)} ")"'
+        yield f"first{number}: {string(f'[{tool.name}(')} arguments{number}"
+        yield f"call{number}: {string(f'{tool.name}(')} arguments{number}"
+        yield f'arguments{number}: {rules.members(members)} ")"'
         yield from rules.lines
 
     def _looks_like_a_call(self, tools: Sequence[Tool]) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001, ISC004
 """Answers in each of the formats, written after the models' own chat templates, and what is to be read from them."""
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ GOLDEN: list[tuple[str, str, list[Part]]] = [
     ("functiongemma", "<start_function_call>call:get{city:<escape>{}\"\n<escape>,days:3}<end_function_call>"
         "<start_function_call>call:get_weather{}<end_function_call>", [
         *call("get", '{"city":"{}\\"\\n","days":3}'), *call("get_weather")]),
-    ("gemma4", 'Hm<|tool_call>call:get{any:{a:[<|"|>x<|"|>,1.5,true,null],<|"|>b c<|"|>:{}},city:<|"|><|"|>}<tool_call|>', [
+    ("gemma4", 'Hm<|tool_call>call:get{any:{a:[<|"|>x<|"|>,1.5,true,null],<|"|>b c<|"|>:{}},city:<|"|><|"|>}'
+        "<tool_call|>", [
         C("Hm"), *call("get", '{"any":{"a":["x",1.5,true,null],"b c":{}},"city":""}')]),
     ("gemma4", '<|tool_call>call:nobody{a:1}<tool_call|>', [C("<|tool_call>call:nobody{a:1}<tool_call|>")]),
     ("gemma4", '<|tool_call>call:get{city: "Rome"}<tool_call|>', call("get", '{"city": "Rome"}')),

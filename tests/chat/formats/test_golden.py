@@ -72,7 +72,9 @@ def test_an_answer_may_stop_anywhere(name: str, text: str, expected: list[Part],
         assert read(name, text[:at], text[at:end], cut=cut) == found
         if cut:  # what may be the beginning of a call is no text then, if there is more of it than of a marker
             said = _content(found).rstrip()
-            assert any(_content(expected).startswith(said.removesuffix(piece).rstrip()) for piece in _pieces_of_marker(name))
+            assert any(
+                _content(expected).startswith(said.removesuffix(piece).rstrip()) for piece in _pieces_of_marker(name)
+            )
 
 
 @_GOLDEN

@@ -37,11 +37,14 @@ def accepts(constraint: Constraint, text: str) -> bool:
     return read == len(text.encode()) and matcher.is_accepting()
 
 
-def walk(constraint: Constraint, chance: random.Random, hints: Sequence[str]) -> str | None:
-    """Return a random text that meets a constraint; None if it did not come to an end. The ``hints`` are tried often."""
+def walk(constraint: Constraint, chance: random.Random, hints: Sequence[str], begin: str = "") -> str | None:
+    """Return a random text that begins in a way and meets a constraint; None if it did not come to an end. The
+    ``hints`` are tried often.
+    """
     matcher = compiled(constraint, TOKENIZER).deep_copy()
     words = [list(hint.encode()) for hint in hints]
-    passed: list[int] = []
+    passed = list(begin.encode())
+    assert not passed or matcher.consume_tokens(passed)
     while len(passed) < _TOO_LONG:
         if matcher.is_accepting() and (matcher.is_stopped() or chance.random() < 0.3):
             return bytes(passed).decode()
@@ -52,7 +55,7 @@ def walk(constraint: Constraint, chance: random.Random, hints: Sequence[str]) ->
 
 
 def _step(matcher: LLMatcher, chance: random.Random, words: list[list[int]], *, in_a_hurry: bool) -> list[int]:
-    if chance.random() < (0.9 if in_a_hurry else 0.3):
+    if words and chance.random() < (0.9 if in_a_hurry else 0.3):
         tried = chance.sample(words, len(words)) if in_a_hurry else [chance.choice(words)]
         for word in tried:
             if matcher.validate_tokens(word) == len(word):
