@@ -36,9 +36,10 @@ class AnswerReader:
     ``thinking`` are the tags that an answer may begin with, and ``begun`` the one of them that the prompt has opened.
     ``raw_thoughts`` leaves thoughts in the text as they are. ``calls`` is how calls of tools of these ``names`` are
     written, if there are any. ``speakers`` are names with which a reply may begin that are not part of it. The text is
-    ``trimmed`` of spaces before it. ``read`` takes the place of all that, for a format of whole answers. The parts are the same however the answer was cut into pieces, except that the
-    pieces of a text are. An answer that is ``whole`` is read when all of it is there: then an end of thoughts counts
-    whose beginning is missing.
+    ``trimmed`` of spaces before it. ``read`` takes the place of all that, for a format of whole answers.
+
+    The parts are the same however the answer was cut into pieces, except that the pieces of a text are. An answer that
+    is ``whole`` is read when all of it is there: then an end of thoughts counts whose beginning is missing.
     """
 
     def __init__(

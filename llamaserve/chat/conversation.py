@@ -192,7 +192,7 @@ def call_format(template: str, traits: Traits) -> CallFormat:
     if derived is None or not isinstance(known, JsonCalls | None):
         return known or HERMES
     texts = {name: getattr(derived, name) for name in ("before", "between", "after", "begin", "separator", "end")}
-    return JsonCalls("derived", **texts, lone=derived.lone)
+    return replace(known or JsonCalls("derived", "", "", ""), **texts, lone=derived.lone)
 
 
 class _Preparation:

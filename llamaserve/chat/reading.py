@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -50,6 +51,14 @@ class CallEnds:
 
 Part = Content | Reasoning | CallBegins | Arguments | CallEnds
 Reading = Generator[Part | None, None, T]
+
+_SPACE = re.compile(r"\s+")
+
+
+@lru_cache(maxsize=256)
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that finds the first of some words, and the longest of those that begin there."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 class Incoming:
@@ -165,8 +174,7 @@ class Incoming:
         self._kept += 1
         try:
             while True:
-                rest = self._text[self._at :]
-                self._at += len(rest) - len(rest.lstrip())
+                self.run(_SPACE)
                 if self._at < len(self._text) or self._ended:
                     return self._text[start : self._at]
                 yield None
@@ -213,8 +221,8 @@ class Incoming:
         """Return where the first of some words begins, and the longest of those that begin there. None if it is not
         ``sure``, as more may come, whether one begins there.
         """
-        found = [(at, -len(word), word) for word in words if (at := self._text.find(word, start, end)) >= 0]
-        place, _, word = min(found, default=(len(self._text), 0, None))
+        found = _any_of(words).search(self._text, start, len(self._text) if end is None else end)
+        place, word = (len(self._text), None) if found is None else (found.start(), found.group())
         if sure:
             return place, word
         longest = max(map(len, words), default=0)
@@ -223,35 +231,3 @@ class Incoming:
             if any(len(each) > len(rest) and each.startswith(rest) for each in words):
                 return at, None
         return place, word
-
-    def json_object(self) -> Reading[bool]:
-        """Yield one JSON object in parts, as ``Arguments``; False if none begins here or if it is cut. Its text is
-        passed on as it is: only brackets and strings are looked at.
-        """
-        if (yield from self.next_is("{")) is None:
-            return False
-        depth, quoted, escaped = 0, False, False
-        while True:
-            start = at = self._at
-            while at < len(self._text):
-                letter = self._text[at]
-                at += 1
-                if escaped:
-                    escaped = False
-                elif quoted:
-                    escaped, quoted = letter == "\\", letter != '"'
-                elif letter == '"':
-                    quoted = True
-                elif letter in "{[":
-                    depth += 1
-                elif letter in "}]":
-                    depth -= 1
-                    if not depth:
-                        self._at = at
-                        yield Arguments(self._text[start:at])
-                        return True
-            self._at = at
-            if start < at:
-                yield Arguments(self._text[start:at])
-            if not (yield from self.wait()):
-                return False

