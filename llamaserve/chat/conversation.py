@@ -13,7 +13,7 @@ from typing import Any
 
 from llamaserve.chat.adapting import adapted
 from llamaserve.chat.answer import THINKING_TAGS, AnswerReader, ThinkingTags
-from llamaserve.chat.form import Calls, Thoughts, answer_form, closed, schema_of
+from llamaserve.chat.form import Calls, Thoughts, answer_form, closed, schema_of, without_look_around
 from llamaserve.chat.formats.format import AnswerFormat, CallFormat
 from llamaserve.chat.formats.hermes import HERMES
 from llamaserve.chat.formats.json_calls import JsonCalls
@@ -25,6 +25,7 @@ from llamaserve.chat.template import TemplateRenderer
 from llamaserve.chat.tools import Tool, Toolbox
 from llamaserve.chat.traits import TraitFinder, Traits
 from llamaserve.engine.params import Constraint, Thinking
+from llamaserve.errors import InvalidRequest
 from llamaserve.worker.grammar_check import GrammarChecker
 
 Message = dict[str, Any]
@@ -149,11 +150,21 @@ class Conversations:
             if part.param.startswith(strict):
                 await self._grammars.check(part)
             else:
-                each, left_out = await self._grammars.relaxed(part)
+                each, left_out = await self._relaxed_part(part)
             enforced.append(each)
             if left_out is not None:
                 relaxed[part.param] = left_out
         return enforced, relaxed
+
+    async def _relaxed_part(self, part: Constraint) -> tuple[Constraint, str | None]:
+        try:
+            return await self._grammars.relaxed(part)
+        except InvalidRequest:
+            seen = without_look_around(part)
+            if seen is None:
+                raise
+            relaxed, left_out = await self._grammars.relaxed(seen)
+            return relaxed, f'"pattern" {left_out or ""}'
 
     async def _traits_of(self, wish: ChatWish) -> Traits:
         """Return what the template shows; a dialogue of the chat modes has no place for tools."""

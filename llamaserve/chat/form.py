@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from llamaserve.chat.answer import ThinkingTags
 from llamaserve.chat.formats.format import CallFormat, Rules
 from llamaserve.chat.tools import Tool
 from llamaserve.engine.params import Constraint
 
+_LOOKING_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _SPACE = "SPACE: /[ \\n]{0,4}/"
 # Keywords by which a schema says something of properties that it does not list
 _OPEN = frozenset(
@@ -45,6 +48,27 @@ class Calls:
 def schema_of(tool: Tool) -> Constraint:
     """Return what the arguments of a tool must be."""
     return Constraint("json_schema", json.dumps(tool.parameters, ensure_ascii=False), f"{tool.place}.parameters")
+
+
+def without_look_around(schema: Constraint) -> Constraint | None:
+    """Return a schema without the patterns that look around, which no grammar can do; None if it has none of them."""
+    if schema.kind != "json_schema":
+        return None
+    given = json.loads(schema.text)
+    kept = _without_look_around(given)
+    return None if kept == given else msgspec.structs.replace(schema, text=json.dumps(kept, ensure_ascii=False))
+
+
+def _without_look_around(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_look_around(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_look_around(each)
+        for key, each in value.items()
+        if not (key == "pattern" and isinstance(each, str) and any(group in each for group in _LOOKING_AROUND))
+    }
 
 
 def closed(tool: Tool) -> Tool:
