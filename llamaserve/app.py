@@ -30,14 +30,14 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with TemplateRenderer() as renderer, GrammarChecker() as grammars:
+        async with TemplateRenderer() as renderer, TemplateRenderer() as guests, GrammarChecker() as grammars:
             app.state.services = Services(
                 settings,
                 pool,
                 Presets(settings.presets_dir),
                 Characters(settings.characters_dir),
                 InstructionTemplates(settings.instruction_templates_dir),
-                Conversations(renderer, grammars),
+                Conversations(renderer, guests, grammars),
                 grammars,
             )
             pool.start_loading()

@@ -15,7 +15,7 @@ from llamaserve.api.generating import Job, generate_whole, new_id, stream_respon
 from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.chat.conversation import Prepared
-from llamaserve.errors import UnsupportedParameter
+from llamaserve.errors import ChatTemplateError, UnsupportedParameter
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.protocol import Prompt
 
@@ -64,6 +64,14 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
 
 
 async def _prepare(services: Services, model: ServedModel, body: ChatRequest) -> Prepared:
+    try:
+        return await _prepared(services, model, body)
+    except ChatTemplateError as error:
+        error.param = body.own_template or error.param
+        raise
+
+
+async def _prepared(services: Services, model: ServedModel, body: ChatRequest) -> Prepared:
     wish = body.wish(services, model.header)
     if not body.shortens:
         return await services.conversations.prepare(wish)

@@ -103,6 +103,13 @@ class ChatRequest(GenerationOptions):
         return self.truncation == "auto" or (self.truncation is None and self.truncation_length > 0)
 
     @property
+    def own_template(self) -> str | None:
+        """The field with a template that the request brings, under the name that it has there."""
+        dialogue = self.chat_template_str and self.mode is not Mode.INSTRUCT
+        name = "chat_template_str" if dialogue else "instruction_template_str"
+        return self.called(name) if getattr(self, name) else None
+
+    @property
     def function_call_wanted(self) -> bool:
         """Whether the request is of before there were tools, and gets its call in the form of that time."""
         return bool(self.functions)

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from llamaserve.api.services import UsesServices
+from llamaserve.chat.formats.known import thinks
 from llamaserve.errors import ModelError
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool, ServedModel
@@ -34,13 +35,14 @@ def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
 def capabilities(model: ServedModel) -> dict[str, bool]:
     """Return what this server does with the model; not all that the model was trained for."""
     header = model.known_header
-    chat = header is not None and not header.is_embedding_model and bool(header.chat_template)
+    template = header.chat_template if header is not None and not header.is_embedding_model else None
+    chat = bool(template)
     return {
         "completion": header is not None and not header.is_embedding_model,
         "chat": chat,
-        "tools": False,
+        "tools": chat,
         "vision": False,
-        "reasoning": False,
+        "reasoning": thinks(template or ""),
         "fim": header is not None and _fills(header),
         "embeddings": False,
     }

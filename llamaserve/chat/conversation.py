@@ -85,12 +85,14 @@ class Prepared:
 
 
 class Conversations:
-    """Prepares chats."""
+    """Prepares chats. Templates that requests bring or name are rendered by ``guests``: however long they take, chats
+    with the models' own don't wait for them.
+    """
 
-    def __init__(self, renderer: TemplateRenderer, grammars: GrammarChecker) -> None:
-        self._renderer = renderer
+    def __init__(self, renderer: TemplateRenderer, guests: TemplateRenderer, grammars: GrammarChecker) -> None:
         self._grammars = grammars
-        self._traits = TraitFinder(renderer)
+        self._own = renderer, TraitFinder(renderer)
+        self._guests = guests, TraitFinder(guests)
 
     async def prepare(
         self, wish: ChatWish, *, room: int | None = None, count: Callable[[str], Awaitable[int]] | None = None
@@ -100,7 +102,9 @@ class Conversations:
 
         Raises ``ChatTemplateError`` and ``InvalidRequest``, and what else ``modes.styled`` does.
         """
-        traits = await self._traits_of(wish)
+        own = wish.style.instruction.source is None and not wish.style.chat_template
+        renderer, finder = self._own if own else self._guests
+        traits = await _traits_of(wish, finder)
         template = _instruction(wish) or ""
         tools = [closed(tool) for tool in _callable(wish.toolbox)]
         calls = call_format(template, traits).for_tools(tools)
@@ -109,7 +113,7 @@ class Conversations:
         async def render(messages: Sequence[Message]) -> Styled:
             shown, offered = adapted(messages, traits, wish.toolbox, written)
             variables = {**wish.variables, "tools": offered}
-            return await styled(self._renderer.render, wish.style, shown, wish.model, variables)
+            return await styled(renderer.render, wish.style, shown, wish.model, variables)
 
         messages, dropped = list(wish.messages), 0
         if room is not None and count is not None:
@@ -166,12 +170,13 @@ class Conversations:
             relaxed, left_out = await self._grammars.relaxed(seen)
             return relaxed, f'"pattern" {left_out or ""}'
 
-    async def _traits_of(self, wish: ChatWish) -> Traits:
-        """Return what the template shows; a dialogue of the chat modes has no place for tools."""
-        source = _instruction(wish)
-        if source is None:
-            return Traits()
-        return await self._traits.of(source, wish.model.bos_token, wish.model.eos_token)
+
+async def _traits_of(wish: ChatWish, finder: TraitFinder) -> Traits:
+    """Return what the template shows; a dialogue of the chat modes has no place for tools."""
+    source = _instruction(wish)
+    if source is None:
+        return Traits()
+    return await finder.of(source, wish.model.bos_token, wish.model.eos_token)
 
 
 def _instruction(wish: ChatWish) -> str | None:
@@ -279,7 +284,7 @@ class _Preparation:
             names=self._names,
             speakers=self._prompted.speakers,
             trimmed=wish.body is None and not self._continued,
-            whole=not wish.streamed,
+            whole=not wish.streamed and not self._continued,
         )
 
     def _reader_of_the_rest(self) -> AnswerReader:

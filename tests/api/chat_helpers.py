@@ -1,9 +1,10 @@
-"""What the tests of the chat endpoint share: tools, histories with calls, and putting a stream together as clients do."""
+"""What tests of the chat endpoint share: tools, histories with calls, and putting streams together as clients do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def in_pieces(server: RunningServer, body: dict[str, Any]) -> list[Choice]:
 
 
 def without_ids(choices: Sequence[Choice]) -> list[Choice]:
-    """Return choices that are equal if they differ only in the ids of calls, and in what a missing content looks like."""
+    """Return choices that are equal if they differ only in the ids of calls, and in how a missing content looks."""
     plain = []
     for choice in choices:
         message = {**choice["message"], "content": choice["message"]["content"] or ""}
@@ -143,8 +144,11 @@ def without_ids(choices: Sequence[Choice]) -> list[Choice]:
 
 def both(server: RunningServer, body: dict[str, Any]) -> list[Choice]:
     """Send a request streamed and not, and return what both are answered with."""
-    choices = whole(server, body)
-    assert without_ids(in_pieces(server, body)) == without_ids(choices)
+    with ThreadPoolExecutor(1) as thread:
+        streamed = thread.submit(in_pieces, server, body)
+        choices = whole(server, body)
+    plain, pieces = without_ids(choices), without_ids(streamed.result())
+    assert plain == pieces, f"{plain} is not {pieces}"
     return choices
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from api_helpers import CHAT, COMPLETIONS, LIMIT, TINY, assert_alive, assert_error, is_error
+from chat_helpers import PROMPT
 from hypothesis import HealthCheck, given, settings, strategies as st
 from running_server import RunningServer
+
+from llamaserve.api.chat_options import ChatRequest
+from llamaserve.api.fields import names_of
+from llamaserve.api.options import GenerationOptions
 
 HELLO = [{"role": "user", "content": "Hello"}]
 MEBIBYTE = 2**20
@@ -276,7 +283,7 @@ def test_a_body_of_50_megabytes_in_chunks(server: RunningServer, path: str) -> N
         (COMPLETIONS, {"prompt": [1] * 1_000_000}),
         (COMPLETIONS, {"prompt": ["x", "word " * MEBIBYTE]}),
         (CHAT, {"messages": [{"role": "user", "content": "word " * MEBIBYTE}]}),
-        (CHAT, {"messages": [{"role": "user", "content": "x"}] * 50_000, "stream": True}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}] * 9_000, "stream": True}),
         (COMPLETIONS, {"prompt": "word " * 3000}),
     ],
     ids=["text", "stream", "tokens", "second", "chat", "messages", "a little"],
@@ -289,6 +296,14 @@ def test_a_prompt_over_the_context(server: RunningServer, path: str, body: Any) 
     assert "2048 tokens" in message
     number = int(message.partition("the prompt has ")[2].removeprefix("at least ").split()[0])
     assert number > 2048
+
+
+def test_more_messages_than_anybody_needs(server: RunningServer) -> None:
+    messages = [{"role": "user", "content": "x"}] * 50_000
+    for options in ({}, {"truncation": "auto"}, {"stream": True}):
+        assert "50000 messages" in assert_error(
+            server.post(CHAT, {"messages": messages, **options}), 400, None, "messages"
+        )
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nope", "/v1/chat", "//v1/models", "/v1/engines/x/completions"])
@@ -327,7 +342,6 @@ FIELDS = (
     "prompt",
     "user",
     "tools",
-    "suffix",
 )
 
 
@@ -346,3 +360,82 @@ def test_any_value_of_any_field_is_answered_or_refused(server: RunningServer, fi
 def test_any_messages_are_answered_or_refused(server: RunningServer, messages: object) -> None:
     response = send_json(server, CHAT, {"messages": messages, "max_tokens": 1})
     assert response.status_code == 200 or is_error(response)
+
+
+CHAT_FIELDS = sorted(
+    name
+    for field in ChatRequest.model_fields.keys() - GenerationOptions.model_fields.keys() - {"messages"}
+    for name in names_of(ChatRequest, field)
+)
+WORDS = st.sampled_from(["none", "auto", "required", "chat", "chat-instruct", "ChatML", "Assistant", "{{ messages }}"])
+TOOLS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "type": st.just("function"),
+            "function": st.fixed_dictionaries({"name": st.sampled_from("fg"), "parameters": JSON}),
+        }
+    )
+)
+
+
+@given(fields=st.dictionaries(st.sampled_from(CHAT_FIELDS), JSON | WORDS | TOOLS, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_values_of_any_chat_fields_are_answered_or_refused(server: RunningServer, fields: dict[str, Any]) -> None:
+    for path in (CHAT, PROMPT):
+        response = send_json(server, path, {"messages": HELLO, "logit_bias": {"0": 100}, "max_tokens": 2, **fields})
+        assert response.status_code == 200 or is_error(response)
+
+
+# Templates from a request are programs of strangers
+
+FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+BOMBS = {
+    "endless": FOREVER,
+    "exponential": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a giant power": "{{ 10 ** (10 ** 9) }}",
+    "a giant string": "{{ 'x' * 10 ** 10 }}",
+    "strings that add up": "{% for a in range(200) %}{{ 'x' * 10 ** 6 }}{% endfor %}",
+    "a giant list": "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "a giant width": "{{ '%9999999999d' % 1 }}",
+    "without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "too deep": f"{{{{ {'(' * 5000}1{')' * 5000} }}}}",
+    "too long": "{{ messages }}" * 20_000,
+    "what no template may": "{{ messages.__class__.__mro__ }}",
+    "no template": "{% if",
+    "a complaint": "{{ raise_exception('No.') }}",
+}
+TEMPLATE_FIELDS: dict[str, dict[str, Any]] = {
+    "chat_template": {},
+    "instruction_template_str": {"mode": "chat-instruct"},
+    "chat_template_str": {"mode": "chat"},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("chat_template", name) for name in BOMBS]
+    + [(field, name) for field in list(TEMPLATE_FIELDS)[1:] for name in ("endless", "a giant string")],
+)
+def test_a_hostile_template_is_refused_soon_and_costs_little(server: RunningServer, field: str, name: str) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, field: BOMBS[name], **TEMPLATE_FIELDS[field]}
+    begin = time.monotonic()
+    assert_error(server.post(CHAT, body), 400, "chat_template_error", field)
+    assert time.monotonic() - begin < 5
+
+
+def test_others_are_not_held_up_by_templates(server: RunningServer) -> None:
+    """Not by many at once, nor do these take much memory: not more than two of them run at a time."""
+    bodies = [{"messages": HELLO, "chat_template": f"{FOREVER}{number}"} for number in range(4)]
+    family = psutil.Process(server.process.pid)
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        bombs = [threads.submit(server.post, CHAT, body) for body in bodies]
+        most, slowest = 0, 0.0
+        while not all(bomb.done() for bomb in bombs):
+            begin = time.monotonic()
+            assert server.post(CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
+            slowest = max(slowest, time.monotonic() - begin)
+            running = [each for each in family.children() if "chat.renderer" in " ".join(each.cmdline())]
+            most = max(most, len(running))
+        assert [bomb.result().status_code for bomb in bombs] == [400] * len(bodies)
+    assert slowest < 1.5
+    assert most <= 4

@@ -30,7 +30,7 @@ def test_a_model_has_what_clients_look_for(server: RunningServer) -> None:
     assert model["meta"]["size"] > 90e6
     assert model["architecture"] == {"input_modalities": ["text"], "output_modalities": ["text"]}
     offered = {name for name, value in model["capabilities"].items() if value}
-    assert offered == {"completion", "chat"}
+    assert offered == {"completion", "chat", "tools"}
     assert {"tools", "vision", "reasoning", "fim", "embeddings"} < set(model["capabilities"])
     assert model["status"] == {"value": "loaded"}
 

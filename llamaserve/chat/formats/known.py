@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamaserve.chat.answer import THINKING_TAGS
 from llamaserve.chat.formats import functionary_v3_2, harmony
 from llamaserve.chat.formats.deepseek import DEEPSEEK, DEEPSEEK_31
 from llamaserve.chat.formats.format import AnswerFormat, CallFormat
@@ -56,6 +57,12 @@ def by_template(source: str) -> CallFormat | None:
 def answer_format(source: str) -> AnswerFormat | None:
     """Return the format in which the model of a chat template writes the whole of its answers, if there is one."""
     return next((known for known in (harmony, functionary_v3_2) if known.matches(source)), None)
+
+
+def thinks(source: str) -> bool:
+    """Say whether the model of a chat template thinks before it answers, by the tags in it."""
+    whole = answer_format(source)
+    return (whole is not None and whole.THOUGHTS is not None) or any(tags.start in source for tags in THINKING_TAGS)
 
 
 def by_name(name: str) -> CallFormat | None:
