@@ -19,7 +19,7 @@ from llamaserve.api.services import Services
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
-from llamaserve.chat.template import TemplateRenderer
+from llamaserve.chat.template import TemplateRenderer, guest_renderer
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
@@ -30,7 +30,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with TemplateRenderer() as renderer, TemplateRenderer() as guests, GrammarChecker() as grammars:
+        async with TemplateRenderer() as renderer, guest_renderer() as guests, GrammarChecker() as grammars:
             app.state.services = Services(
                 settings,
                 pool,

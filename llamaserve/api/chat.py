@@ -14,7 +14,7 @@ from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
 from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.api.services import Services, UsesServices
-from llamaserve.chat.conversation import Prepared
+from llamaserve.chat.preparation import ChatWish, Prepared
 from llamaserve.errors import ChatTemplateError, UnsupportedParameter
 from llamaserve.registry.pool import ServedModel
 from llamaserve.worker.protocol import Prompt
@@ -31,12 +31,12 @@ _KEYWORD = re.compile(r'"([\w$]+)"')
 async def create_chat_completion(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
-    prepared = await _prepare(services, model, body)
+    wish = body.wish(services, model.header)
+    prepared = await _prepare(services, model, body, wish)
     job = _job(services, model, body, prepared)
     headers = _headers(services, body, prepared)
-    style = AnswerStyle(
-        body.thought_fields(services.settings.reasoning_field), body.function_call_wanted, _truncated(prepared)
-    )
+    legacy = wish.toolbox is not None and wish.toolbox.legacy
+    style = AnswerStyle(body.thought_fields(services.settings.reasoning_field), legacy, _truncated(prepared))
     if body.stream:
         chunks = Chunks(job, prepared.reader, prepared.begun, style, include_usage=body.include_usage)
         return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
@@ -56,27 +56,28 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
     """
 
     async def answer() -> Response:
-        prepared = await _prepare(services, services.pool.get(body.model), body)
+        model = services.pool.get(body.model)
+        prepared = await _prepare(services, model, body, body.wish(services, model.header))
         found = {"prompt": prepared.prompt, "stop": [*body.stop, *prepared.stop]} | _truncated(prepared)
         return JSONResponse(found, headers=_headers(services, body, prepared))
 
     return await unless_client_leaves(request, answer())
 
 
-async def _prepare(services: Services, model: ServedModel, body: ChatRequest) -> Prepared:
+async def _prepare(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish) -> Prepared:
     try:
-        return await _prepared(services, model, body)
+        return await _prepared(services, model, body, wish)
     except ChatTemplateError as error:
-        error.param = body.own_template or error.param
+        error.param = error.param or body.own_template or "messages"
         raise
 
 
-async def _prepared(services: Services, model: ServedModel, body: ChatRequest) -> Prepared:
-    wish = body.wish(services, model.header)
+async def _prepared(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish) -> Prepared:
     if not body.shortens:
         return await services.conversations.prepare(wish)
     context = min(model.context, body.truncation_length or model.context)
-    room = context - (body.answer_tokens or min(_RESERVED, context // 4))
+    wanted = min(_RESERVED, context // 4) if body.answer_tokens is None else body.answer_tokens
+    room = context - min(wanted, context // 2)
 
     async def count(prompt: str) -> int:
         if len(prompt) > _LONG * context:
@@ -110,12 +111,14 @@ def _truncated(prepared: Prepared) -> dict[str, Any]:
 
 def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[str, str]:
     """Return the headers that say what was left out. Raises ``UnsupportedParameter`` if nothing may be."""
-    relaxed = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
-    if relaxed and body.strict:
-        raise UnsupportedParameter(f"strict: {', '.join(relaxed)} can't be enforced", param=relaxed[0])
+    idle = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
+    if body.reasoning_budget not in (None, -1) and not prepared.thinks:
+        idle.append(body.called("reasoning_budget"))
+    if idle and body.strict:
+        raise UnsupportedParameter(f"strict: {', '.join(idle)} would have no effect", param=idle[0])
     headers = body.ignored_header(services.presets)
-    if relaxed:
-        headers[IGNORED_HEADER] = ", ".join([*filter(None, [headers.get(IGNORED_HEADER)]), *relaxed[:64]])
+    if idle:
+        headers[IGNORED_HEADER] = ", ".join([*filter(None, [headers.get(IGNORED_HEADER)]), *idle[:64]])
     if prepared.dropped:
         headers[TRUNCATED_HEADER] = f"{prepared.dropped} messages"
     return headers

@@ -51,7 +51,7 @@ def answer_object(job: Job, kind: str, choices: Sequence[Chunk], style: AnswerSt
 def choice(job: Job, answer: Finished, reader: AnswerReader, begun: Sequence[Part], style: AnswerStyle) -> Chunk:
     """Return a whole answer; ``begun`` are the parts that it goes on from."""
     message = _Message(style)
-    for part in (*begun, *reader.push(answer.text), *reader.finish(cut=answer.reason == "length")):
+    for part in (*begun, *reader.finish(answer.text, cut=answer.cut)):
         message.add(part)
     return {
         "index": answer.index,
@@ -168,9 +168,10 @@ class _Stream:
         """Yield the events for a piece of the answer."""
         if piece.logprobs:
             self._logprobs += for_chat(piece.logprobs)["content"]
-        parts = self._reader.push(piece.text) if piece.text else []
         if isinstance(piece, Finished):
-            parts = [*parts, *self._reader.finish(cut=piece.reason == "length")]
+            parts = self._reader.finish(piece.text, cut=piece.cut)
+        else:
+            parts = self._reader.push(piece.text)
         for part in parts:
             yield from self.add(part)
         if isinstance(piece, Finished):

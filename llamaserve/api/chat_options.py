@@ -10,16 +10,19 @@ from pydantic import AliasChoices, Field
 from llamaserve.api.fields import Text
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.services import Services
-from llamaserve.chat.conversation import ChatWish, ThinkingWish
 from llamaserve.chat.instruction_templates import InstructionTemplate, Overrides
 from llamaserve.chat.messages import normalise
 from llamaserve.chat.modes import Mode, ModelTemplate, Style
+from llamaserve.chat.preparation import ChatWish, ThinkingWish
 from llamaserve.chat.tools import Toolbox, toolbox
+from llamaserve.chat.values import written
 from llamaserve.engine.params import Logprobs
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.gguf import GGUFHeader
 
-_OF_DIALOGUES = ("user_bio", "chat_template_str", "chat_instruct_command")
+_OF_DIALOGUES = ("character", "name1", "name2", "context", "user_bio", "chat_template_str")
+_OF_INSTRUCTIONS = ("instruction_template", "turn_template", "name1_instruct", "name2_instruct", "context_instruct")
+_TAKEN = frozenset(("messages", "tools", "bos_token", "eos_token", "add_generation_prompt", "raise_exception"))
 _OFF = ("none", "off", "disabled")  # efforts that are none
 
 
@@ -34,10 +37,10 @@ class ChatRequest(GenerationOptions):
     top_logprobs: int = Field(0, ge=0, le=20, description="And of so many of the most probable ones in their places.")
 
     tools: list[Any] | None = Field(None, description="Functions that the model may call.")
-    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or which function.")
+    tool_choice: Any = Field(None, description="auto, none, required, or which function.")
     parallel_tool_calls: bool | None = Field(None, description="Whether an answer may have several calls.")
     functions: list[Any] | None = Field(None, description="Older name of tools.")
-    function_call: str | dict[str, Any] | None = Field(None, description="Older name of tool_choice.")
+    function_call: Any = Field(None, description="Older name of tool_choice.")
 
     enable_thinking: bool | None = Field(
         None, validation_alias=AliasChoices("enable_thinking", "think"), description="Whether the model thinks first."
@@ -109,11 +112,6 @@ class ChatRequest(GenerationOptions):
         name = "chat_template_str" if dialogue else "instruction_template_str"
         return self.called(name) if getattr(self, name) else None
 
-    @property
-    def function_call_wanted(self) -> bool:
-        """Whether the request is of before there were tools, and gets its call in the form of that time."""
-        return bool(self.functions)
-
     def wanted_logprobs(self) -> Logprobs | None:
         """Return which log-probabilities are asked for."""
         if self.top_logprobs and not self.logprobs:
@@ -148,6 +146,7 @@ class ChatRequest(GenerationOptions):
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt can't both be true", param="add_generation_prompt"
             )
+        self._check_variables()
         return ChatWish(
             messages=normalise(self.messages),
             model=ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token),
@@ -155,7 +154,7 @@ class ChatRequest(GenerationOptions):
             toolbox=self.toolbox(),
             body=self.constraint(),
             thinking=ThinkingWish(
-                wanted=False if self.reasoning_effort in _OFF else self.enable_thinking,
+                wanted=self._thinking(),
                 budget=None if self.reasoning_budget == -1 else self.reasoning_budget,
                 message=self.reasoning_budget_message,
                 read=self.reasoning_format != "none",
@@ -193,11 +192,24 @@ class ChatRequest(GenerationOptions):
         )
         return services.instruction_templates.get(self.instruction_template, overrides)
 
+    def _check_variables(self) -> None:
+        """Refuse variables that templates get from elsewhere, or that can't be passed on."""
+        place = "chat_template_kwargs"
+        written(self.chat_template_kwargs, place)
+        if taken := sorted(_TAKEN & self.chat_template_kwargs.keys()):
+            raise InvalidRequest(f"{place} can't have {taken[0]!r}: templates get that from the request", param=place)
+
+    def _thinking(self) -> bool | None:
+        """Return whether the model shall think, if the request says so in one way or another."""
+        if self.reasoning_effort in _OFF:
+            return False
+        kwargs = self.chat_template_kwargs
+        said = (self.enable_thinking, *(kwargs.get(name) for name in ("enable_thinking", "thinking")))
+        return next((value for value in said if isinstance(value, bool)), None)
+
     def _variables(self) -> dict[str, Any]:
         """Return the template's variables: thinking is on unless it is switched off."""
-        thinking = (
-            self.enable_thinking is not False and self.reasoning_effort not in _OFF and self.reasoning_budget != 0
-        )
+        thinking = self._thinking() is not False and self.reasoning_budget != 0
         variables: dict[str, Any] = {"enable_thinking": thinking, "thinking": thinking}
         if self.reasoning_effort is not None and self.reasoning_effort not in _OFF:
             variables["reasoning_effort"] = self.reasoning_effort
@@ -207,11 +219,22 @@ class ChatRequest(GenerationOptions):
 
     def _idle(self) -> Iterator[str]:
         yield from super()._idle()
-        if self.greeting:
-            yield "greeting"
-        if self.echo and not self.continues:
-            yield "echo"
-        if self.parallel_tool_calls is not None and not self.tools:
-            yield "parallel_tool_calls"
+        tools = self.toolbox()
+        idle = {
+            "echo": not self.continues,
+            "greeting": True,
+            "parallel_tool_calls": tools is None,
+            "reasoning_budget_message": self.reasoning_budget in (None, -1, 0),
+        }
         if self.mode is Mode.INSTRUCT:
-            yield from (name for name in _OF_DIALOGUES if getattr(self, name))
+            idle |= dict.fromkeys(_OF_DIALOGUES, True)
+        if self.mode is not Mode.CHAT_INSTRUCT:
+            idle["chat_instruct_command"] = True
+        if self.mode is Mode.CHAT:
+            idle |= dict.fromkeys((*_OF_INSTRUCTIONS, "instruction_template_str", "system_message"), True)
+        elif self.instruction_template_str:
+            idle |= dict.fromkeys(_OF_INSTRUCTIONS, True)
+        yield from (name for name in self.changes(type(self)) if idle.get(name))
+        body = self.constraint()
+        if tools is not None and tools.forced and body is not None:
+            yield body.param

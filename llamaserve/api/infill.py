@@ -33,7 +33,7 @@ from llamaserve.api.options import GenerationOptions
 from llamaserve.api.sampling_options import Order
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
-from llamaserve.engine.events import Delta, Finished
+from llamaserve.engine.events import Delta, Finished, Progress
 from llamaserve.engine.stopping import StopMatcher
 from llamaserve.errors import UnsupportedParameter
 from llamaserve.registry.gguf import FimTokens
@@ -52,6 +52,7 @@ _MAX_RESPONSE_FIELDS = 256
 _INFILL = "infill"  # llama-server's stage that settles unclear choices by whole words; there is none here
 _NO_SLOT = -1
 _NO_LIMIT = -1
+_MOMENT = 0.05  # seconds
 _MISSING = object()
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
 
@@ -174,6 +175,8 @@ class _Run:
         self._broken = False  # whether a line has ended
         self._late = False
         self._told = False  # to end
+        self._reached = 0  # how much of the prompt was evaluated when it was told to end
+        self._queued: Progress | None = None  # the first report of it
         self._predicted = 0
         self._finished: Finished | None = None
 
@@ -210,16 +213,32 @@ class _Run:
                 yield text
 
     async def _arrived(self, stream: GenerationStream) -> list[Delta | Finished]:
+        while True:
+            try:
+                async with asyncio.timeout(self._wait(stream)):
+                    return await stream.arrived()
+            except TimeoutError:
+                pass
+
+    def _wait(self, stream: GenerationStream) -> float | None:
+        """Return how long to wait for more, and end it if its time is up; None: as long as it takes."""
         seconds = self._seconds_left()
-        if seconds is not None and seconds <= 0:
-            self._late = True
-            self._end(stream)
-            seconds = None
-        try:
-            async with asyncio.timeout(seconds):
-                return await stream.arrived()
-        except TimeoutError:
-            return await self._arrived(stream)
+        if seconds is None or seconds > 0:
+            return seconds
+        if not self._predicted and not self._is_under_way(stream.progress):
+            return _MOMENT
+        self._late = True
+        self._end(stream)
+        return None
+
+    def _is_under_way(self, progress: Progress | None) -> bool:
+        """Whether some of the prompt is evaluated for good, or others go before it. A step that is given up leaves
+        nothing, so that a prompt which is ended in its first one would never get further, however often it comes.
+        """
+        if progress is None or progress.evaluated:
+            return progress is not None
+        self._queued = self._queued or progress  # it may have got its turn since that was said
+        return progress is not self._queued
 
     def _seconds_left(self) -> float | None:
         """Return how long to wait for more; None: as long as it takes."""
@@ -237,6 +256,7 @@ class _Run:
         """Let it end; what it has more to say, above all its figures, still comes."""
         if not self._told and self._finished is None:
             self._told = True
+            self._reached = stream.progress.evaluated if stream.progress is not None else 0
             stream.stop()
 
     @property
@@ -269,6 +289,16 @@ class _Run:
         assert self._finished is not None
         return "limit" if self._late or self._indent.ended or self._finished.reason == "length" else "eos"
 
+    @property
+    def _evaluated(self) -> int:
+        """How many tokens of the prompt were evaluated, now or before: all of them, or where its time was up first, as
+        many as were reported by then.
+        """
+        finished = self._finished
+        if finished is None or self._predicted or not (self._late and finished.stopped):
+            return sum(self.job.prompt_tokens)
+        return max(self._reached, finished.cached_tokens)
+
     def _piece(self, text: str) -> dict[str, Any]:
         return {
             "index": 0,
@@ -277,15 +307,14 @@ class _Run:
             "stop": False,
             "id_slot": _NO_SLOT,
             "tokens_predicted": self._predicted,
-            "tokens_evaluated": sum(self.job.prompt_tokens),
+            "tokens_evaluated": self._evaluated,
         }
 
     def answer(self, content: str) -> dict[str, Any]:
         """Return the answer: all of it, or the wanted fields, which have the names that they were asked for by."""
         assert self._finished is not None
         job, finished = self.job, self._finished
-        evaluated = sum(job.prompt_tokens)
-        full = finished.reason == "length" and evaluated + self._predicted >= job.model.context
+        full = finished.reason == "length" and sum(job.prompt_tokens) + self._predicted >= job.model.context
         answer = self._piece(content) | {
             "model": job.model.name,
             "stop": True,
@@ -296,7 +325,7 @@ class _Run:
             "tokens_cached": finished.cached_tokens,
             "prompt": self._prompt,
             "generation_settings": self._settings(),
-            "timings": self._timings(evaluated - finished.cached_tokens, finished.cached_tokens),
+            "timings": self._timings(self._evaluated - finished.cached_tokens, finished.cached_tokens),
         }
         return _selected(answer, self._body.response_fields) if self._body.response_fields else answer
 

@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 # In use when not empty; an answer without them would not be what was asked for.
 _NOT_OFFERED = {
-    **dict.fromkeys(("tools", "functions"), "tool calling is not offered yet"),
+    **dict.fromkeys(("tools", "functions"), "only chats offer tools: /v1/chat/completions"),
     "modalities": "only text is offered",
     "audio": "only text is offered",
 }

@@ -34,12 +34,16 @@ def adapted(
     """Return the messages as the template wants them, and what it gets as ``tools``. ``written`` is how a call is
     written into a text.
     """
-    shown: list[Message] = [each for message in messages for each in _told_apart(message, traits)]
     offered = [tool.for_template() for tool in tools.tools] if tools is not None else None
+    in_text = not (traits.tools and traits.calls)
+    shown = list(messages)
+    if not in_text:
+        shown = [each for message in shown for each in _told_apart(message, traits)]
+    if written.lone if in_text else not traits.several:
+        shown = _one_by_one(shown)
     if offered and not traits.tools:
         shown = _with_instructions(shown, _instructions(offered, written))
         offered = None
-    in_text = not (traits.tools and traits.calls)
     shown = _with_ids(shown, traits)
     shown = [_answer(_with_thoughts(message, traits), traits, written if in_text else None) for message in shown]
     if not (traits.tools and traits.results):
@@ -63,11 +67,33 @@ def _with_instructions(messages: list[Message], instructions: str) -> list[Messa
 
 def _told_apart(message: Message, traits: Traits) -> list[Message]:
     """Return a message with calls and text as two, if the template can't show both in one."""
-    if not (traits.null_content and message.get("tool_calls")):
+    apart = traits.null_content or traits.text_apart
+    if not (apart and message.get("tool_calls")):
         return [message]
-    text = {key: value for key, value in message.items() if key != "tool_calls"}
-    calls = {key: value for key, value in message.items() if key != "reasoning_content"} | {"content": None}
-    return [text, calls] if message["content"] else [{**message, "content": None}]
+    calls = {**message, "content": None if traits.null_content else ""}
+    text = {key: value for key, value in message.items() if key not in ("tool_calls", "reasoning_content")}
+    return [text, calls] if message["content"] else [calls]
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """Part answers with several calls into one for each call, with its result right behind it. The text and the
+    thoughts stay with the first.
+    """
+    shown: list[Message] = []
+    places: dict[str, int] = {}  # behind which of the messages shown the result of a call belongs
+    results: dict[int, Message] = {}
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            places = {call["id"]: len(shown) + n for n, call in enumerate(calls)}
+            bare = {key: value for key, value in message.items() if key != "reasoning_content"}
+            bare["content"] = None if message["content"] is None else ""
+            shown += [{**(bare if n else message), "tool_calls": [call]} for n, call in enumerate(calls)]
+        elif message["role"] == "tool":
+            results[places[message["tool_call_id"]]] = message
+        else:
+            shown.append(message)
+    behind = ([message, results[n]] if n in results else [message] for n, message in enumerate(shown))
+    return [each for group in behind for each in group]
 
 
 def _with_thoughts(message: Message, traits: Traits) -> Message:

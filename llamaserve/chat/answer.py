@@ -30,13 +30,19 @@ THINKING_TAGS = (
 )
 
 
+_LONE = THINKING_TAGS[0]  # of which the end counts alone
+_BROKEN = "\ufffd"  # stands for a character that was cut
+
+
 class AnswerReader:
     """Takes an answer in pieces, and returns what can be said of it so far.
 
-    ``thinking`` are the tags that an answer may begin with, and ``begun`` the one of them that the prompt has opened.
+    ``thinking`` are the tags that an answer may begin with, and ``begun`` the one of them that the prompt has opened,
+    or, if the answer goes on in the middle of thoughts, has ``resumed``.
     ``raw_thoughts`` leaves thoughts in the text as they are. ``calls`` is how calls of tools of these ``names`` are
-    written, if there are any. ``speakers`` are names with which a reply may begin that are not part of it. The text is
-    ``trimmed`` of spaces before it. ``read`` takes the place of all that, for a format of whole answers.
+    written, if there are any; ``forced``: the answer is nothing else. ``speakers`` are names with which a reply may
+    begin that are not part of it. The text is ``trimmed`` of spaces before it. ``read`` takes the place of all that,
+    for a format of whole answers.
 
     The parts are the same however the answer was cut into pieces, except that the pieces of a text are. An answer that
     is ``whole`` is read when all of it is there: then an end of thoughts counts whose beginning is missing.
@@ -47,37 +53,42 @@ class AnswerReader:
         *,
         thinking: Sequence[ThinkingTags] = (),
         begun: ThinkingTags | None = None,
+        resumed: bool = False,
         raw_thoughts: bool = False,
         calls: CallFormat | None = None,
         names: frozenset[str] = frozenset(),
+        forced: bool = False,
         speakers: tuple[str, ...] = (),
         trimmed: bool = False,
         whole: bool = False,
-        read: Callable[[Incoming, frozenset[str]], Reading[None]] | None = None,
+        read: Callable[[Incoming], Reading[None]] | None = None,
     ) -> None:
         self._text = Incoming()
         self._thinking = {tags.start: tags for tags in thinking}
         self._begun = begun
+        self._resumed = resumed
         self._raw_thoughts = raw_thoughts
         self._calls = calls
         self._names = names
+        self._forced = forced
         self._speakers = speakers
         self._trimmed = trimmed
         self._whole = whole
-        self._cut = False
-        self._parts = self._read() if read is None else read(self._text, names)
+        self._parts = self._read() if read is None else read(self._text)
 
     def push(self, text: str) -> list[Part]:
         """Take a piece of the answer."""
         self._text.push(text)
         return self._step()
 
-    def finish(self, *, cut: bool = False) -> list[Part]:
-        """Return what is left when the answer has ended. ``cut``: it was not at its end, and what there is of a call's
+    def finish(self, text: str = "", *, cut: bool = False) -> list[Part]:
+        """Take the last piece, and return what is left. ``cut``: the answer was not at its end, and what there is of
         markup is no text.
         """
-        self._cut = cut
-        self._text.end()
+        if cut and self._calls is not None:
+            text = text.rstrip(_BROKEN)
+        self._text.push(text)
+        self._text.end(cut=cut)
         return self._step()
 
     def _step(self) -> list[Part]:
@@ -98,7 +109,7 @@ class AnswerReader:
         yield from self._begin()
         if self._calls is None:
             yield from self._text.up_to((), Content)
-        elif self._calls.marker is None:
+        elif self._calls.marker is None or self._forced:
             yield from self._call_or_text(self._calls)
         else:
             yield from self._text_and_calls(self._calls, self._calls.marker)
@@ -115,12 +126,12 @@ class AnswerReader:
         return True
 
     def _think_from_the_start(self) -> Reading[bool]:
-        """Read the thoughts before an end of thoughts."""
-        before = yield from self._text.whole()
-        found = [(at, tags) for tags in self._thinking.values() if (at := before.find(tags.end)) >= 0]
-        if found and not self._raw_thoughts:
-            yield from self._think(min(found, key=lambda each: each[0])[1])
-        return bool(found)
+        """Read the thoughts before an end of thoughts without a beginning."""
+        thoughts, end, _ = (yield from self._text.whole()).partition(_LONE.end)
+        if not end or _LONE.start in thoughts or self._raw_thoughts:
+            return False
+        yield from self._think(_LONE)
+        return True
 
     def _think(self, tags: ThinkingTags) -> Reading[None]:
         """Read thoughts to their end, and pass the white space around them."""
@@ -129,7 +140,8 @@ class AnswerReader:
             if (yield from self._text.take(tags.end)):
                 yield Content(tags.end)
             return
-        yield from self._text.skip_space()
+        if not self._resumed:
+            yield from self._text.skip_space()
         yield from self._text.up_to((tags.end,), Reasoning, trim=True)
         yield from self._text.skip_space()
         yield from self._text.take(tags.end)
@@ -149,7 +161,7 @@ class AnswerReader:
     def _call_or_text(self, calls: CallFormat) -> Reading[None]:
         """Read an answer that is calls, or has none."""
         read = yield from self._text.attempt(self._spaced_calls(calls))
-        if self._is_cut:
+        if self._text.cut:
             return
         if read:
             yield from self._text.attempt(self._space_at_end())
@@ -158,10 +170,10 @@ class AnswerReader:
     def _text_and_calls(self, calls: CallFormat, marker: str) -> Reading[None]:
         while (yield from self._text.up_to((marker,), Content, trim=True)) is not None:
             read = yield from self._text.attempt(self._spaced_calls(calls))
-            if read and not self._is_cut:
-                yield from self._text.attempt(self._space_at_end())
-            elif self._is_cut:
+            if self._text.cut:
                 return
+            if read:
+                yield from self._text.attempt(self._space_at_end())
             else:
                 space = yield from self._text.skip_space()
                 yield from self._text.take(marker)
@@ -174,7 +186,3 @@ class AnswerReader:
     def _space_at_end(self) -> Reading[bool]:
         yield from self._text.skip_space()
         return (yield from self._text.at_end())
-
-    @property
-    def _is_cut(self) -> bool:
-        return self._cut and self._text.starved

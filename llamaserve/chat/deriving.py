@@ -7,12 +7,15 @@ templates: it is given texts.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from llamaserve.chat.answer import THINKING_TAGS
+from llamaserve.chat.answer import THINKING_TAGS, AnswerReader
 from llamaserve.chat.formats.json_calls import ID, JsonCalls
+from llamaserve.chat.reading import Arguments, CallBegins, CallEnds, Part
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ CALLS = (
 )
 ANSWER = "quokkaanswer"  # the content of an answer
 
+_ANY_ID = string.ascii_letters + string.digits  # whatever letters ids have, they must not be taken for what follows
 _IDS = re.compile("|".join(call.id for call in CALLS))
 _MARKER = re.compile(r"<[^\s<>]+>|\[/?[A-Z][A-Z_]+\]")
 
@@ -69,7 +73,9 @@ _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|call|>", "<|ret
 
 
 def derive(shown: Shown) -> JsonCalls | None:
-    """Return how calls are written; None where it is not as JSON after a name, with the same texts around all calls."""
+    """Return how calls are written; None where it is not as JSON after a name, with the same texts around all calls, or
+    where such calls could not be read, or not be told from text.
+    """
     heading, answered, closing = shown.plain.rpartition(ANSWER)
     one = shown.called[0]
     start = _common_start(one, heading)
@@ -78,10 +84,11 @@ def derive(shown: Shown) -> JsonCalls | None:
     texts = []
     for text in shown.called:
         ended = _without_ending(text[start:], None if shown.followed else closing, shown.eos)
-        if ended is None:
+        if ended is None or ID in ended:
             return None
         texts.append(_IDS.sub(ID, _without_text(ended, shown.both[start:])))
-    return _found(texts)
+    found = _found(texts)
+    return found if found is not None and _usable(found, shown.eos) else None
 
 
 def _common_start(text: str, other: str) -> int:
@@ -215,3 +222,45 @@ def _plausible(found: JsonCalls) -> bool:
     return bool((found.begin + found.before).strip() and found.between.strip()) and not any(
         call.name in text for call in CALLS for text in texts
     )
+
+
+def _usable(found: JsonCalls, eos: str) -> bool:
+    """Say whether an answer with calls could come, and they are read as what they are."""
+    texts = (found.begin, found.before, found.between, found.after, found.separator, found.end)
+    if any(end in text for end in (eos, *_ENDS) if end for text in texts):
+        return False
+    if found.marker is not None and (found.marker,) != found.shown[:1]:
+        return False
+    first = found.begin + found.before + found.between
+    if found.marker is None and any(mark in first for mark in (*found.shown, ID)):
+        return False  # as long as an answer could be text, no token in it may be markup, and nothing may differ
+    return all(_is_read_back(found, CALLS[:number]) for number in range(1, 2 if found.lone else len(CALLS) + 1))
+
+
+def _is_read_back(found: JsonCalls, calls: Sequence[ProbeCall]) -> bool:
+    """Say whether calls are read as they were written, in one piece and letter by letter."""
+    wanted = [(call.name, json.dumps(call.arguments)) for call in calls]
+    text = found.write(wanted).replace(ID, _ANY_ID)
+    return _read(found, [text], whole=True) == _read(found, text, whole=False) == wanted
+
+
+def _read(found: JsonCalls, pieces: Iterable[str], *, whole: bool) -> list[tuple[str, str]] | None:
+    """Return the calls in an answer; None if there is anything else in it."""
+    names = frozenset(call.name for call in CALLS)
+    reader = AnswerReader(thinking=THINKING_TAGS, calls=found, names=names, whole=whole)
+    parts: list[Part] = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+    calls: list[tuple[str, str]] = []
+    ended = True
+    for part in parts:
+        match part:
+            case CallBegins() if ended:
+                calls.append((part.name, ""))
+                ended = False
+            case Arguments() if not ended:
+                name, arguments = calls[-1]
+                calls[-1] = (name, arguments + part.text)
+            case CallEnds():
+                ended = True
+            case _:
+                return None
+    return calls if ended else None

@@ -22,9 +22,11 @@ _LOOKING_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _SPACE = "SPACE: /[ \\n]{0,4}/"
 # Keywords by which a schema says something of properties that it does not list
 _OPEN = frozenset(
-    {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "allOf", "anyOf", "oneOf"}
-    | {"$ref", "not", "if", "then", "else", "dependentSchemas", "propertyNames"}
+    ("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "propertyNames")
 )
+# Keywords that put objects together, and those of objects
+_COMBINING = frozenset(("allOf", "not", "if", "dependentSchemas", "$dynamicRef", "$recursiveRef"))
+_OF_OBJECTS = frozenset(("properties", "required"))
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,22 @@ def _without_look_around(value: Any) -> Any:
 
 
 def closed(tool: Tool) -> Tool:
-    """Return a tool that takes no other arguments than it lists, at any depth, if it does not say anything of others:
-    a function would not know what to do with them.
+    """Return a tool that takes no other arguments than it lists, at any depth: a function would not know what to do
+    with them. It stays as it is where its schema puts objects together from several schemas.
     """
+    if _combines(tool.parameters):
+        return tool
     return replace(tool, parameters=_closed(tool.parameters))
+
+
+def _combines(value: Any) -> bool:
+    """Say whether what one place of a schema lists may be what another one requires."""
+    if isinstance(value, list):
+        return any(map(_combines, value))
+    if not isinstance(value, Mapping):
+        return False
+    several = any(keyword in value for keyword in ("anyOf", "oneOf", "$ref")) and _OF_OBJECTS & value.keys()
+    return bool(several) or not _COMBINING.isdisjoint(value) or any(map(_combines, value.values()))
 
 
 def _closed(schema: Any) -> Any:
@@ -90,7 +104,8 @@ def _closed(schema: Any) -> Any:
             closed[keyword] = [_closed(each) for each in several]
     if "items" in closed:
         closed["items"] = _closed(closed["items"])
-    if isinstance(closed.get("properties"), Mapping) and not _OPEN & closed.keys():
+    listed = closed.get("properties")
+    if isinstance(listed, Mapping) and not _OPEN & closed.keys() and listed.keys() >= set(closed.get("required", ())):
         closed["additionalProperties"] = False
     return closed
 

@@ -117,7 +117,7 @@ def _content(message: Mapping[str, Any], role: str, place: str) -> str:
         return text(content, f"{place}.content", expected="a string or a list of parts")
     if role == "assistant" and message.get("refusal") is not None:  # what it wrote instead of a content
         return text(message["refusal"], f"{place}.refusal")
-    if role in ("assistant", "function") and "content" in message:  # for a function OpenAI documents null as well
+    if "content" in message:  # clients write null for none
         return ""
     if role == "assistant" and any(message.get(key) for key in (*_CALLING, *REASONING)):
         return ""

@@ -202,7 +202,7 @@ class _Writer:
         """Return the messages without white space around their texts. What is continued stays as it is: the client
         puts the answer behind it.
         """
-        stripped = [{**message, "content": message["content"].strip()} for message in messages]
+        stripped = [{**message, "content": (message["content"] or "").strip()} for message in messages]
         if self._style.continue_:
             stripped[-1] = dict(messages[-1])
         return stripped

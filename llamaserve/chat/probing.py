@@ -6,6 +6,7 @@ A probe that a template refuses or fails on says that it can't show such a thing
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,10 +25,12 @@ _QUESTION = {"role": "user", "content": f"{_WORD}question"}
 _SYSTEM = {"role": "system", "content": f"{_WORD}system"}
 _PLAIN = {"role": "assistant", "content": ANSWER}
 _RESULT = f"{_WORD}result"
+_RESULT_FROM_USER = {"role": "user", "content": _RESULT}
+_BESIDE = f"{_WORD}beside"  # the text of an answer with calls
 _THOUGHT = f"{_WORD}thought"
 _THOUGHT_KEYS: tuple[_ThoughtKey, ...] = ("reasoning_content", "thinking", "reasoning")
 _FIRST, _SECOND, _ = CALLS
-_LONG_ID = f"call_{_WORD}_0123456789"
+_ODD_IDS = ("c1", f"call_{_WORD}_0123456789")
 _SHORT = 9  # what Mistral's templates insist on
 _TOOLS = [
     {
@@ -75,16 +78,21 @@ class _Probes:
 
     def called(self, *calls: ProbeCall, id: str = "", **more: str) -> str:  # noqa: A002 (as in the API)
         """Return a conversation that ends in an answer with these calls."""
+        results = [_result(call, id) for call in calls]
+        return self.show(self.calling(*calls, id=id, **more), *(results if self.followed else ()))
+
+    def calling(self, *calls: ProbeCall, id: str = "", **more: str) -> Message:  # noqa: A002
+        """Return an answer with these calls."""
         listed = [self._call(call, id or call.id) for call in calls]
-        answer = {"role": "assistant", "content": None if self.null else "", "tool_calls": listed, **more}
-        results = [
-            {"role": "tool", "tool_call_id": id or call.id, "name": call.name, "content": _RESULT} for call in calls
-        ]
-        return self.show(answer, *(results if self.followed else ()))
+        return {"role": "assistant", "content": None if self.null else "", "tool_calls": listed, **more}
 
     def _call(self, call: ProbeCall, id: str) -> Message:  # noqa: A002
         arguments = json.dumps(call.arguments) if self.as_text else call.arguments
         return {"id": id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _result(call: ProbeCall, id: str = "") -> Message:  # noqa: A002
+    return {"role": "tool", "tool_call_id": id or call.id, "name": call.name, "content": _RESULT}
 
 
 def probe(job: ProbeJob, render: Render, failures: tuple[type[Exception], ...]) -> Traits:
@@ -100,14 +108,16 @@ def probe(job: ProbeJob, render: Render, failures: tuple[type[Exception], ...]) 
     several = _shows(_FIRST, two, plain) and _shows(_SECOND, two, plain)
     asked = probes.show(prompt=True)
     thinking, thoughts = _thinking(probes)
+    results = _RESULT in replace(probes, followed=True).called(_FIRST)
     return Traits(
         tools=f"{_WORD}tool" in asked or _FIRST.name in asked,
         calls=bool(one),
         several=several,
-        results=_RESULT in replace(probes, followed=True).called(_FIRST),
+        results=results,
         arguments="text" if probes.as_text else "object",
         null_content=probes.null,
-        id_length=_SHORT if one and not probes.called(_FIRST, id=_LONG_ID) else None,
+        text_apart=bool(one) and _text_apart(probes, _result(_FIRST) if results else _RESULT_FROM_USER, thoughts),
+        id_length=_SHORT if one and not all(probes.called(_FIRST, id=odd) for odd in _ODD_IDS) else None,
         ids_name=bool(one) and one.count(_FIRST.name) == plain.count(_FIRST.name),
         call_texts=_call_texts(probes, plain, [one, two] if several else [one]) if one else None,
         thinking=thinking,
@@ -148,6 +158,20 @@ def _with_arguments(probes: _Probes, plain: str) -> tuple[_Probes, str]:
 def _shows(call: ProbeCall, text: str, plain: str) -> bool:
     """Say whether a text has a call, by its name or by an id that is made of it; the tools may be in it, too."""
     return call.value in text and (text.count(call.name) > plain.count(call.name) or call.id in text)
+
+
+def _text_apart(probes: _Probes, result: Message, thoughts: _ThoughtKey | None) -> bool:
+    """Say whether the text of an answer with a call and thoughts is only shown as an answer of its own before it."""
+    thought: dict[str, str] = {thoughts: _THOUGHT} if thoughts is not None else {}
+    text = {**_PLAIN, "content": _BESIDE}
+    together = probes.show(probes.calling(_FIRST, **thought, content=_BESIDE), result, _PLAIN)
+    apart = probes.show(text, probes.calling(_FIRST, **thought), result, _PLAIN)
+    return not _in_order(together, _BESIDE) and _in_order(apart, _BESIDE, _FIRST.value, _RESULT, ANSWER)
+
+
+def _in_order(text: str, *words: str) -> bool:
+    """Say whether words are in a text, one after the other."""
+    return re.search(".*".join(map(re.escape, words)), text, re.DOTALL) is not None
 
 
 def _call_texts(probes: _Probes, plain: str, called: list[str]) -> CallTexts | None:

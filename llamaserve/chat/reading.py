@@ -52,6 +52,7 @@ class CallEnds:
 Part = Content | Reasoning | CallBegins | Arguments | CallEnds
 Reading = Generator[Part | None, None, T]
 
+_FEW = 2  # characters that are no beginning of a word yet
 _SPACE = re.compile(r"\s+")
 
 
@@ -69,6 +70,7 @@ class Incoming:
         self._at = 0  # where reading has come to in it
         self._kept = 0  # how many readers may want to go back
         self._ended = False
+        self._cut = False
         self.starved = False  # whether the end came where more was wanted
 
     def push(self, text: str) -> None:
@@ -79,9 +81,15 @@ class Incoming:
             self._text = self._text[self._at :] + text
             self._at = 0
 
-    def end(self) -> None:
-        """No more text comes."""
+    def end(self, *, cut: bool = False) -> None:
+        """No more text comes. ``cut``: there could have been more."""
         self._ended = True
+        self._cut = cut
+
+    @property
+    def cut(self) -> bool:
+        """Whether more would have been wanted of a text that was cut."""
+        return self._cut and self.starved
 
     def attempt(self, reading: Reading[T]) -> Reading[T]:
         """Read, and go back to where it began if what reads says False or None. It must not have yielded parts then."""
@@ -183,19 +191,35 @@ class Incoming:
 
     def up_to(self, words: tuple[str, ...], part: Callable[[str], Part], *, trim: bool = False) -> Reading[str | None]:
         """Yield the text before the first of some words in parts, and return that word, which is not passed; None if
-        none comes. With ``trim``, neither is white space before the word.
+        none comes. With ``trim``, neither is white space before the word. A word of which only the beginning was there
+        when the text was cut is no text; a single letter is.
         """
         while True:
             place, word = self._first(words, self._at, sure=self._ended)
+            if self._ended and word is None:
+                yield from self._rest(words, part, trim=trim)
+                return None
             text = self._text[self._at : place]
-            if trim and not (self._ended and word is None):
+            if trim:
                 text = text.rstrip()
             if text:
                 self._at += len(text)
                 yield part(text)
-            if word is not None or self._ended:
+            if word is not None:
                 return word
             yield None
+
+    def _rest(self, words: tuple[str, ...], part: Callable[[str], Part], *, trim: bool) -> Reading[None]:
+        """Yield all that is left of a text that has ended, without the beginning of a word in which it was cut."""
+        place = self._first(words, self._at, sure=False)[0] if self._cut else len(self._text)
+        if len(self._text) - place < _FEW:
+            place = len(self._text)
+        text = self._text[self._at : place]
+        if trim and place < len(self._text):
+            text = text.rstrip()
+        self._at = len(self._text)
+        if text:
+            yield part(text)
 
     def collect(self, *words: str, limit: int) -> Reading[str | None]:
         """Pass the text before the first of some words, and return it; None if none comes within ``limit`` characters,

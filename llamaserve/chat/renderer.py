@@ -356,13 +356,14 @@ def answer(job: RenderJob | ProbeJob) -> tuple[RenderAnswer, bool]:
     except MemoryError as error:
         line = _line(error)
     except (*_FAILURES, CantContinue, OutputTooLong) as error:
-        return _failed(_reason(error)), False
+        of_messages = isinstance(error, Refusal | CantContinue)
+        return _failed(_reason(error), "messages" if of_messages else None), False
     gc.collect()  # outside the except clause nothing holds what the template built
     return _failed(f"the chat template needed more than {MEMORY_LIMIT} MB of memory{_in_line(line)}"), True
 
 
-def _failed(reason: str) -> RenderAnswer:
-    return RenderAnswer(error=to_value(ChatTemplateError(reason, param="messages")))
+def _failed(reason: str, param: str | None = None) -> RenderAnswer:
+    return RenderAnswer(error=to_value(ChatTemplateError(reason, param=param)))
 
 
 def _reason(error: BaseException) -> str:

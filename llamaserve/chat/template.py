@@ -18,6 +18,7 @@ from llamaserve.errors import ChatTemplateError, ErrorValue, InvalidRequest, fro
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 
 TIME_LIMIT = 2.0  # seconds for one job; an ordinary template takes a few milliseconds
+GUEST_TIME_LIMIT = 1.0  # seconds for one that came with a request
 MEMORY_LIMIT = 512  # MB of address space for one renderer process, Python included
 RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt"})
 
@@ -81,8 +82,13 @@ class TemplateRenderer(Sandbox):
         return answer
 
 
+def guest_renderer() -> TemplateRenderer:
+    """Return a pool for templates out of requests, of which several bad ones may come at once."""
+    return TemplateRenderer(3, time_limit=GUEST_TIME_LIMIT)
+
+
 def _failure(what: str) -> ChatTemplateError:
-    return ChatTemplateError(f"the chat template {what}", param="messages")
+    return ChatTemplateError(f"the chat template {what}")
 
 
 def _encoded(job: RenderJob) -> bytes:

@@ -226,7 +226,7 @@ def _old_choice(value: object) -> _Choice:
 def _forced(value: object, place: str) -> bool:
     mode = text(value, place)
     if mode not in _MODES:
-        raise InvalidRequest(f"{place} is {shown(mode)}, but must be one of {', '.join(_MODES)}", param=place)
+        raise InvalidRequest(f"{place} is {shown(mode)}, but must be one of none, {', '.join(_MODES)}", param=place)
     return _MODES[mode]
 
 

@@ -32,9 +32,10 @@ class Traits(msgspec.Struct, frozen=True, omit_defaults=True):
     ``tools``: it shows the tools. ``calls``: it shows the calls of earlier answers, ``several`` of them in one.
     ``results``: it shows messages of role tool. ``arguments``: whether it wants those of calls as objects or as JSON
     texts. ``null_content``: whether an answer with calls must have no text, and its content be None: it shows the calls
-    twice otherwise, or not at all. ``id_length``: how many letters and digits the ids of calls must have, if it insists
-    on that. ``ids_name``: it shows an id in place of a call's name. ``call_texts``: how calls are written, if that
-    could be found out.
+    twice otherwise, or not at all. ``text_apart``: whether its text must be an answer of its own before it: it is lost
+    otherwise. Not where the template does not show two answers in a row. ``id_length``: how many letters and digits the
+    ids of calls must have, if it insists on that. ``ids_name``: it shows an id in place of a call's name.
+    ``call_texts``: how calls are written, if that could be found out.
 
     ``thinking``: the start tag of the thoughts that it knows of (``answer.THINKING_TAGS``). ``thoughts``: the key under
     which it looks in an answer for what was thought before, if it ever shows that.
@@ -46,6 +47,7 @@ class Traits(msgspec.Struct, frozen=True, omit_defaults=True):
     results: bool = False
     arguments: Literal["object", "text"] = "object"
     null_content: bool = False
+    text_apart: bool = False
     id_length: int | None = None
     ids_name: bool = False
     call_texts: CallTexts | None = None

@@ -212,7 +212,7 @@ class Engine:
 
     def stop(self, request: int | None = None) -> list[EngineEvent]:
         """End one request, or all of them, as if each had stopped by itself."""
-        return [self._finish(sequence, "stop", "") for sequence in self._of(request)]
+        return [self._finish(sequence, "stop", "", stopped=True) for sequence in self._of(request)]
 
     def interrupt(self, request: int | None) -> None:
         """Give up the step under way if it evaluates a prompt of this request, or of any for None, so that a ``cancel``
@@ -367,8 +367,8 @@ class Engine:
         sequence.reported = sequence.generated
         return [Delta(sequence.request, sequence.index, text, tokens, logprobs, prompt)]
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, text: str) -> Finished:
-        stopped = sequence.text.stopped
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str, *, stopped: bool = False) -> Finished:
+        matched = sequence.text.stopped
         text = "".join((*sequence.unsent, text, sequence.text.finish()))
         prompt = () if sequence.reported else tuple(with_offsets(sequence.prompt_logprobs or ()))
         generated = sequence.generated
@@ -381,9 +381,10 @@ class Engine:
             sequence.prompt_length,
             generated,
             sequence.cached or 0,
-            sequence.logprobs.take(sequence.text.shown if stopped else None) if sequence.logprobs is not None else (),
+            sequence.logprobs.take(sequence.text.shown if matched else None) if sequence.logprobs is not None else (),
             prompt,
             sequence.next_tokens,
+            stopped or matched,
         )
 
     def _end_overdue(self) -> list[EngineEvent]:

@@ -54,7 +54,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     ``completion_tokens`` counts the tokens that were generated, without an end-of-generation token; ``cached_tokens``
     are the tokens of the prompt whose evaluation was reused. ``next_tokens`` are what could come next, if that was
-    asked for.
+    asked for. ``stopped``: a stop string or a command ended it, and not the model.
     """
 
     request: int
@@ -67,6 +67,12 @@ class Finished(msgspec.Struct, frozen=True, tag=True, array_like=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     next_tokens: tuple[TokenLogprob, ...] = ()
+    stopped: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model has not come to an end."""
+        return self.stopped or self.reason == "length"
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

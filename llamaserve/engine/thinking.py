@@ -7,6 +7,7 @@ whatever else follows the text is told of them. Knows nothing of how tokens are 
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -19,6 +20,7 @@ from llamaserve.errors import InvalidRequest
 
 _MAX_MARKER = 256  # characters
 _MAX_MESSAGE = 4096
+_CHARACTER = 4  # bytes at most
 
 
 class Picker(Protocol):
@@ -72,7 +74,7 @@ class LimitedThinking:
     """Picks as another does, apart from the tokens that end the thinking.
 
     White space around the markers is not looked for. An end marker that has begun when the budget is used up may be
-    completed.
+    completed, and so is a character: a form would not let the end come within one.
     """
 
     def __init__(self, picker: Picker, thinking: Thinking, vocab: Vocab) -> None:
@@ -145,11 +147,24 @@ class LimitedThinking:
     def _look_for_end(self) -> None:
         if self._end in self._text:
             self._state = _State.OVER
-        elif self._left > 0 or (self._end_has_begun() and self._left > -len(self._end)):
-            self._text = self._text[-len(self._end) :]
+        elif self._left > 0 or self._may_be_completed():
+            self._text = self._text[-max(len(self._end), _CHARACTER) :]
         else:
             self._state = _State.OVER
             self._forced.extend(self._ending)
 
+    def _may_be_completed(self) -> bool:
+        """Say whether the text ends within the end marker or a character, if not for too many tokens already."""
+        most = len(self._end)
+        return (self._end_has_begun() and self._left > -most) or (
+            _ends_within_character(self._text) and self._left > -most - _CHARACTER
+        )
+
     def _end_has_begun(self) -> bool:
         return any(self._text.endswith(self._end[:length]) for length in range(1, len(self._end)))
+
+
+def _ends_within_character(text: bytes) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(text)
+    return bool(decoder.getstate()[0])

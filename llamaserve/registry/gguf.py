@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -195,7 +195,6 @@ _FIM_NAMES = {
     "repository": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "separator": ("<|file_sep|>",),
 }
-_SPECIAL_TOKEN_TYPES = (3, 4)  # control and user-defined
 
 # ---- what a header is --------------------------------------------------------------------------------------------
 
@@ -360,31 +359,28 @@ class GGUFHeader:
 
     @cached_property
     def fim_tokens(self) -> FimTokens | None:
-        """Return the tokens with which the model fills in the middle; None when it has not all three that it takes.
+        """Return the tokens with which the model fills in the middle; None when it has not the three that it takes.
         Reads the vocabulary, which takes a tenth of a second. Raises ``GGUFError`` as ``read_array`` does.
         """
         texts = self.tokens()
-        types = self._token_types()
-        special = {number for number in range(min(len(texts), len(types))) if types[number] in _SPECIAL_TOKEN_TYPES}
-        numbers = {texts[number].decode(errors="replace"): number for number in special}
-        found = {part: self._fim_token(part, special, numbers) for part in _FIM_KEYS}
+        known = {name.encode() for names in _FIM_NAMES.values() for name in names}
+        numbers = {text.decode(): number for number, text in enumerate(texts) if text in known}
+        found = {part: self._fim_token(part, len(texts), numbers) for part in _FIM_KEYS}
         prefix, suffix, middle = found["prefix"], found["suffix"], found["middle"]
-        if prefix is None or suffix is None or middle is None:
+        if prefix is None or suffix is None or middle is None or prefix in (suffix, middle) or suffix == middle:
             return None
-        names = frozenset(name for name, number in numbers.items() if number in found.values())
+        names = frozenset(texts[number].decode(errors="replace") for number in found.values() if number is not None)
         return FimTokens(prefix, suffix, middle, found["repository"], found["separator"], names)
 
-    def _fim_token(self, part: str, special: Container[int], numbers: Mapping[str, int]) -> int | None:
-        """Return one of the tokens: the metadata's if that can be one, else one with a known name."""
+    def _fim_token(self, part: str, count: int, numbers: Mapping[str, int]) -> int | None:
+        """Return one of the tokens: the metadata's if there is one of that number, else one with a known name. As in
+        llama.cpp it may be of any type; CodeLlama's are normal ones.
+        """
         for key in _FIM_KEYS[part]:
             number = self.integer(f"tokenizer.ggml.{key}_token_id")
-            if number is not None and number in special:
+            if number is not None and 0 <= number < count:
                 return number
         return next((numbers[name] for name in _FIM_NAMES[part] if name in numbers), None)
-
-    def _token_types(self) -> list[Scalar]:
-        value = self.metadata.get("tokenizer.ggml.token_type")
-        return self.read_array("tokenizer.ggml.token_type") if isinstance(value, GGUFArray) else []
 
     def tokens(self) -> list[bytes]:
         """Return the vocabulary as it is in the file; empty without one."""

@@ -20,15 +20,16 @@ SHOWN = "^<|>@/"
 class Characters:
     """One token for each character; with ``adds_bos`` a begin token, and ``found`` ones for their names in any text."""
 
-    def __init__(self, *, adds_bos: bool = False, found: dict[str, int] | None = None) -> None:
+    def __init__(self, *, adds_bos: bool = False, found: dict[str, int] | None = None, longest: int = 5000) -> None:
         self.adds_bos = adds_bos
+        self.longest = longest
         self.found = found or {}
         self.asked: list[str] = []
 
     async def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         assert not parse_special
         self.asked.append(text)
-        if len(text) > 5000:
+        if len(text) > self.longest:
             raise InvalidRequest("too long", param="text")
         for name, token in self.found.items():
             text = text.replace(name, chr(token))
@@ -78,14 +79,14 @@ def test_the_outer_ends_are_lost_three_to_one() -> None:
     )
     assert prompts(Gaps(["ab"], "x" * 50 + "y" * 50), room=43) == (["<ab|" + "x" * 38 + ">"], 62)
     assert prompts(Gaps(["a" * 90 + "b" * 10], "xy"), room=43)[0] == ["<" + "a" * 28 + "b" * 10 + "|xy>"]
-    assert prompts(Gaps(["abc"], "x"), room=0) == (["<|>"], 4)
+    assert prompts(Gaps(["a" * 33], "x"), room=0) == (["<|>"], 3 + 1), "a token for 16 characters"
 
 
 def test_snippets_are_lost_first_and_the_oldest_of_them_before_others() -> None:
     gaps = Gaps(["abc"], "x", [Snippet("1" * 20, "a"), Snippet("2" * 20, "b"), Snippet("3" * 20, "c")])
     (prompt,), lost = prompts(gaps, room=120)
     assert prompt == "\n--- b ---\n" + "2" * 16 + "\n\n--- c ---\n" + "3" * 20 + "\n<abc|x>"
-    assert lost == 32 + 4
+    assert lost == 4 + 1 + 2, "the first one is not tokenised"
     (prompt,), _ = prompts(gaps, room=10)
     assert prompt == "<abc|x>"
     (prompt,), _ = prompts(gaps, room=60, marks=REPOSITORIES)
@@ -109,7 +110,65 @@ def test_a_name_of_a_mark_in_a_text_is_text_even_where_the_tokeniser_finds_it(te
     assert tokens == [PREFIX, *characters, SUFFIX, *characters, MIDDLE]
 
 
-def test_a_text_that_is_too_long_is_named() -> None:
+class SentencePieces(Characters):
+    """A tokeniser that puts a space before every text, and writes spaces as vocabularies do."""
+
+    async def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        spaced = f" {text}".replace(" ", "\u2581") if text else ""
+        return await super().tokenize(spaced, add_bos=add_bos, parse_special=parse_special)
+
+
+@pytest.mark.parametrize(
+    "text", ["<PRE>", "a <SUF> b", "\u2581<MID>", "<PRE> <PRE> <PRE>", "   <SUF>", "\n<MID> <PRE>x"]
+)
+def test_a_name_that_begins_with_a_space_is_text_too(text: str) -> None:
+    marks = FimTokens(PREFIX, SUFFIX, MIDDLE, None, None, frozenset({"\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"}))
+    found = {"\u2581<PRE>": PREFIX, "\u2581<SUF>": SUFFIX, "\u2581<MID>": MIDDLE}
+    layout = Layout(SentencePieces(found=found), marks, room=1000, add_bos=False)
+    (tokens,) = asyncio.run(layout.prompts(Gaps([text], text)))
+    kept = [chr(token) for token in tokens if token >= len(SHOWN)]
+    assert "".join(kept).replace("\u2581", "") == 2 * text.replace("\u2581", "").replace(" ", "")
+    assert [token for token in tokens if token < len(SHOWN)] == [PREFIX, SUFFIX, MIDDLE]
+
+
+@given(st.text("abc<", max_size=60))
+def test_a_mark_that_a_text_spells_otherwise_is_taken_in_halves(text: str) -> None:
+    tokenizer = Characters(found={"<ab": SUFFIX, "cc": MIDDLE})
+    layout = Layout(tokenizer, MARKS, room=200, add_bos=False)
+    (tokens,) = asyncio.run(layout.prompts(Gaps([text], text)))
+    characters = [ord(character) for character in text]
+    assert tokens == [PREFIX, *characters, SUFFIX, *characters, MIDDLE]
+
+
+def test_a_text_that_can_only_be_a_mark_is_refused() -> None:
+    marks = FimTokens(PREFIX, SUFFIX, MIDDLE, None, None, frozenset({"a", "", "<mid>"}))
+    for found, text in ({"a": PREFIX}, "xxay"), ({"xy": PREFIX}, "xy" * 10_000):
+        tokenizer = Characters(found=found, longest=10**6)
+        layout = Layout(tokenizer, marks, room=5_000, add_bos=False)
+        with pytest.raises(InvalidRequest) as caught:
+            asyncio.run(layout.prompts(Gaps([""], text)))
+        assert caught.value.param == "suffix"
+        assert len(tokenizer.asked) <= 10_002
+
+
+def test_what_is_far_from_fitting_is_not_tokenised() -> None:
+    tokenizer = Characters(longest=16 * 100)
+    snippets = [Snippet(str(number) * 10**6, "n" * 10**6 if number == 9 else None) for number in range(10)]
+    (prompt,), lost = prompts(Gaps(["a" * 2 * 10**6], "x" * 2 * 10**6, snippets), room=100, tokenizer=tokenizer)
+    assert prompt == "<" + "a" * 73 + "|" + "x" * 24 + ">"
+    assert sum(map(len, tokenizer.asked)) <= 16 * 250
+    assert 15 * 10**6 / 16 <= lost <= 15 * 10**6
+    (prompt,), _ = prompts(Gaps(["abc"], "", snippets[:9]), room=100, tokenizer=tokenizer)
+    assert prompt == "\n--- snippet ---\n" + "8" * 32 + "\n" + "<abc|>"
+
+
+def test_many_snippets_cost_no_more_than_few() -> None:
+    tokenizer = Characters()
+    prompts(Gaps(["abc"], "", [Snippet("a" * 30)] * 1024), room=200, tokenizer=tokenizer)
+    assert len(tokenizer.asked) < 10
+
+
+def test_a_text_that_is_refused_is_named() -> None:
     texts = {
         "here": Gaps(["a" * 6000], "", params=("here", "s", "e")),
         "s": Gaps([""], "a" * 6000, params=("here", "s", "e")),
@@ -156,7 +215,8 @@ def test_a_prompt_fits_and_what_is_lost_is_counted(
     (whole,), _ = prompts(gaps, room=10_000, marks=marks, tokenizer=Characters(adds_bos=True))
     assert len(cut) <= room
     frame = len("@project\n/current\n") if repositories and snippets and not cut.startswith("^@") else 0
-    assert len(whole) == len(cut) + lost + frame
+    missing = len(whole) - len(cut) - frame
+    assert missing / 16 <= lost <= missing
     ahead, behind = cut[cut.index("<") + 1 : -1].split("|")
     assert prefix.endswith(ahead)
     assert suffix.startswith(behind)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from api_helpers import CHAT, END_TOKENS, all_events, assert_error
-from chat_helpers import PROMPT, both, said, whole
+from chat_helpers import PAINT, PROMPT, both, called, said, whole
 from conftest import write_models_file
 from running_server import RunningServer
 
@@ -296,6 +296,21 @@ def test_the_white_space_of_what_is_continued_stays(folders: RunningServer) -> N
 def test_a_form_holds_for_what_is_new(folders: RunningServer) -> None:
     body = {"messages": BEGUN, "continue_final_message": True, "guided_choice": [" 4!"], "max_tokens": 10}
     assert both(folders, body)[0]["message"]["content"] == " 4!"
+
+
+@pytest.mark.parametrize("text", ["  ", "a <", "a\n", "{"])
+def test_only_what_is_new_is_new(folders: RunningServer, text: str) -> None:
+    body = {"messages": said(("user", "Go."), ("assistant", text)), "max_tokens": 4, "temperature": 0, "tools": [PAINT]}
+    (new,) = both(folders, {**body, "continue_final_message": True})
+    (full,) = both(folders, {**body, "continue_": True})
+    assert full["message"]["content"] == text + new["message"]["content"]
+
+
+@pytest.mark.parametrize("message", [{"content": '<tool_call>\n{"name": "paint"'}, called("paint", {})])
+def test_a_call_does_not_go_on(folders: RunningServer, message: dict[str, Any]) -> None:
+    body = {"messages": [*M1, {"role": "assistant", **message}], "tools": [PAINT], "max_tokens": 4}
+    for way in ("continue_", "continue_final_message"):
+        assert_error(folders.post(CHAT, {**body, way: True}), 400, None, "messages")
 
 
 def test_usage_does_not_count_what_is_put_before(folders: RunningServer) -> None:

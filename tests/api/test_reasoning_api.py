@@ -52,20 +52,23 @@ def test_thoughts_are_taken_out_of_the_text(server: RunningServer, start: str, e
 
 
 def test_thoughts_in_the_way_of_gpt_oss(server: RunningServer) -> None:
-    forced = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
-    body = {"messages": HI, "regex": ".*", "max_tokens": 60, "chat_template": template("gpt-oss")}
-    prompt = server.post(PROMPT, body).json()["prompt"]
-    assert prompt.endswith("<|start|>assistant")
-    body = {"messages": [*HI, *said(("assistant", forced))], "chat_template": template("gpt-oss"), "max_tokens": 3}
-    body |= {"continue_": True, "temperature": 0}
-    (choice,) = both(server, body)
-    assert parts(choice)[0] == "Hm."
-    assert parts(choice)[1].startswith("Hello.")
+    """Its form lets some of the answers begin with thoughts."""
+    body = {"messages": HI, "chat_template": template("gpt-oss"), "reasoning_budget": 4, "max_tokens": 60, "seed": 1}
+    forced = {"response_format": {"type": "json_schema", "schema": NUMBER}, "n": 4}
+    choices = both(server, body | forced)
+    for choice in choices:
+        assert json.loads(parts(choice)[1])["a"] in (1, 2)
+        assert "<|" not in (parts(choice)[0] or "")
+    assert any(parts(choice)[0] for choice in choices)
+    (choice,) = both(server, {**body, "tools": [WASH], "tool_choice": "required"})
+    assert len(calls_of(choice, WASH)) == 1
 
 
 def test_an_end_without_a_beginning_counts_once_all_is_there(server: RunningServer) -> None:
-    body = {"messages": HI, "guided_choice": ["Hm.\n</think>\n\nHello."], "max_tokens": 60}
-    assert parts(whole(server, body)[0]) == ("Hm.", "Hello.")
+    """The model goes on as its earlier answers are."""
+    answer = "The user says hi.\n</think>\n\nHi!"
+    body = {"messages": [*said(("user", "Say hi."), ("assistant", answer)) * 3, *HI], "max_tokens": 20}
+    assert parts(whole(server, {**body, "temperature": 0})[0]) == ("The user says hi.", "Hi!")
 
 
 def test_thoughts_that_the_prompt_has_begun(server: RunningServer) -> None:
@@ -176,6 +179,13 @@ def test_a_budget_is_a_number(server: RunningServer, budget: object) -> None:
     assert_error(server.post(CHAT, {**THOUGHT, "max_thinking_tokens": budget}), 400, None, "max_thinking_tokens")
 
 
+def test_a_budget_for_thoughts_that_there_are_none_of_is_named(server: RunningServer) -> None:
+    body = {"messages": HI, "max_tokens": 1, "max_thinking_tokens": 5}
+    assert server.post(CHAT, body).headers["x-llamaserve-ignored"] == "max_thinking_tokens"
+    assert_error(server.post(CHAT, {**body, "strict": True}), 400, "unsupported_parameter", "max_thinking_tokens")
+    assert "x-llamaserve-ignored" not in server.post(CHAT, {**body, "chat_template": BEGINS}).headers
+
+
 OFF = [
     {"enable_thinking": False},
     {"think": False},
@@ -211,6 +221,12 @@ def test_the_template_is_told(server: RunningServer) -> None:
     assert prompt(chat_template_kwargs={"enable_thinking": False}).split()[0] == "False"
 
 
+@pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "eos_token", "add_generation_prompt"])
+def test_variables_of_a_template_that_are_taken(server: RunningServer, name: str) -> None:
+    body = {"messages": HI, "chat_template_kwargs": {name: 1}, "max_tokens": 1}
+    assert name in assert_error(server.post(CHAT, body), 400, None, "chat_template_kwargs")
+
+
 # Together with forms and tools
 
 
@@ -240,8 +256,8 @@ def test_a_call_after_thoughts(server: RunningServer) -> None:
 
 
 def test_thoughts_of_families_with_tools(server: RunningServer) -> None:
-    for name in ("qwen3", "glm4.5", "deepseek-r1", "smollm3"):
-        body = {"messages": HI, "chat_template": template(name), "tools": [tool("f")], "max_tokens": 3, "seed": 1}
+    for name in ("qwen3", "deepseek-r1", "smollm3"):
+        body = {"messages": HI, "chat_template": template(name), "tools": [tool("f")], "max_tokens": 2, "seed": 1}
         both(server, body)
         both(server, {**body, "enable_thinking": False})
 

@@ -26,7 +26,6 @@ from chat_helpers import (
     tool,
     weather_talk,
     whole,
-    without_ids,
 )
 from running_server import RunningServer
 
@@ -45,8 +44,7 @@ IGNORED = "x-llamaserve-ignored"
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_that_must_be_is_one_and_valid_whatever_the_seed(server: RunningServer, family: str) -> None:
-    """Of 50 seeds half are streamed; the other two families have seven of each kind."""
-    seeds = 25 if family == "starter" else 7
+    seeds = 8 if family == "starter" else 2  # of each kind
     body = {"messages": ROOM, "tools": [PAINT, WASH], "max_tokens": 100, "temperature": 1.5, "n": seeds}
     body |= FAMILIES[family]
     for kind, read in enumerate((whole, in_pieces)):
@@ -58,15 +56,15 @@ def test_a_call_that_must_be_is_one_and_valid_whatever_the_seed(server: RunningS
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stream_of_calls_has_the_same_as_the_whole(server: RunningServer, family: str) -> None:
-    body = {"messages": ROOM, "tools": [PAINT, WASH], "max_tokens": 60, "seed": 1, "n": 2, **FAMILIES[family]}
-    for choice in ("required", NAMED, "auto"):
+    body = {"messages": ROOM, "tools": [PAINT, WASH], "max_tokens": 40, "seed": 1, **FAMILIES[family]}
+    for choice in ("required", "auto"):
         both(server, {**body, "tool_choice": choice})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_free_choice_never_shows_markup(server: RunningServer, family: str) -> None:
     """The conversation has calls already, so that the model makes some by itself."""
-    body = {"messages": weather_talk(), "tools": [WEATHER], "max_tokens": 60, "n": 10, "seed": 3, **FAMILIES[family]}
+    body = {"messages": weather_talk(), "tools": [WEATHER], "max_tokens": 40, "n": 4, "seed": 3, **FAMILIES[family]}
     choices = in_pieces(server, body)
     for choice in choices:
         assert not has_markup(choice["message"]["content"])
@@ -74,12 +72,11 @@ def test_a_free_choice_never_shows_markup(server: RunningServer, family: str) ->
             assert calls_of(choice, WEATHER)
     if family != "llama":  # of which this model understands too little
         assert any(choice["finish_reason"] == "tool_calls" for choice in choices)
-    assert without_ids(whole(server, {**body, "n": 2})) == without_ids(choices[:2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_choice_never_calls(server: RunningServer, family: str) -> None:
-    body = {"messages": weather_talk(), "tools": [WEATHER], "tool_choice": "none", "max_tokens": 20, "n": 4, "seed": 3}
+    body = {"messages": weather_talk(), "tools": [WEATHER], "tool_choice": "none", "max_tokens": 12, "seed": 3}
     for choice in both(server, body | FAMILIES[family]):
         assert "tool_calls" not in choice["message"]
         assert choice["finish_reason"] in ("stop", "length")
@@ -123,7 +120,7 @@ def test_names_that_begin_alike(server: RunningServer) -> None:
 
 def test_an_answer_may_have_several_calls_if_that_is_wanted(server: RunningServer) -> None:
     body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": "required", "max_tokens": 90, "temperature": 1.5}
-    body |= {"n": 4, "seed": 1}
+    body |= {"n": 3, "seed": 1}
     several = in_pieces(server, {**body, "parallel_tool_calls": True})
     assert max(len(choice["message"]["tool_calls"]) for choice in several) > 1
     for choice in several:
@@ -175,14 +172,14 @@ def test_a_call_that_is_cut_shows_no_markup(server: RunningServer, family: str) 
     response = server.post(CHAT, {**body, "max_tokens": 60}).json()
     arguments = response["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
     lengths = set()
-    for limit in range(1, response["usage"]["completion_tokens"], 3):
+    for limit in range(1, response["usage"]["completion_tokens"], 5):
         (choice,) = both(server, {**body, "max_tokens": limit})
         assert choice["finish_reason"] == "length"
         assert not choice["message"]["content"]
         for call in choice["message"].get("tool_calls", []):
             assert arguments.startswith(call["function"]["arguments"])
             lengths.add(len(call["function"]["arguments"]))
-    assert len(lengths) > 2
+    assert len(lengths) > 1
 
 
 def test_a_stop_text_within_a_call_ends_no_call(server: RunningServer) -> None:
@@ -260,7 +257,7 @@ def test_arguments_fit_schemas_with_all_that_is_usual(server: RunningServer, str
 def test_arguments_have_nothing_that_the_schema_does_not_know(server: RunningServer) -> None:
     tools = [tool("paint", [], colour={"enum": ["red"]}), {"type": "function", "function": {"name": "wash"}}]
     body = {"messages": ROOM, "tools": tools, "tool_choice": "required", "max_tokens": 60, "temperature": 1.5}
-    for choice in whole(server, {**body, "seed": 1, "n": 6}):
+    for choice in whole(server, {**body, "seed": 1, "n": 3}):
         for call in choice["message"]["tool_calls"]:
             assert set(json.loads(call["function"]["arguments"])) <= {"colour"}
 
@@ -325,10 +322,10 @@ def test_tools_that_can_not_be_are_refused(server: RunningServer, body: dict[str
 
 def test_many_tools_with_long_schemas(server: RunningServer) -> None:
     """As many as agents have; the model is told of them only so far as its context has room."""
-    tools = [tool(f"tool_{n}", **{f"p{k}": {"type": "string"} for k in range(3)}) for n in range(128)]
+    tools = [tool(f"tool_{n}", **{f"p{k}": {"type": "boolean"} for k in range(3)}) for n in range(128)]
     body = {"messages": ROOM, "tools": tools, "max_tokens": 5}
     assert_error(server.post(CHAT, body), 400, "context_length_exceeded", "messages")
-    few = {**body, "tools": tools[:6], "tool_choice": "required", "max_tokens": 90, "seed": 1}
+    few = {**body, "tools": tools[:4], "tool_choice": "required", "max_tokens": 90, "seed": 1}
     assert whole(server, few)[0]["message"]["tool_calls"]
 
 
@@ -337,7 +334,7 @@ def test_many_tools_with_long_schemas(server: RunningServer) -> None:
 
 def test_a_form_and_tools_give_one_or_the_other(server: RunningServer) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
-    body = {"messages": weather_talk(), "tools": [WEATHER], "max_tokens": 60, "seed": 1, "n": 4, "temperature": 1}
+    body = {"messages": weather_talk(), "tools": [WEATHER], "max_tokens": 60, "seed": 1, "n": 2, "temperature": 1}
     for choice in both(server, {**body, "response_format": {"type": "json_schema", "schema": schema}}):
         if choice["finish_reason"] == "tool_calls":
             calls_of(choice, WEATHER)
@@ -369,11 +366,10 @@ WRONG_HISTORIES: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize(("messages", "param"), WRONG_HISTORIES.values(), ids=WRONG_HISTORIES)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_history_is_refused_and_the_next_request_works(
-    server: RunningServer, family: str, messages: list[Any], param: str
+    server: RunningServer, messages: list[Any], param: str
 ) -> None:
-    body = {"messages": messages, "tools": [PAINT], "max_tokens": 2, **FAMILIES[family]}
+    body = {"messages": messages, "tools": [PAINT], "max_tokens": 2}
     for stream in (False, True):
         assert_error(server.post(CHAT, {**body, "stream": stream}), 400, None, param)
     assert whole(server, {**body, "messages": ROOM})
@@ -392,8 +388,10 @@ def test_malformed_arguments_are_refused(server: RunningServer, arguments: objec
 def test_arguments_as_clients_write_them(server: RunningServer, family: str, arguments: object) -> None:
     call = called("paint", {})
     call["tool_calls"][0]["function"]["arguments"] = arguments
-    messages = [*ROOM, call, result("done")]
-    assert whole(server, {"messages": messages, "tools": [PAINT], "max_tokens": 2, **FAMILIES[family]})
+    body = {"messages": [*ROOM, call, result("done")], "tools": [PAINT], **FAMILIES[family]}
+    response = server.post(PROMPT, body)
+    assert response.status_code == 200, response.text
+    assert "done" in response.json()["prompt"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -427,7 +425,7 @@ def _arguments(choice: Choice) -> Any:
     return json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
 
 
-@pytest.mark.parametrize("name", ["qwen3-coder", "mistral-small-3.2", "deepseek-v3", "glm4.5", "gemma3", "kimi-k2"])
+@pytest.mark.parametrize("name", ["qwen3-coder", "mistral-small-3.2", "deepseek-v3", "glm4.5"])
 def test_other_families_give_valid_calls_too(server: RunningServer, name: str) -> None:
     body = {"messages": ROOM, "tools": [PAINT, WASH], "tool_choice": NAMED, "max_tokens": 200, "seed": 2}
     (choice,) = both(server, {**body, "chat_template": template(name)})

@@ -60,7 +60,10 @@ def test_thoughts_that_the_prompt_has_begun(tags: ThinkingTags) -> None:
 @_TAGS
 def test_thoughts_without_an_end(tags: ThinkingTags) -> None:
     for end in range(len(tags.end)):
-        assert _read(f"{tags.start}Hm {tags.end[:end]}", cut=True)[0] == Reasoning(f"Hm {tags.end[:end]}")
+        thoughts = f"{tags.start}Hm {tags.end[:end]}"
+        assert _read(thoughts)[0] == Reasoning(f"Hm {tags.end[:end]}")
+        # Of a tag in which the answer was cut nothing is shown, as far as it can be told from text.
+        assert _read(thoughts, cut=True)[0] == Reasoning("Hm" if end > 1 else f"Hm {tags.end[:end]}")
 
 
 @_TAGS

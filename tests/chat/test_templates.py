@@ -11,7 +11,11 @@ import pytest
 from msgspec.structs import replace
 from published_templates import BOS, PUBLISHED, Published
 
+from llamaserve.chat.adapting import adapted
+from llamaserve.chat.formats.hermes import HERMES
+from llamaserve.chat.messages import normalise
 from llamaserve.chat.renderer import answer, render
+from llamaserve.chat.tools import toolbox
 from llamaserve.chat.traits import ProbeJob, Traits
 
 Message = dict[str, Any]
@@ -171,6 +175,40 @@ def test_calls_of_one_answer_are_shown_together(template: Published) -> None:
     prompt = template.render(messages, tools=TOOLS)
     assert stands_in_order(prompt, ["Tortuga", "Nassau", "sand only", "many palms"])
     assert prompt.count("Tortuga") == prompt.count("Nassau") == 1
+
+
+def adapted_prompt(template: Published, messages: list[Message]) -> str:
+    """Return the prompt of messages that are fitted to the template."""
+    tools = toolbox(tools=TOOLS, tool_choice=None, parallel_tool_calls=None, functions=None, function_call=None)
+    shown, offered = adapted(normalise(messages), traits_of(template), tools, HERMES)
+    return template.render(shown, tools=offered)
+
+
+def in_the_api(number: int, name: str, island: str) -> Message:
+    return call(Traits(arguments="text"), number, name, island)
+
+
+@pytest.mark.parametrize("length", [1, 5, 9, 40])
+def test_an_answer_with_text_and_several_calls_is_shown_whole(template: Published, length: int) -> None:
+    dig, look = (
+        {**in_the_api(number, name, island), "id": f"{number}" * length}
+        for number, name, island in ((1, "dig_up", "Tortuga"), (2, "look_around", "Nassau"))
+    )
+    calling = {"role": "assistant", "content": "Aye, I look.", "tool_calls": [dig, look], "reasoning_content": THOUGHTS}
+    results = [
+        {"role": "tool", "tool_call_id": each["id"], "content": f"found {n}"} for n, each in enumerate((dig, look))
+    ]
+    prompt = adapted_prompt(template, [SYSTEM, QUESTION, calling, *reversed(results)])
+    assert stands_in_order(prompt, [QUESTION["content"], "Tortuga", "Nassau", "found 1"])
+    assert stands_in_order(prompt, ["Tortuga", "found 0"])
+    answered = adapted_prompt(template, [SYSTEM, QUESTION, calling, *results, ANSWER, MORE])
+    assert prompt.count("Aye, I look.") == answered.count("Aye, I look.") == 1
+    assert prompt.count("Tortuga") == prompt.count("Nassau") == 1
+    assert stands_in_order(answered, ["Tortuga", "Nassau", "found 1", ANSWER["content"], MORE["content"]])
+    for each in (prompt, answered):
+        assert stands_in_order(each, ["Aye, I look.", "Tortuga"]) or template.name == "gemma4"  # it has texts last
+    if template.name in SHOW_ONE_CALL:
+        assert stands_in_order(prompt, ["Tortuga", "found 0", "Nassau", "found 1"])
 
 
 def test_results_are_answered(template: Published) -> None:

@@ -157,7 +157,7 @@ def test_choices(choice: Any, forced: bool, names: set[str], several: bool | Non
 @pytest.mark.parametrize(
     ("choice", "param", "said"),
     [
-        ("maybe", "tool_choice", "one of auto, required, any"),
+        ("maybe", "tool_choice", "one of none, auto, required, any"),
         ("", "tool_choice", "one of"),
         ("\ud800", "tool_choice", "half a surrogate pair"),
         (7, "tool_choice", "must be auto, none"),

@@ -12,11 +12,13 @@ from msgspec.structs import asdict, replace
 from published_templates import BOS, PUBLISHED, Published
 
 from llamaserve.chat import traits as traits_module
+from llamaserve.chat.answer import THINKING_TAGS, AnswerReader
 from llamaserve.chat.formats.deepseek import DEEPSEEK, DEEPSEEK_31
 from llamaserve.chat.formats.hermes import HERMES
 from llamaserve.chat.formats.json_calls import ID, JsonCalls
 from llamaserve.chat.formats.llama3 import LLAMA3
 from llamaserve.chat.formats.mistral import MISTRAL, MISTRAL_LIST
+from llamaserve.chat.reading import Arguments, CallBegins, Content, Reasoning
 from llamaserve.chat.renderer import answer
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.chat.traits import CallTexts, ProbeJob, TraitFinder, Traits
@@ -43,8 +45,9 @@ def json_calls(found: CallTexts | None) -> JsonCalls:
 NO_TOOLS = Traits(results=True)  # they show messages of any role
 ALL = Traits(tools=True, calls=True, several=True, results=True)
 HERMES_LIKE = replace(ALL, call_texts=texts(HERMES))
-LLAMA_LIKE = replace(ALL, several=False, call_texts=texts(LLAMA3))
-MISTRAL_OLD = replace(ALL, id_length=9, call_texts=texts(MISTRAL_LIST))
+LLAMA_TEXTS = replace(ALL, several=False, call_texts=texts(LLAMA3))
+LLAMA_LIKE = replace(LLAMA_TEXTS, text_apart=True)
+MISTRAL_OLD = replace(ALL, text_apart=True, id_length=9, call_texts=texts(MISTRAL_LIST))
 MISTRAL_NEW = replace(ALL, call_texts=texts(MISTRAL))
 THINKS: dict[str, Any] = {"thinking": "<think>", "thoughts": "reasoning_content"}
 WITHOUT_SPACE = replace(texts(MISTRAL_LIST), begin="[TOOL_CALLS][")
@@ -53,7 +56,9 @@ FUNCTION_TAGS = CallTexts("<function=", ">", "</function>", "", "", "", lone=Fal
 PHI = CallTexts('<|tool_call|>{"name": "', '", "arguments": ', "}<|/tool_call|>", "", "", "", lone=False)
 
 EXPECTED = {
-    "command-r7b": replace(ALL, thinking="<|START_THINKING|>", thoughts="reasoning_content"),  # it numbers calls
+    "command-r7b": replace(  # it numbers calls
+        ALL, text_apart=True, thinking="<|START_THINKING|>", thoughts="reasoning_content"
+    ),
     "deepseek-r1": Traits(
         calls=True,
         several=True,
@@ -71,9 +76,9 @@ EXPECTED = {
     "gemma3": NO_TOOLS,
     "gemma4": replace(ALL, thinking="<|channel>thought"),
     "glm4.5": replace(ALL, **THINKS),
-    "gpt-oss": replace(ALL, several=False, thoughts="thinking"),
+    "gpt-oss": replace(ALL, several=False, text_apart=True, thoughts="thinking"),
     "granite4": HERMES_LIKE,
-    "hermes3": HERMES_LIKE,
+    "hermes3": replace(HERMES_LIKE, text_apart=True),
     "kimi-k2": replace(ALL, ids_name=True),
     "lfm2": Traits(tools=True, results=True),
     "lfm2.5": replace(ALL, **THINKS),
@@ -85,7 +90,7 @@ EXPECTED = {
     "ministral3": MISTRAL_NEW,
     "mistral-7b-v0.3": MISTRAL_OLD,
     "mistral-nemo": replace(MISTRAL_OLD, call_texts=WITHOUT_SPACE),
-    "mistral-small-3.1": replace(MISTRAL_OLD, id_length=None),  # it takes the last nine characters of any id
+    "mistral-small-3.1": MISTRAL_OLD,  # it takes the last nine characters of longer ids
     "mistral-small-3.2": replace(MISTRAL_OLD, call_texts=WITH_ID),
     "phi4-mini": NO_TOOLS,
     "phi4-mini-tools": replace(ALL, call_texts=PHI),
@@ -176,14 +181,93 @@ FORMATS = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(FORMATS)
 def test_any_texts_around_names_and_json_are_found(calls: JsonCalls) -> None:
     assume((calls.begin + calls.before).strip() and calls.between.strip())
-    found = json_calls(probe(made_up(calls)).call_texts)
+    texts_found = probe(made_up(calls)).call_texts
+    if texts_found is None:
+        assert not is_read_back(calls) or begins_oddly(calls) or ends_oddly(calls)
+        return
+    found = json_calls(texts_found)
+    assert is_read_back(found)
     for number in range(1, 5):
-        named = [(f"get_{n}", f'{{"n": {n}}}') for n in range(number)]
-        assert found.write(named).strip() == calls.write(named).strip()
+        assert found.write(named(number)).strip() == calls.write(named(number)).strip()
+
+
+def named(number: int) -> list[tuple[str, str]]:
+    return [(f"get_{n}", f'{{"n": {n}}}') for n in range(number)]
+
+
+def is_read_back(calls: JsonCalls) -> bool:
+    """Say whether calls that are written like this are read as what they are."""
+    return all(
+        said(calls, pieces) == wanted
+        for wanted in map(named, (1, 2, 3))
+        for text in [calls.write(wanted).replace(ID, "aZ09xlnem")]
+        for pieces in ([text], list(text))
+    )
+
+
+def said(calls: JsonCalls, pieces: list[str]) -> list[tuple[str, str]] | None:
+    """Return the calls in an answer, and nothing if there is text in it."""
+    reader = AnswerReader(
+        thinking=THINKING_TAGS, calls=calls, names=frozenset({"get_0", "get_1", "get_2"}), whole=len(pieces) == 1
+    )
+    found: list[tuple[str, str]] = []
+    for part in [*(part for piece in pieces for part in reader.push(piece)), *reader.finish()]:
+        match part:
+            case CallBegins():
+                found.append((part.name, ""))
+            case Arguments():
+                found[-1] = (found[-1][0], found[-1][1] + part.text)
+            case Content() | Reasoning():
+                return None
+    return found
+
+
+def begins_oddly(calls: JsonCalls) -> bool:
+    """Say whether it does not show at once that an answer is a call, and what shows it are tokens or ids; or whether
+    what shows it is cut.
+    """
+    if calls.marker is not None and calls.marker not in calls.shown:
+        return True
+    return calls.marker is None and any(
+        mark in calls.begin + calls.before + calls.between for mark in (*calls.shown, ID)
+    )
+
+
+def ends_oddly(calls: JsonCalls) -> bool:
+    """Say whether what is between calls can't be told from what is around them all."""
+    starts = {text.strip()[:1] for text in (calls.begin + calls.before, calls.separator + calls.before)}
+    ends = {text.strip()[:1] for text in (calls.after + calls.end, calls.end)}
+    return bool(starts & ends)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        JsonCalls("a zero", before="<call>\0", between=":", after="</call>"),
+        JsonCalls("a zero between", before="<call>", between="\0:", after="</call>"),
+        JsonCalls("an end of thoughts", before="</think><call>", between=":", after="</call>"),
+        JsonCalls("thoughts", before="<think></think>", between=":", after=""),
+        JsonCalls("an end of turn", begin="<call>", before="<x>", between=":", after="", separator="<|eot_id|>"),
+        JsonCalls("the end of answers", before="<call><|fin|>", between=":", after="", separator=";"),
+        JsonCalls("a token in what begins as text", before="call ", between="<args>", after=";"),
+        JsonCalls("two names", before="<call>", between="probe_one", after=""),
+    ],
+    ids=lambda calls: calls.name,
+)
+def test_calls_that_could_not_be_read_are_not_found(calls: JsonCalls) -> None:
+    template = made_up(calls).replace(f"{{%- set ID = {json.dumps(ID)} %}}", '{%- set ID = "no id" %}')
+    traits = probe(template, "<|fin|>")
+    assert traits.calls
+    assert traits.call_texts is None
+
+
+def test_an_id_that_nothing_ends_is_not_found() -> None:
+    for after in (ID, f"{ID}x", f"{ID} \n"):
+        assert probe(made_up(JsonCalls("ids", before="<call>", between=":", after=after))).call_texts is None
 
 
 @pytest.mark.parametrize("calls", [HERMES, MISTRAL_LIST, MISTRAL, DEEPSEEK, DEEPSEEK_31], ids=lambda calls: calls.name)
@@ -194,7 +278,7 @@ def test_the_texts_of_a_known_format_are_found_as_they_are(calls: JsonCalls) -> 
 def test_a_format_of_one_call_is_found() -> None:
     refusing = "{% if message.tool_calls | length > 1 %}{{ raise_exception('one call, please') }}{% endif %}"
     template = made_up(LLAMA3).replace("{{- '<|assistant|>' + (m", refusing + "{{- '<|assistant|>' + (m")
-    assert probe(template) == LLAMA_LIKE
+    assert probe(template) == LLAMA_TEXTS
 
 
 def test_a_template_may_want_a_system_message() -> None:
@@ -216,6 +300,42 @@ def test_arguments_that_python_would_write_are_wanted_as_text() -> None:
     assert probe(printing) == replace(HERMES_LIKE, arguments="text")
     refusing = made_up(HERMES).replace("call.function.arguments | tojson", "call.function.arguments")
     assert probe(refusing) == replace(HERMES_LIKE, arguments="text")
+
+
+@pytest.mark.parametrize(
+    ("refused", "length"),
+    [("length != 9", 9), ("length < 9", 9), ("length > 9", 9), ("length < 2", None), ("length > 99", None)],
+)
+def test_the_length_that_ids_must_have_is_found(refused: str, length: int | None) -> None:
+    refusing = f"{{%- if call.id | {refused} %}}{{{{ raise_exception('an id') }}}}{{% endif %}}{{{{- BEFORE"
+    assert probe(made_up(HERMES).replace("{{- BEFORE", refusing)).id_length == length
+
+
+def test_a_text_that_is_not_shown_beside_calls_is_wanted_apart() -> None:
+    dropping = made_up(HERMES).replace("(message.content or '')", "''")
+    assert probe(dropping) == replace(HERMES_LIKE, text_apart=True)
+    with_thoughts = (
+        "{% if message.tool_calls and message.content and message.thinking %}{{ raise_exception('either') }}"
+    )
+    refusing = made_up(HERMES).replace(
+        "{%- if message.role", with_thoughts + "{% endif %}{{ message.thinking }}{%- if message.role", 1
+    )
+    assert probe(refusing) == replace(HERMES_LIKE, text_apart=True, thoughts="thinking")
+
+
+def test_a_text_stays_beside_calls_where_two_answers_in_a_row_are_not_shown() -> None:
+    strict = (
+        "{% if loop.previtem and loop.previtem.role == message.role %}{{ raise_exception('once each') }}{% endif %}"
+    )
+    dropping = made_up(HERMES).replace("(message.content or '')", "''")
+    assert probe(dropping.replace("{%- if message.role", strict + "{%- if message.role", 1)) == HERMES_LIKE
+
+
+def test_a_text_may_be_apart_where_results_are_the_users() -> None:
+    dropping = made_up(HERMES).replace("(message.content or '')", "''")
+    strict = "{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{%- if message.role"
+    found = probe(dropping.replace("{%- if message.role", strict, 1))
+    assert found == replace(HERMES_LIKE, text_apart=True, results=False)
 
 
 def test_content_that_is_null_is_wanted_only_where_it_matters() -> None:

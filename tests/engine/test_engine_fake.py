@@ -96,7 +96,7 @@ def test_a_stop_string_that_ends_at_max_tokens_is_a_stop() -> None:
     model = FakeModel({(1, 0): b"abcdef"})
     model.submit(1, "p", max_tokens=3, stop=("c",))
     model.run()
-    assert model.events == [Finished(1, 0, "ab", "stop", 1, 3, 0)]
+    assert model.events == [Finished(1, 0, "ab", "stop", 1, 3, 0, stopped=True)]
 
 
 def test_without_max_tokens_the_context_ends_the_answer() -> None:

@@ -85,13 +85,18 @@ class _Script:
 
 def _written(pieces: Sequence[str], thinking: Thinking) -> list[str]:
     """Return the tokens of an answer whose model wants to write some texts."""
+    return [token.decode() for token in _written_bytes([piece.encode() for piece in pieces], thinking)]
+
+
+def _written_bytes(pieces: Sequence[bytes], thinking: Thinking) -> list[bytes]:
     words = _Words()
-    script = _Script([words.number(piece) for piece in pieces])
+    words.texts += pieces
+    script = _Script(range(len(pieces)))
     limited = LimitedThinking(script, thinking, words)  # type: ignore[arg-type]
-    written: list[str] = []
+    written: list[bytes] = []
     try:
         while True:
-            written.append(words.texts[limited.sample(np.zeros(1))].decode())
+            written.append(words.texts[limited.sample(np.zeros(1))])
     except StopIteration:
         return written
 
@@ -128,6 +133,21 @@ END_WRITTEN = {
 @pytest.mark.parametrize(("pieces", "budget", "expected"), END_WRITTEN.values(), ids=END_WRITTEN)
 def test_an_end_of_several_tokens(pieces: list[str], budget: int, expected: list[str]) -> None:
     assert _written(pieces, Thinking("", "</think>", budget, begun=True)) == expected
+
+
+@pytest.mark.parametrize("character", ["é", "日", "😀"])
+def test_a_character_that_has_begun_is_completed(character: str) -> None:
+    letters = [bytes([byte]) for byte in character.encode()]
+    wanted = [*letters, *letters, b"a"]
+    for budget in range(1, 2 * len(letters) + 1):
+        whole = -(-budget // len(letters)) * len(letters)
+        written = _written_bytes([b"<think>", *wanted], Thinking("<think>", "]", budget))
+        assert written == [b"<think>", *wanted[:whole], b"]", *wanted[whole:]]
+
+
+def test_what_is_no_character_is_not_waited_for_long() -> None:
+    written = _written_bytes([b"<think>", *[b"\xf0"] * 50], Thinking("<think>", "]", 2))
+    assert written.index(b"]") < 12
 
 
 def test_white_space_around_markers_is_not_looked_for() -> None:

@@ -287,7 +287,7 @@ def fim_ids(header: GGUFHeader) -> list[int | None] | None:
 def test_tokens_around_a_gap_are_found_by_their_names(
     write: Write, names: tuple[str, str, str], separator: str
 ) -> None:
-    header = read_header(write(with_fim([*names, separator or "c"], [3, 4, 3, 3])))
+    header = read_header(write(with_fim([*names, separator or "c"], [3, 4, 1, 3])))
     assert fim_ids(header) == [2, 3, 4, None, 5 if separator else None]
     assert header.fim_tokens is header.fim_tokens
     assert header.fim_tokens is not None
@@ -299,15 +299,19 @@ def test_tokens_around_a_gap_may_be_given_by_id(write: Write) -> None:
     others = ["1", "2", "3", "4", "5"]
     assert fim_ids(read_header(write(with_fim(FIM_NAMES, [3] * 5, **ids)))) == [4, 3, 2, 6, 5]
     assert fim_ids(read_header(write(with_fim(others, [3] * 5, prefix=4, suffix=3, middle=2)))) == [4, 3, 2, None, None]
-    wrong = {"fim_pre": 10**6, "fim_suf": 0}
-    assert fim_ids(read_header(write(with_fim(FIM_NAMES, [3] * 5, **wrong)))) == [2, 3, 4, 5, 6]
+    out_of_range = {"fim_pre": 10**6, "fim_suf": 7}
+    assert fim_ids(read_header(write(with_fim(FIM_NAMES, [3] * 5, **out_of_range)))) == [2, 3, 4, 5, 6]
+    code_llama = ["▁<PRE>", "▁<SUF>", "▁<MID>"]
+    header = read_header(write(with_fim(code_llama, [1] * 3, prefix=2, suffix=3, middle=4)))
+    assert fim_ids(header) == [2, 3, 4, None, None]
+    assert header.fim_tokens is not None
+    assert header.fim_tokens.names == set(code_llama)
 
 
-def test_without_special_tokens_around_a_gap_there_are_none(write: Write, starter: GGUFHeader) -> None:
+def test_without_three_tokens_around_a_gap_there_are_none(write: Write, starter: GGUFHeader) -> None:
     assert starter.fim_tokens is None
-    assert read_header(write(with_fim(FIM_NAMES, [1, 3, 3, 3, 3]))).fim_tokens is None
     assert read_header(write(with_fim(FIM_NAMES[:2], [3, 3]))).fim_tokens is None
-    assert read_header(write(with_fim(FIM_NAMES, []))).fim_tokens is None
+    assert read_header(write(with_fim(FIM_NAMES, [3] * 5, fim_pre=3))).fim_tokens is None
     assert read_header(write(File(MINIMAL).bytes())).fim_tokens is None
     assert read_header(write(File(MINIMAL | {"tokenizer.ggml.token_type": 3}).bytes())).fim_tokens is None
 

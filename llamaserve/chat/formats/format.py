@@ -72,16 +72,19 @@ class AnswerFormat(Protocol):
     def THOUGHTS(self) -> tuple[str, str] | None:  # noqa: N802
         """What stands before and after thoughts, if there are any."""
 
-    def lark(self, tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str) -> str:
+    def lark(
+        self, tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str, limited: bool
+    ) -> str:
         """Return the rules of a constraint for an answer. The arguments of tool *i* are ``part{i}``, and with ``body``
-        the answer's text is the part after those. It may have ``calls``, or is ``forced`` to.
+        the answer's text is the part after those. It may have ``calls``, or is ``forced`` to. Where thinking is
+        ``limited``, there is one row of thoughts at most.
         """
 
     def begun(self, prompt: str) -> str:
         """Return what a prompt has of the answer's markup already, which is to be read before the answer."""
 
-    def read_answer(self, text: Incoming, names: frozenset[str]) -> Reading[None]:
-        """Yield the parts of an answer."""
+    def read_answer(self, text: Incoming, names: frozenset[str], raw_thoughts: bool) -> Reading[None]:
+        """Yield the parts of an answer. ``raw_thoughts`` leaves thoughts in the text as they are."""
 
 
 def sequence(text: str, markers: Sequence[str]) -> str:

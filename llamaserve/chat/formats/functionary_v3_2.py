@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llamaserve.chat.formats.format import escaped, one_of
+from llamaserve.chat.formats.format import escaped
 from llamaserve.chat.literals import json_object
 from llamaserve.chat.reading import CallBegins, CallEnds, Content, Incoming, Reading
 from llamaserve.chat.tools import Tool
@@ -33,7 +33,15 @@ def begun(prompt: str) -> str:
     return _TO if prompt.endswith(_TO) else ""
 
 
-def lark(tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str = "") -> str:
+def lark(
+    tools: Sequence[Tool],
+    *,
+    forced: bool,
+    calls: bool,
+    body: bool,
+    begun: str = "",
+    limited: bool = False,  # noqa: ARG001 (there are no thoughts)
+) -> str:
     """Return the rules of a ``lark`` constraint for an answer to a prompt that has ``begun`` it, or not. The arguments
     of tool *i* are ``part{i}``, and with ``body`` the text of the answer is the part after those. Raises
     ``InvalidRequest`` for a tool that has the user's name.
@@ -53,25 +61,33 @@ def lark(tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun:
 
 
 def _text_and_call(tools: Sequence[Tool]) -> Iterator[str]:
-    """Yield the rules of a text after which a tool may be called."""
-    said = [f"said{i} part{i}" for i in range(len(tools))]
-    yield "text: " + " | ".join(["SAID", *said])
-    yield f"SAID: /(?s:.*)/{_without(tools)}"
-    for i, tool in enumerate(tools):
-        yield f"said{i}[lazy]: SAID{i}"
-        yield f"SAID{i}: /(?s:.*){escaped(_TO + tool.name)}\\n/{_without([each for each in tools if each is not tool])}"
-
-
-def _without(tools: Sequence[Tool]) -> str:
-    """Write that no call of the tools begins in a lexeme."""
-    return f" & ~/(?s:.*){escaped(_TO)}{one_of(tool.name for tool in tools)}\\n(?s:.*)/" if tools else ""
+    """Yield the rules of a text after which a tool may be called. Behind each ``>>>`` in it comes a call, or what begins
+    like no tool's name: so no lexeme needs to tell a name from all the others, and all rules together stay short.
+    """
+    no_head = f" & ~/(?s:.*){escaped(_TO)}(?s:.*)/" if tools else ""
+    yield f"PIECE: /(?s:.*)/{no_head}"
+    if not tools:
+        yield "text: PIECE"
+        return
+    other = f"/[^{escaped(''.join(sorted({tool.name[0] for tool in tools})))}](?s:.*)/"
+    yield "text: PIECE | head next"
+    yield "next: " + " | ".join([*(f"call{i}" for i in range(len(tools))), "OTHER", "other_head next", '""'])
+    yield "head[lazy]: HEAD"
+    yield f"HEAD: /(?s:.*){escaped(_TO)}/"
+    yield f"OTHER: {other}{no_head}"
+    yield "other_head[lazy]: OTHER_HEAD"
+    yield f"OTHER_HEAD: /(?s:.*){escaped(_TO)}/ & {other}"
 
 
 def _line(recipient: str) -> str:
     return string(f"{recipient}\n")
 
 
-def read_answer(text: Incoming, names: frozenset[str]) -> Reading[None]:
+def read_answer(
+    text: Incoming,
+    names: frozenset[str],
+    raw_thoughts: bool = False,  # noqa: ARG001 (there are none)
+) -> Reading[None]:
     """Yield the parts of an answer, in which tools of these names may be called. What a prompt has ``begun`` comes
     first in the text. A message to somebody who is not known is content, as is one that begins in no such way.
     """

@@ -64,19 +64,26 @@ def begun(prompt: str) -> str:
     return f"{header}{end}" if header.strip() or end else ""
 
 
-def lark(tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str = "") -> str:
+def lark(
+    tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str = "", limited: bool = False
+) -> str:
     """Return the rules of a ``lark`` constraint for an answer with the markers ``SHOWN``. The arguments of tool *i* are
     ``part{i}``, and with ``body`` the text of the answer is the part after those.
 
     An answer may think first. Then comes its text, or a call, if there may be ``calls``; ``forced`` it is a call. Where
     any text will do, preambles may come before. ``begun`` is what the prompt has of the answer's first header. Raises
     ``ChatTemplateError`` if no answer could go on from there.
+
+    ``limited``: it may only think in its first message, since what counts its thoughts takes them to be over then.
     """
-    channels = '"analysis" | "commentary"' if calls and not forced and not body else '"analysis"'
+    channels = [] if limited else ['"analysis"']
+    channels += ['"commentary"'] if calls and not forced and not body else []
     last = ([] if forced else ["final"]) + [f"call{i}" for i in range(len(tools)) if calls]
     lines = [
-        "answer: before* last",
-        f"before: marker1 ({channels}) marker3 more",
+        f"answer: {'thought? ' if limited else ''}rest",
+        f"rest: {'before* ' if channels else ''}last",
+        'thought: marker1 "analysis" marker3 more',
+        f"before: marker1 ({' | '.join(channels)}) marker3 more" if channels else "",
         f"more: until4 marker0 {sequence(_ROLE, SHOWN)}",
         f"last: {' | '.join(last)}",
         'final: marker1 "final" marker3 text',
@@ -107,18 +114,18 @@ def _heads(tool: Tool) -> tuple[str, str]:
 
 def _messages(tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool) -> Iterator[tuple[str, str]]:
     """Yield the headers an answer may begin with, and the rule of what follows each of them."""
-    yield THOUGHTS[0], "more answer"
+    yield THOUGHTS[0], "more rest"
     if not forced:
         yield f"{CHANNEL}final{MESSAGE}", "text"
     if not calls:
         return
     if not forced and not body:
-        yield f"{CHANNEL}commentary{MESSAGE}", "more answer"
+        yield f"{CHANNEL}commentary{MESSAGE}", "more rest"
     for i, tool in enumerate(tools):
         yield from ((f"{head}{kind}{MESSAGE}", f"part{i}") for head in _heads(tool) for kind in _KINDS)
 
 
-def read_answer(text: Incoming, names: frozenset[str]) -> Reading[None]:
+def read_answer(text: Incoming, names: frozenset[str], raw_thoughts: bool = False) -> Reading[None]:
     """Yield the parts of an answer to a prompt that ends in ``<|start|>assistant``, in which tools of these names may
     be called. What the prompt has ``begun`` comes first in the text.
 
@@ -127,15 +134,16 @@ def read_answer(text: Incoming, names: frozenset[str]) -> Reading[None]:
     message that calls but is empty, and the last one, has no ``CallEnds``.
 
     The white space around thoughts and before later messages is left out, and messages of a kind are parted by an
-    empty line.
+    empty line. ``raw_thoughts`` are content instead, as they are, between the marks around them.
     """
-    yield from _Answer(text, names).read()
+    yield from _Answer(text, names, raw_thoughts).read()
 
 
 class _Answer:
-    def __init__(self, text: Incoming, names: frozenset[str]) -> None:
+    def __init__(self, text: Incoming, names: frozenset[str], raw_thoughts: bool) -> None:
         self._text = text
         self._names = names
+        self._raw_thoughts = raw_thoughts
         self._first = True  # whether it is the first message
         self._said: set[_Kind] = set()
 
@@ -186,8 +194,12 @@ class _Answer:
             space = yield from self._text.skip_space()
             if (yield from self._text.next_is("{")) or (yield from self._text.at_end()):
                 yield from self._call(name)
+            elif self._is_raw(header):
+                yield from self._say_as_it_is(shown + space)
             else:
                 yield from self._say(part, shown + space)
+        elif self._is_raw(header):
+            yield from self._say_as_it_is(shown)
         else:
             yield from self._say(part, shown if recipient or _is_prose(header) else "")
 
@@ -205,12 +217,25 @@ class _Answer:
             header += self._rest()
             if all(map(_may_be_markup, _WORD.findall(header))):
                 return
+        if self._is_raw(header):
+            yield from self._say_as_it_is(header.removeprefix(START + _ROLE).lstrip())
+            return
         text = _MARKUP.sub("", header, count=1)
         yield from self._say(_kind(header.removesuffix(text)), text)
 
     def _rest(self) -> str:
         """Pass all that is left of a text that has ended, and return it."""
         return "".join(part.text for part in self._text.up_to((), Content) if isinstance(part, Content))
+
+    def _is_raw(self, header: str) -> bool:
+        return self._raw_thoughts and _kind(header) is Reasoning
+
+    def _say_as_it_is(self, header: str) -> Reading[None]:
+        """Read a message to its end, which is part of it, as its header is."""
+        yield Content(f"{_BETWEEN}{header}" if Content in self._said else header)
+        yield from self._text.up_to(_AFTER_TEXT, Content)
+        if (yield from self._text.take(END)):
+            yield Content(END)
 
     def _say(self, part: _Kind, begins: str = "") -> Reading[None]:
         """Read a text to the end of its message. It ``begins`` with what has been passed already."""

@@ -99,7 +99,7 @@ class JsonCalls:
     def _looks_like_a_call(self, tools: Sequence[Tool]) -> str:
         """Return a regular expression of how a call begins, whatever white space there is."""
         before = "".join(f"\\s*{escaped(letter)}" for letter in self.begin + self.before if not letter.isspace())
-        return f"{before}{one_of(tool.name for tool in tools)}\\s*{escaped(self.between.strip()[:1])}"
+        return f"{before}\\s*{one_of(tool.name for tool in tools)}\\s*{escaped(self.between.strip()[:1])}"
 
     def write(self, calls: Sequence[tuple[str, str]]) -> str:
         """Return some calls, by name and JSON arguments, as an answer has them. Calls of which ids are part can't be

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llamaserve.chat.answer import THINKING_TAGS, AnswerReader
@@ -38,7 +39,7 @@ def reader(name: str, *, thinking: bool = False) -> AnswerReader:
     """Return a reader of answers in a format."""
     tags = THINKING_TAGS if thinking else ()
     if name == FUNCTIONARY_32:
-        return AnswerReader(names=NAMES, read=functionary_v3_2.read_answer)
+        return AnswerReader(read=partial(functionary_v3_2.read_answer, names=NAMES))
     calls = known.by_name(name)
     assert calls is not None
     return AnswerReader(thinking=tags, calls=calls.for_tools(TOOLS), names=NAMES)

@@ -32,10 +32,10 @@ _FINAL = f"{CHANNEL}final{MESSAGE}"
 _CALL = f"{CHANNEL}commentary to=functions.get_weather {CONSTRAIN}json{MESSAGE}"
 
 
-def _read(*pieces: str, names: frozenset[str] = _NAMES) -> list[Part]:
+def _read(*pieces: str, names: frozenset[str] = _NAMES, raw_thoughts: bool = False) -> list[Part]:
     """Return the parts of an answer that comes in pieces, those of a text joined."""
     text = Incoming()
-    reading = harmony.read_answer(text, names)
+    reading = harmony.read_answer(text, names, raw_thoughts)
     parts: list[Part] = []
 
     def step() -> None:
@@ -198,6 +198,45 @@ def test_answers_are_read_however_they_arrive(answer: str, parts: list[Part]) ->
     assert _read(*answer) == parts
     for at in range(len(answer)):
         assert _read(answer[:at], answer[at:]) == parts, at
+
+
+RAW: dict[str, tuple[str, list[Part]]] = {
+    "thoughts and an answer": (f"{_THOUGHT} Hm.\n{_NEXT}{_FINAL}4.", [Content(f"{_THOUGHT} Hm.\n{END}4.")]),
+    "several thoughts": (
+        f"{_THOUGHT}a{_NEXT}{_THOUGHT}b{_NEXT}{_FINAL}4.",
+        [Content(f"{_THOUGHT}a{END}{_THOUGHT}b{END}4.")],
+    ),
+    "a call": (f"{_THOUGHT}x{_NEXT}{_CALL}{_OSLO}", [Content(f"{_THOUGHT}x{END}"), *_WEATHER]),
+    "a preamble first": (
+        f"{CHANNEL}commentary{MESSAGE}I look.{_NEXT}{_THOUGHT}x{_NEXT}{_FINAL}4.",
+        [Content(f"I look.\n\n{_THOUGHT}x{END}\n\n4.")],
+    ),
+    "thoughts that are cut": (f"{_THOUGHT}x", [Content(f"{_THOUGHT}x")]),
+    "no end": (f"{_THOUGHT}x{_FINAL}4.", [Content(f"{_THOUGHT}x4.")]),
+    "a tool that models are trained with": (
+        f"{CHANNEL}analysis to=browser.search code{MESSAGE}{_OSLO}{_NEXT}{_FINAL}4.",
+        [Content(f"{CHANNEL}analysis to=browser.search code{MESSAGE}{_OSLO}{END}4.")],
+    ),
+    "no mark of the message": (
+        f"{CHANNEL}analysisWe think.{_NEXT}{_FINAL}4.",
+        [Content(f"{CHANNEL}analysisWe think.{END}4.")],
+    ),
+    "no thoughts": (f"{_FINAL}4.", [Content("4.")]),
+}
+
+
+@pytest.mark.parametrize(("answer", "parts"), RAW.values(), ids=RAW)
+def test_thoughts_can_be_left_in_the_text(answer: str, parts: list[Part]) -> None:
+    assert _read(answer, raw_thoughts=True) == parts
+    assert _read(*answer, raw_thoughts=True) == parts
+
+
+@settings(max_examples=200)
+@given(st.deferred(lambda: st.lists(_scraps, max_size=12).map("".join)))
+def test_thoughts_in_the_text_are_read_the_same_however_they_arrive(answer: str) -> None:
+    whole = _read(answer, raw_thoughts=True)
+    assert _read(*answer, raw_thoughts=True) == whole
+    assert not any(isinstance(part, Reasoning) for part in whole)
 
 
 _WELL_FORMED = [
@@ -378,8 +417,10 @@ FORMS: dict[str, dict[str, bool]] = {
 }
 
 
-def _constraint(form: Mapping[str, bool], begun: str = "", tools: Sequence[Tool] = _TOOLS) -> Constraint:
-    rules = harmony.lark(tools, begun=begun, **form)
+def _constraint(
+    form: Mapping[str, bool], begun: str = "", tools: Sequence[Tool] = _TOOLS, *, limited: bool = False
+) -> Constraint:
+    rules = harmony.lark(tools, begun=begun, limited=limited, **form)
     parts = [Constraint("json_schema", json.dumps(tool.parameters), tool.place) for tool in tools]
     parts += [Constraint("json_schema", json.dumps(_BODY), "response_format")] if form["body"] else []
     return Constraint("lark", rules, "tools", SHOWN, tuple(parts))
@@ -477,8 +518,10 @@ def test_what_the_rules_allow_is_read_as_it_is_meant(form: dict[str, bool], cont
     assert seen == wanted
 
 
-def _fits(answer: str, form: Mapping[str, bool], begun: str = "", *, controls: bool = True) -> bool:
-    matcher = _matcher(_constraint(form, begun), controls=controls)
+def _fits(
+    answer: str, form: Mapping[str, bool], begun: str = "", *, controls: bool = True, limited: bool = False
+) -> bool:
+    matcher = _matcher(_constraint(form, begun, limited=limited), controls=controls)
     tokens = [*_tokens(answer, controls=controls), _STOP]
     return bool(matcher.validate_tokens(tokens) == len(tokens))
 
@@ -533,6 +576,63 @@ def test_the_rules_go_on_from_where_the_prompt_ends(controls: bool) -> None:
         assert not _fits(f"{CHANNEL}unknown", FORMS["text or a call"], start, controls=controls) or start == _FINAL
     assert _fits('{"ok": true}', FORMS["a body"], _FINAL, controls=controls)
     assert not _fits("Hello", FORMS["a body or a call"], _FINAL, controls=controls)
+
+
+_PREAMBLE = f"{CHANNEL}commentary{MESSAGE}I look.{_NEXT}"
+_ENDINGS = {
+    "text": [f"{_FINAL}Hello"],
+    "a body": [f'{_FINAL}{{"ok": true}}'],
+    "text or a call": [f"{_FINAL}Hello", f"{_CALL}{_OSLO}", f"{_PREAMBLE}{_FINAL}Hello", f"{_PREAMBLE}{_CALL}{_OSLO}"],
+    "a body or a call": [f'{_FINAL}{{"ok": true}}', f"{_CALL}{_OSLO}"],
+    "a call": [f"{_CALL}{_OSLO}"],
+}
+
+
+@pytest.mark.parametrize("controls", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_thinking_can_be_limited_to_the_first_message(name: str, controls: bool) -> None:
+    form = FORMS[name]
+    for ending in _ENDINGS[name]:
+        for limited, most in ((False, 3), (True, 1)):
+            for count in range(4):
+                fits = _fits(count * _THINKS + ending, form, controls=controls, limited=limited)
+                assert fits == (count <= most), (ending, limited, count)
+            if ending.startswith(_PREAMBLE):
+                later = _PREAMBLE + _THINKS + ending.removeprefix(_PREAMBLE)
+                assert _fits(later, form, controls=controls, limited=limited) == (not limited)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_thoughts_that_the_prompt_has_begun_may_be_all_there_are(name: str) -> None:
+    for ending in _ENDINGS[name]:
+        for start in (_THOUGHT, f"{CHANNEL}analysis", CHANNEL):
+            thinks = _THINKS.removeprefix(start)
+            assert _fits(thinks + ending, FORMS[name], start, limited=True)
+            assert not _fits(thinks + _THINKS + ending, FORMS[name], start, limited=True)
+            assert _fits(thinks + _THINKS + ending, FORMS[name], start)
+        if ending.startswith(CHANNEL):
+            assert _fits(ending.removeprefix(CHANNEL), FORMS[name], CHANNEL, limited=True)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_answer_that_may_think_once_does_so_first(name: str) -> None:
+    whole = _matcher(_constraint(FORMS[name], limited=True), controls=True)
+    thought = set()
+    for seed in range(40):
+        answer, complete = _walk(whole.deep_copy(), random.Random(seed), controls=True)
+        if complete:
+            channels = [channel for channel, *_ in _meant(answer)]
+            thought.add("analysis" in channels)
+            assert "analysis" not in channels[1:]
+    assert thought == {False, True}
+
+
+def test_without_tools_there_are_rules_too() -> None:
+    rules = harmony.lark([], forced=False, calls=False, body=False, limited=True)
+    matcher = _matcher(Constraint("lark", rules, "thinking", SHOWN), controls=True)
+    for answer, fits in ((f"{_THINKS}{_FINAL}Hi", True), (f"{_FINAL}Hi", True), (f"{_THINKS}{_THINKS}{_FINAL}", False)):
+        tokens = [*_tokens(answer, controls=True), _STOP]
+        assert (matcher.validate_tokens(tokens) == len(tokens)) == fits
 
 
 @pytest.mark.parametrize(("form", "start"), [("a call", _FINAL), ("text", _CALL), ("text", f"{CHANNEL}other{MESSAGE}")])

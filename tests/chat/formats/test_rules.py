@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from functools import partial
 from typing import Any
 
 import jsonschema
@@ -168,9 +170,61 @@ def test_what_the_rules_of_whole_answers_allow_is_read_back(forced: bool, begun:
         begin = "" if forced or number % 3 == 0 else f"{'' if begun else '>>>'}all\nHm. >>>get_weather\n"
         text = walk(form, chance, _HINTS, begin)
         assert text is not None
-        answer = AnswerReader(names=frozenset(t.name for t in TOOLS), read=functionary_v3_2.read_answer)
+        answer = _functionary_reader(*(tool.name for tool in TOOLS))
         found += _check(answer, begun + text, TOOLS, forced=forced, several=False)
     assert found
+
+
+def _functionary_reader(*names: str) -> AnswerReader:
+    return AnswerReader(read=partial(functionary_v3_2.read_answer, names=frozenset(names)))
+
+
+def _functionary(*tools: Tool) -> Constraint:
+    rules = functionary_v3_2.lark(tools, forced=False, calls=True, body=False, begun=">>>")
+    return Constraint("lark", rules, "tools", functionary_v3_2.SHOWN, _schemas(tools))
+
+
+def test_functionary_may_write_arrows_that_begin_no_call() -> None:
+    form = _functionary(_tool("get", {}), _tool("show", {}))
+    said = (
+        ">>> print(1)",
+        ">>>(x)",
+        "f<<<1, 2>>>(y)",
+        ">>>",
+        ">>>>>>> ours",
+        ">>>>get\n[]",
+        "a >>>Get\n[]",
+        ">>>\n>>> get\nx",
+    )
+    for text in said:
+        assert accepts(form, f"all\n{text}")
+        assert accepts(form, f"all\n{text} >>>get\n{{}}")
+        assert not accepts(form, f"all\n{text} >>>get\n[]")
+        answer = _functionary_reader("get", "show")
+        assert _read(answer, f">>>all\n{text} >>>get\n{{}}") == (text, [("get", {})])
+    assert not accepts(form, "all\n>>>>>>get\n[]")
+    assert not accepts(form, "all\n>>>get {}")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_arrows_do_not_hide_calls_from_the_rules_of_functionary(seed: int) -> None:
+    hints = (">", ">>", ">>>", ">>>>", " ", "\n", "get\n", "get_weather\n", "{}", "{", "}", "x")
+    text = walk(_functionary(*TOOLS[:2]), random.Random(seed), hints, "all\n")
+    assert text is not None
+    answer = _functionary_reader("get", "get_weather")
+    _check(answer, f">>>{text}", TOOLS[:2], forced=False, several=False)
+
+
+def test_functionary_may_have_many_tools() -> None:
+    tools = [_tool(f"tool_with_a_name_{number:03}", {}) for number in range(500)]
+    start = time.perf_counter()
+    form = _functionary(*tools)
+    assert time.perf_counter() - start < 0.1
+    assert len(form.text) < 50_000
+    start = time.perf_counter()
+    for text in ("all\n>>> print(1)", "tool_with_a_name_123\n{}", "all\nHm.\n>>>tool_with_a_name_499\n{}"):
+        assert accepts(form, text)
+    assert time.perf_counter() - start < 3 * 0.5
 
 
 _names = st.sampled_from(
