@@ -92,7 +92,7 @@ PROMPTS = [
 MESSAGES = [
     *(None, "x", {}, 5, [], [5], [None], ["x"], [[]], [{}], [{"role": "user"}], [{"content": "x"}]),
     *([{"role": role, "content": "x"}] for role in ("", "USER", "nobody", 5, None, [], {}, "\0")),
-    *([{"role": "user", "content": content}] for content in (None, 5, True, {}, [5], [{}], [{"type": "text"}])),
+    *([{"role": "user", "content": content}] for content in (5, True, {}, [5], [{}], [{"type": "text"}])),
     *([{"role": "user", "content": [part]}] for part in ({"type": "text", "text": 5}, {"type": 5}, {"text": "x"}, [])),
     [*HELLO, {"role": "user", "content": "x", "name": 5}],
 ]
@@ -402,7 +402,6 @@ BOMBS = {
     "too long": "{{ messages }}" * 20_000,
     "what no template may": "{{ messages.__class__.__mro__ }}",
     "no template": "{% if",
-    "a complaint": "{{ raise_exception('No.') }}",
 }
 TEMPLATE_FIELDS: dict[str, dict[str, Any]] = {
     "chat_template": {},
@@ -421,6 +420,11 @@ def test_a_hostile_template_is_refused_soon_and_costs_little(server: RunningServ
     begin = time.monotonic()
     assert_error(server.post(CHAT, body), 400, "chat_template_error", field)
     assert time.monotonic() - begin < 5
+
+
+def test_what_a_template_refuses_are_the_messages(server: RunningServer) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, "chat_template": "{{ raise_exception('No.') }}"}
+    assert "No." in assert_error(server.post(CHAT, body), 400, "chat_template_error", "messages")
 
 
 def test_others_are_not_held_up_by_templates(server: RunningServer) -> None:
