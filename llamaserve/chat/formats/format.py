@@ -72,9 +72,7 @@ class AnswerFormat(Protocol):
     def THOUGHTS(self) -> tuple[str, str] | None:  # noqa: N802
         """What stands before and after thoughts, if there are any."""
 
-    def lark(
-        self, tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str, limited: bool
-    ) -> str:
+    def lark(self, tools: Sequence[Tool], *, forced: bool, calls: bool, body: bool, begun: str, limited: bool) -> str:
         """Return the rules of a constraint for an answer. The arguments of tool *i* are ``part{i}``, and with ``body``
         the answer's text is the part after those. It may have ``calls``, or is ``forced`` to. Where thinking is
         ``limited``, there is one row of thoughts at most.

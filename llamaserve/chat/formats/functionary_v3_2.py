@@ -62,7 +62,7 @@ def lark(
 
 def _text_and_call(tools: Sequence[Tool]) -> Iterator[str]:
     """Yield the rules of a text after which a tool may be called. Behind each ``>>>`` in it comes a call, or what
-    begins like no tool's name: so no lexeme needs to tell a name from all the others, and all rules together stay short.
+    begins like no tool's name: so no lexeme needs to tell a name from all the others, and the rules stay short.
     """
     no_head = f" & ~/(?s:.*){escaped(_TO)}(?s:.*)/" if tools else ""
     yield f"PIECE: /(?s:.*)/{no_head}"
