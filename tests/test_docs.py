@@ -13,10 +13,12 @@ from fastapi.routing import APIRoute
 from running_server import RunningServer
 
 from llamaserve import cli
+from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.fields import names_of
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.presets import Presets
 from llamaserve.app import create_app
+from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.engine.params import STAGES
 from llamaserve.errors import LlamaserveError, _tree
 from llamaserve.registry.pool import ModelPool
@@ -84,6 +86,19 @@ def test_every_option_is_in_the_table_with_its_names_and_default() -> None:
         assert written == value or json.loads(written) == value, name
         assert len(effect) > 10
         assert source in {"OpenAI", "text-generation-webui", "llama-server", "vLLM", "llamaserve"}
+
+
+def test_every_field_of_a_chat_is_documented_with_its_names() -> None:
+    text = (ROOT / "docs" / "chat.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for name in set(ChatRequest.model_fields) - set(GenerationOptions.model_fields):
+        row = next((row for row in rows if f"`{name}`" in row), "")
+        assert [other for other in names_of(ChatRequest, name) if f"`{other}`" not in row] == [], name
+
+
+def test_every_instruction_template_is_documented() -> None:
+    text = (ROOT / "docs" / "chat.md").read_text().replace("\n", " ")
+    assert [name for name in InstructionTemplates().names() if name not in text] == []
 
 
 def test_the_order_of_the_stages_is_documented() -> None:
