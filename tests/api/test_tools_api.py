@@ -431,3 +431,12 @@ def test_other_families_give_valid_calls_too(server: RunningServer, name: str) -
     (choice,) = both(server, {**body, "chat_template": template(name)})
     assert choice["finish_reason"] == "tool_calls"
     assert isinstance(_arguments(choice)["car"], bool)
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm4.5", "minimax-m2"])
+def test_texts_of_a_bounded_length_come_without_quotes(server: RunningServer, name: str) -> None:
+    note = tool("note", text={"type": "string", "maxLength": 60})
+    body = {"messages": ROOM, "tools": [note], "tool_choice": "required", "n": 4, "seed": 7, "reasoning_budget": 5}
+    choices = both(server, {**body, "chat_template": template(name), "max_tokens": 200})
+    assert [choice["finish_reason"] for choice in choices] == ["tool_calls"] * 4
+    assert all(len(_arguments(choice)["text"]) <= 60 for choice in choices)

@@ -125,7 +125,9 @@ class TaggedCalls:
             yield from ("value[lazy]: VALUE", f"VALUE: /(?s:.*){closing}/")
             return
         longest = "" if texts.longest is None else texts.longest
-        length = f"(?s:.){{{texts.shortest},{longest}}}{escaped(self._pad)}"
+        length = f"(?s:.){{{texts.shortest},{longest}}}"
+        if texts.shortest:  # else a line break before the tag counts as text: llguidance can't count far up to one
+            length += escaped(self._pad)
         yield f"{name}[lazy]: {name.upper()}"
         yield f"{name.upper()}: (/{length}/ & ~/(?s:.*){closing}(?s:.*)/) /{closing}/"
 
