@@ -132,7 +132,7 @@ class Chunks:
             stream = self._streams[piece.index] = _Stream(self, piece.index, self._reader(), self._style)
             for part in self._begun:
                 yield from stream.add(part)
-        return (yield from stream.take(piece))
+        yield from stream.take(piece)
 
     def usage(self, usage: Mapping[str, Any]) -> Chunk:
         """See ``ChunkFormat``."""

@@ -14,6 +14,7 @@ from llamaserve.chat.instruction_templates import InstructionTemplate, Overrides
 from llamaserve.chat.messages import normalise
 from llamaserve.chat.modes import Mode, ModelTemplate, Style
 from llamaserve.chat.preparation import ChatWish, ThinkingWish
+from llamaserve.chat.shortening import Truncation
 from llamaserve.chat.tools import Toolbox, toolbox
 from llamaserve.chat.values import written
 from llamaserve.engine.params import Logprobs
@@ -91,7 +92,7 @@ class ChatRequest(GenerationOptions):
     continue_final_message: bool = Field(default=False, description="Go on with the last message; return the rest.")
     add_generation_prompt: bool = Field(default=True, description="Whether the prompt opens the model's turn.")
     echo: bool = Field(default=False, description="Return what continue_final_message goes on with, too.")
-    truncation: Literal["disabled", "auto"] | None = Field(
+    truncation: Truncation | None = Field(
         None, description="auto: leave out the oldest turns of a conversation that is too long."
     )
 
