@@ -173,10 +173,10 @@ class RunningEngine:
             assert run.holders == sum(run in prefix.runs for prefix in cache._prefixes) > 0
             assert run.length > 0
         assert all(prefix.cells_in_runs() <= prefix.length for prefix in cache._prefixes)
-        spilled = list(cache._spill._root.children.values())
+        spilled = [block for root in cache._spill._roots.values() for block in root.children.values()]
         for block in spilled:
             spilled += block.children.values()
-        assert sum(len(block.state) for block in spilled) == cache._spill.size <= cache._spill.budget
+        assert sum(block.size for block in spilled) == cache._spill.size <= cache._spill.budget
 
     def check_nothing_is_left(self) -> None:
         """Check that, apart from what may serve later requests, everything is as it was at first."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence as TokenSequence
+from pathlib import Path
 
 import msgspec
 import psutil
 
+from llamaserve.engine import heap
+from llamaserve.engine.adapters import Adapters
 from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import (
     Delta,
@@ -28,7 +31,7 @@ from llamaserve.engine.events import (
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, Vocab, close_all, uses_gpu
 from llamaserve.engine.logprobs import AnswerLogprobs, with_offsets
 from llamaserve.engine.pacing import TimeShare
-from llamaserve.engine.params import DRAFTED_ROWS, Generation, LoadParams, Sampling
+from llamaserve.engine.params import DRAFTED_ROWS, Adapter, Generation, LoadParams, Sampling
 from llamaserve.engine.prefix_cache import SPARE, PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.sampling import SamplerFactory
@@ -69,14 +72,16 @@ class Engine:
         *,
         batch: int,
         context: int,
+        adapters: Adapters,
         drafted_rows: int = 0,
         drafter: Callable[[list[int]], Drafter] = PromptLookup,
         one_prompt_a_step: bool = False,
         samplers: SamplerFactory | None = None,
+        identity: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``drafted_rows``: how many guessed tokens a step may evaluate; 0 switches speculation off. ``drafter`` makes
-        what guesses, from a sequence's own list of tokens.
+        what guesses, from a sequence's own list of tokens. ``identity`` says for which engines saved prefixes are good.
         """
         self.vocab = vocab
         self._runner = runner
@@ -85,6 +90,8 @@ class Engine:
         self._drafted_rows = drafted_rows
         self._drafter = drafter
         self._samplers = samplers or SamplerFactory(vocab, context)
+        self._adapters = adapters
+        self._identity = identity
         self._clock = clock
         self._costs = StepCosts()
         self._pace = TimeShare(self._costs)
@@ -94,6 +101,7 @@ class Engine:
             batch=batch,
             drafts=self._drafts if drafted_rows else None,
             one_prompt_a_step=one_prompt_a_step,
+            clock=clock,
         )
         self._reported = Occupancy()
         self._next_progress = -math.inf
@@ -178,10 +186,14 @@ class Engine:
             raise InvalidRequest(
                 f"at most {_MAX_SHOWN} names of control tokens are taken, of {_MAX_NAME} characters each"
             )
+        self._adapters.resolve(generation.adapters)
         self._samplers.check(generation.sampling, generation.constraint, generation.thinking)
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
-        """Queue the answers to some encoded prompts. Their events carry ``request`` and an index."""
+        """Queue the answers to some encoded prompts. Their events carry ``request`` and an index. Raises
+        ``InvalidRequest`` when it wants LoRA adapters that are not there any more.
+        """
+        adapters = self._adapters.resolve(generation.adapters)
         limit = generation.time_limit
         deadline = math.inf if limit is None else self._clock() + limit
         self._next_deadline = min(self._next_deadline, deadline)
@@ -191,6 +203,7 @@ class Engine:
                 index = number * generation.choices + choice
                 sequence = Sequence(request, index, prompt, generation, deadline, self._context)
                 sequence.shown = shown
+                sequence.adapters = adapters
                 self._record_logprobs(sequence)
                 if generation.constraint is not None:
                     sequence.form = self._samplers.grammars.start(generation.constraint)
@@ -204,6 +217,20 @@ class Engine:
             first = sequence.tokens[0]
             piece = self.vocab.piece(first, special=True)
             sequence.prompt_logprobs = [TokenLogprobs(TokenLogprob(first, piece, 0.0))]
+
+    def set_adapters(self, wanted: TokenSequence[Adapter]) -> None:
+        """Have these LoRA adapters, and no others, for the requests that come after; those before go on with what they
+        started with. Raises ``ModelLoadFailed``, and nothing has changed then.
+        """
+        self._adapters.replace(wanted)
+        self._free_adapters()
+
+    def _free_adapters(self) -> None:
+        """Free the adapters that nobody wants or uses any more, and forget what was evaluated with them."""
+        used = {digest for sequence in self._scheduler.sequences for digest, _ in sequence.adapters}
+        for digest in self._adapters.unwanted - used:
+            self._adapters.free(digest)
+            self._cache.forget(digest)
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -298,6 +325,19 @@ class Engine:
         next request need not wait for it; False when there is nothing to copy.
         """
         return self._cache.save_ahead()
+
+    def limit_spill(self, size: int) -> None:
+        """Let prefixes take at most so many bytes of main memory beside the cache; what is over it is lost, and its
+        memory the operating system's.
+        """
+        self._cache.limit_spill(size)
+        heap.give_back()
+
+    def save_prefixes(self, path: Path, size: int) -> tuple[int, int]:
+        """Write the prefixes to a file of at most so many bytes, those used last first. Returns how many tokens and
+        bytes it has; without tokens there is no file. Raises ``EngineError``.
+        """
+        return self._cache.export(path, self._identity, size)
 
     def occupancy(self) -> Occupancy | None:
         """Return how busy the engine is when that has changed since the last call, else None."""
@@ -423,6 +463,8 @@ class Engine:
         if sequence.sampler is not None:
             sequence.sampler.close()
             sequence.sampler = None
+        if self._adapters.unwanted:
+            self._free_adapters()
 
 
 class ContextEngine(Engine):
@@ -446,9 +488,12 @@ class ContextEngine(Engine):
         exact = not params.kv_unified
         state = model.has_state
         samplers = SamplerFactory(model.vocab, params.context)
+        adapters = Adapters(model, native)
+        adapters.replace(params.adapters)
         runner = LlamaRunner(
             native,
             samplers,
+            adapters,
             batch=params.batch,
             prompts_apart=exact,
             interruptible=not state,
@@ -477,8 +522,12 @@ class ContextEngine(Engine):
             drafted_rows=DRAFTED_ROWS if params.speculation and can_take_back and not exact else 0,
             one_prompt_a_step=exact,
             samplers=samplers,
+            adapters=adapters,
+            identity=params.prefixes_identity,
             clock=clock,
         )
+        if params.saved_prefixes is not None:
+            cache.adopt(Path(params.saved_prefixes), params.prefixes_identity)
 
 
 class LoadedEngine(ContextEngine):
@@ -495,13 +544,13 @@ class LoadedEngine(ContextEngine):
         try:
             self._native = Context(self._model, params)
             sizes = _warm_up(self._native, self._model.vocab)
+            if params.spill is None:
+                spill = 0 if uses_gpu(params) else _default_spill(*sizes, self._native.cells)
+                params = msgspec.structs.replace(params, spill=spill)
+            super().__init__(self._model, self._native, params)
         except LlamaserveError:
             self.close()
             raise
-        if params.spill is None:
-            spill = 0 if uses_gpu(params) else _default_spill(*sizes, self._native.cells)
-            params = msgspec.structs.replace(params, spill=spill)
-        super().__init__(self._model, self._native, params)
         self._threads = ThreadController(params.threads) if params.adaptive_threads else None
 
     def submit(self, request: int, prompts: TokenSequence[TokenSequence[int]], generation: Generation) -> None:
@@ -530,17 +579,22 @@ class LoadedEngine(ContextEngine):
 
 def _warm_up(context: Context, vocab: Vocab) -> tuple[int, int]:
     """Evaluate two tokens, so that the first request does not pay for reading the weights and building the graph.
-    Returns the bytes of the state after each.
+    Returns the bytes of the state of one token, and of two.
+
+    They are taken off again, and not overwritten with zeros as ``clear`` would do with all cells: that takes as long as
+    loading a small model.
     """
-    sizes: list[int] = []
-    batch = Batch(1)
-    for position in range(2):
+    batch, token = Batch(2), max(0, vocab.bos)
+    batch.add([token, token], 0, 0, logits=1)
+    context.evaluate(batch)
+    both = context.state_size(0)
+    if context.truncate(0, 1) == 0:  # recurrent states can't be cut
         batch.clear()
-        batch.add([max(0, vocab.bos)], position, 0, logits=1)
+        batch.add([token], 0, 0, logits=1)
         context.evaluate(batch)
-        sizes.append(context.state_size(0))
-    context.clear()
-    return sizes[0], sizes[1]
+    one = context.state_size(0)
+    context.truncate(0, 0)
+    return one, both
 
 
 def _default_spill(first: int, second: int, cells: int) -> int:

@@ -14,6 +14,15 @@ from llamaserve.errors import ErrorValue
 FinishReason = Literal["stop", "length"]
 
 
+class Device(msgspec.Struct, frozen=True, array_like=True):
+    """A GPU that llama.cpp can use; its memory in bytes."""
+
+    name: str
+    description: str
+    free: int
+    total: int
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """A token, the bytes that it stands for, and its log-probability (natural logarithm)."""
 

@@ -13,20 +13,35 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
+import psutil
 
-from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, LoadParams
+from llamaserve.engine.binding import without_package
+from llamaserve.engine.devices import gpu_devices
+from llamaserve.engine.events import Device
+from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, Footprint, LoadParams
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
+
+with without_package("llama_cpp"):
+    import llama_cpp.llama_cpp as lib
 
 # ggml_type, from ggml.h
 _KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
+_SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}  # llama_split_mode
+_LOAD_MODES = {  # llama_load_mode, by mmap and mlock; -1 maps the file where the devices have no reason against it
+    (True, False): -1,
+    (False, False): 0,
+    (False, True): 2,
+    (True, True): 3,
+}
+_NUMA_STRATEGIES = {"distribute": 1, "isolate": 2, "numactl": 3}  # ggml_numa_strategy
 _ALL_LAYERS = -1
-_LOG_ERROR, _LOG_CONTINUED = 4, 5
+_LOG_WARNING, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
 
 _recent_errors: deque[str] = deque(maxlen=4)
 _last_level = 0
@@ -38,15 +53,16 @@ def _on_log(level: int, text: bytes, _user_data: Any) -> None:
     """Pass llama.cpp's errors on to standard error and remember them; drop the rest.
 
     Its warnings are dropped too: the loudest ones are about settings that are meant, such as a cache that is larger
-    than the context of one sequence.
+    than the context of one sequence. But it must be said when memory could not be locked.
     """
     global _last_level
     level = _last_level if level == _LOG_CONTINUED else level
     _last_level = level
-    if level == _LOG_ERROR and not _interrupting:
+    refused = level == _LOG_WARNING and b"failed to mlock" in text
+    if (level == _LOG_ERROR and not _interrupting) or refused:
         line = text.decode("utf-8", "replace")
         sys.stderr.write(line)
-        if line.strip():
+        if line.strip() and not refused:
             _recent_errors.append(line.strip())
 
 
@@ -60,9 +76,25 @@ def start_backend() -> None:
     lib.llama_backend_init()
 
 
+def list_gpus() -> list[Device]:
+    """Return the GPUs that this build of llama.cpp can use here."""
+    return gpu_devices(lib._lib)  # ggml's functions are found in the libraries that it depends on
+
+
+def memory_in_use() -> Footprint:
+    """Return the resident memory of this process, and what anybody uses of the memory of GPUs."""
+    used = sum(gpu.total - gpu.free for gpu in list_gpus())
+    return Footprint(psutil.Process().memory_info().rss, used)
+
+
 def supports_gpu_offload() -> bool:
     """Tell whether this build of llama.cpp can use a GPU (Metal, CUDA, Vulkan, ...)."""
     return bool(lib.llama_supports_gpu_offload())
+
+
+def system_info() -> str:
+    """Return what llama.cpp says of its build: ``CPU : AVX2 = 1 | FMA = 1 |`` and so on, for each of its backends."""
+    return bytes(lib.llama_print_system_info()).decode("utf-8", "replace")
 
 
 def gpu_layer_count(setting: str | int) -> int:
@@ -87,7 +119,21 @@ def model_params(params: LoadParams) -> Any:
     """Return the ``llama_model_params`` for these settings, without a progress callback."""
     native = lib.llama_model_default_params()
     native.n_gpu_layers = gpu_layer_count(params.gpu_layers)
+    native.load_mode = _LOAD_MODES[params.mmap, params.mlock]
+    native.split_mode = _SPLIT_MODES[params.split_mode]
+    if params.tensor_split:
+        native.tensor_split = _shares(params.tensor_split)  # which the structure keeps alive
     return native
+
+
+def _shares(tensor_split: Sequence[float]) -> Any:
+    gpus = min(len(list_gpus()), lib.llama_max_devices())
+    if len(tensor_split) > gpus or not any(tensor_split):
+        found = ", ".join(f"{share:g}" for share in tensor_split)
+        raise ModelLoadFailed(
+            f"tensor_split is [{found}]; it must have a share over 0, and none beyond the {gpus} GPUs that are here"
+        )
+    return (ctypes.c_float * lib.llama_max_devices())(*tensor_split)  # it always reads so many
 
 
 def context_params(params: LoadParams) -> Any:
@@ -95,27 +141,31 @@ def context_params(params: LoadParams) -> Any:
     native = lib.llama_context_default_params()
     native.n_ctx = params.kv_cells
     native.n_batch = params.batch
-    native.n_ubatch = params.batch
+    native.n_ubatch = min(params.batch, params.micro_batch or params.batch)
     native.n_seq_max = params.parallel + _scratch_sequences(params)
     # A row of logits for each sequence, guess and scored token: llama.cpp would reserve one for each token of a batch.
     # It ends the process when there are fewer than sequence ids.
     native.n_outputs_max = native.n_seq_max + (DRAFTED_ROWS if params.speculation else 0) + SCORED_ROWS
     native.n_threads = params.threads
-    native.n_threads_batch = params.threads
+    native.n_threads_batch = params.batch_threads or params.threads
     native.flash_attn_type = _FLASH_ATTENTION[params.flash_attention]
     native.type_k = _KV_TYPES[params.key_type]
     native.type_v = _KV_TYPES[params.value_type]
     native.kv_unified = params.kv_unified
-    native.swa_full = False
+    native.swa_full = params.full_window
+    native.offload_kqv = params.gpu_cache
+    native.rope_freq_base = params.rope_freq_base
+    native.rope_freq_scale = params.rope_freq_scale
     native.no_perf = True
     return native
 
 
 def _scratch_sequences(params: LoadParams) -> int:
-    """Return the number of sequence ids to reserve: one, to copy to what is saved and from what is restored. llama.cpp
-    saves no sequence with an id beyond those that can be evaluated, and restores nothing behind other tokens.
+    """Return the number of sequence ids to reserve: one, to copy to what is saved and from what is restored, in main
+    memory or in a file. llama.cpp saves no sequence with an id beyond those that can be evaluated, and restores nothing
+    behind other tokens.
     """
-    return 1 if params.kv_unified and params.spill != 0 else 0
+    return 1 if params.kv_unified and params.prefix_cache else 0
 
 
 # llama.cpp's own tokenise function, for libraries that call it from C
@@ -131,9 +181,13 @@ class Vocab:
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.add_bos: bool = lib.llama_vocab_get_add_bos(self._vocab)
         self._pieces: dict[tuple[int, bool], bytes] = {}
-        is_end = lib.llama_vocab_is_eog
-        # the tokens with which the model says that its answer is complete
-        self.ends = frozenset(token for token in range(self.size) if is_end(self._vocab, token))
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens with which the model says that its answer is complete. Found at the first use: it takes 20 ms for
+        49,152 tokens, and few requests need it.
+        """
+        return frozenset(token for token in range(self.size) if self.is_end_of_generation(token))
 
     @property
     def handle(self) -> Any:
@@ -211,13 +265,15 @@ class Vocab:
 
     def is_end_of_generation(self, token: int) -> bool:
         """Tell whether the model says with this token that its answer is complete."""
-        return token in self.ends
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
 
 
 class Model:
     """Loaded weights."""
 
     def __init__(self, params: LoadParams, on_progress: Callable[[float], bool]) -> None:
+        if params.numa != "off":  # before anything is loaded; llama.cpp knows no way back
+            lib.llama_numa_init(_NUMA_STRATEGIES[params.numa])
         native = model_params(params)
 
         def report(fraction: float, _user_data: Any) -> bool:
@@ -244,11 +300,46 @@ class Model:
         """Width of the sliding attention window in tokens; 0 when attention reaches back to the start."""
         return max(0, int(lib.llama_model_n_swa(self.handle)))
 
+    def load_adapter(self, path: str) -> LoraWeights:
+        """Return what a LoRA adapter's file adds to the weights. Raises ``ModelLoadFailed``."""
+        return LoraWeights(self, path)
+
     def close(self) -> None:
-        """Free the weights. Contexts on them must be closed first."""
+        """Free the weights, and those of adapters. Contexts on them must be closed first."""
         if self.handle:
             lib.llama_model_free(self.handle)
             self.handle = None
+
+
+def read_vocabulary(path: str) -> Vocab:
+    """Return the vocabulary of a model file without its weights. It stays in memory: for processes that soon end.
+
+    Raises ``ModelLoadFailed``.
+    """
+    native = lib.llama_model_default_params()
+    native.vocab_only = True
+    _recent_errors.clear()
+    handle = lib.llama_model_load_from_file(os.fsencode(path), native)
+    if not handle:
+        raise ModelLoadFailed(f"llama.cpp can't read the vocabulary of {path}: {_why()}")
+    return Vocab(handle)
+
+
+class LoraWeights:
+    """The weights of a LoRA adapter, which go with the model's."""
+
+    def __init__(self, model: Model, path: str) -> None:
+        _recent_errors.clear()
+        self._model = model
+        self.handle = lib.llama_adapter_lora_init(model.handle, os.fsencode(path))
+        if not self.handle:
+            raise ModelLoadFailed(f"llama.cpp can't load the LoRA adapter {path}: {_why()}")
+
+    def close(self) -> None:
+        """Free them; no context may use them any more. Closing the model has done it, too."""
+        if self.handle and self._model.handle:
+            lib.llama_adapter_lora_free(self.handle)
+        self.handle = None
 
 
 def _why() -> str:
@@ -271,6 +362,8 @@ class Context:
         self.cells: int = lib.llama_n_ctx(self.handle)
         self._vocab_size = model.vocab.size
         self._unified = params.kv_unified
+        self._threads = params.threads
+        self._batch_threads = params.batch_threads or params.threads
         self._scratch = params.parallel  # the sequence id for saving and restoring
         self._logits: dict[int, npt.NDArray[np.float32]] = {}  # by address: one for each row that had some
 
@@ -361,8 +454,19 @@ class Context:
         return (start, end) if self._unified and not self._model.has_state else (-1, -1)
 
     def set_threads(self, threads: int) -> None:
-        """Use so many CPU threads from the next evaluation on."""
-        lib.llama_set_n_threads(self.handle, threads, threads)
+        """Use at most so many CPU threads from the next evaluation on; with as many as there may be for one token, all
+        that there may be for more of them.
+        """
+        most = self._batch_threads
+        lib.llama_set_n_threads(self.handle, threads, most if threads >= self._threads else min(threads, most))
+
+    def use_adapters(self, adapters: Sequence[tuple[LoraWeights, float]]) -> None:
+        """Evaluate with these LoRA adapters and scales, and no others, from now on."""
+        handles = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*(weights.handle for weights, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        code = lib.llama_set_adapters_lora(self.handle, handles, len(adapters), scales)
+        if code != 0:
+            raise EngineError(f"llama.cpp can't use {len(adapters)} LoRA adapters (code {code})")
 
     def interrupt(self) -> None:
         """Have the evaluation under way, if it can be, raise ``Interrupted``. The one method for other threads."""

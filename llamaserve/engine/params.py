@@ -9,9 +9,36 @@ import msgspec
 GpuLayers = Literal["auto", "all", "none"] | int
 FlashAttention = Literal["auto", "on", "off"]
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+SplitMode = Literal["none", "layer", "row"]
+NumaStrategy = Literal["off", "distribute", "isolate", "numactl"]
 
 DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
 SCORED_ROWS = 64  # prompt tokens in a step at most of which the logits are wanted, too
+
+
+class Footprint(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of main memory and of the memory of GPUs."""
+
+    host: int = 0
+    device: int = 0
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(self.host + other.host, self.device + other.device)
+
+    def __sub__(self, other: Footprint) -> Footprint:
+        return Footprint(self.host - other.host, self.device - other.device)
+
+    def fits(self, room: Footprint) -> bool:
+        """Whether there is room for it in both."""
+        return self.host <= room.host and self.device <= room.device
+
+
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter: what requests call it, its GGUF file, and how strongly it works where a request says nothing."""
+
+    name: str
+    path: str
+    scale: float = 1.0
 
 
 class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +52,15 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     evaluated for another request, ``spill`` is the bytes of main memory that this may take beside the cache (None: as
     many as the cache has, but at most a quarter of what is free, and none with a GPU), and ``speculation`` allows to
     evaluate guessed tokens beforehand.
+
+    ``micro_batch`` is how many of a step's tokens are computed at once (None: all of them), and ``batch_threads`` the
+    threads for more than one token (None: as many as for one). ``mmap`` maps the file instead of reading it, ``mlock``
+    keeps it from being swapped out. ``gpu_cache`` puts the cache of layers on a GPU there, too; ``tensor_split`` are
+    the shares of several GPUs and ``split_mode`` says what is divided among them. ``rope_freq_base`` and
+    ``rope_freq_scale`` replace the model's own (0: they don't). ``full_window`` keeps the cells behind a sliding
+    window, so that beginnings can be reused. ``adapters`` are loaded with the model, and ``saved_prefixes`` is a file
+    from which prefixes of an earlier life are taken, if it is good and was written under the same
+    ``prefixes_identity``.
     """
 
     path: str
@@ -42,6 +78,20 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool
     spill: int | None
     speculation: bool
+    micro_batch: int | None = None
+    batch_threads: int | None = None
+    mmap: bool = True
+    mlock: bool = False
+    numa: NumaStrategy = "off"
+    gpu_cache: bool = True
+    tensor_split: tuple[float, ...] = ()
+    split_mode: SplitMode = "layer"
+    rope_freq_base: float = 0.0
+    rope_freq_scale: float = 0.0
+    full_window: bool = False
+    adapters: tuple[Adapter, ...] = ()
+    saved_prefixes: str | None = None
+    prefixes_identity: str = ""
 
 
 # The stages of a sampler in their usual order: text-generation-webui's, with those it has no place for put first.
@@ -236,7 +286,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``context`` is how many tokens prompt and answer may have together, if that is less than the model's; with
     ``truncate`` a longer prompt loses its beginning, otherwise it is refused. ``add_bos`` begins a text prompt with the
     begin token, if the model has one. ``special`` shows control tokens in the text, otherwise only those of the names
-    in ``shown`` are. With ``next_token`` nothing is generated: what could come next is reported.
+    in ``shown`` are. With ``next_token`` nothing is generated: what could come next is reported. ``adapters`` are the
+    LoRA adapters to use, by name and with their scales; None stands for all of the model's with their own.
     """
 
     sampling: Sampling
@@ -254,3 +305,4 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shown: tuple[str, ...] = ()
     thinking: Thinking | None = None
     next_token: NextToken | None = None
+    adapters: tuple[tuple[str, float], ...] | None = None

@@ -4,20 +4,24 @@ The cache holds *prefixes*: the evaluated tokens of running sequences, and those
 request may begin the same way. A sequence starts with a copy of the longest beginning that any prefix has. In a unified
 cache a copy shares the cells, so that the system prompt of ten chats lies there once. Prefixes that nobody continues
 move to main memory when other sequences begin, or are cut from their ends when cells are short, those unused longest
-first. Knows the length of things and who holds them; the data itself is behind ``Memory``.
+first. What was evaluated with other LoRA adapters serves no sequence. Knows the length of things and who holds them;
+the data itself is behind ``Memory``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence as TokenSequence
-from itertools import count
+from operator import itemgetter
+from pathlib import Path
 from typing import Protocol
 
-from llamaserve.engine.sequence import Sequence, common_prefix
+from llamaserve.engine.saved_prefixes import NOTHING, PrefixFile, PrefixWriter
+from llamaserve.engine.sequence import AdapterKey, Sequence, common_prefix
 from llamaserve.engine.spill import Spill
 
 SPARE = 64  # finished sequences that are kept beside the running ones; llama.cpp has 256 ids
+_WORTH_KEEPING = 64  # tokens: shorter prefixes are evaluated again when the model is loaded again
 _WORTH_BRINGING = 16  # tokens: fewer are evaluated about as fast as they are brought back
 _WORTH_SAVING = 1024  # idle cells for which a sequence that starts waits until some blocks are saved ...
 _SAVED_AT_ONCE = (
@@ -64,12 +68,13 @@ class _Prefix:
     or were, shared; the rest are its own.
     """
 
-    __slots__ = ("id", "idle_tokens", "last_used", "owner", "runs", "saved")
+    __slots__ = ("adapters", "id", "idle_tokens", "last_used", "owner", "runs", "saved")
 
     def __init__(self, number: int) -> None:
         self.id = number
         self.owner: Sequence | None = None
         self.idle_tokens: list[int] = []  # of a prefix without owner
+        self.adapters: AdapterKey = ()  # with which its tokens are evaluated
         self.runs: list[_Run] = []
         self.last_used = 0
         self.saved = False  # whether all that main memory has room for is there, of a prefix without owner
@@ -132,8 +137,10 @@ class PrefixCache:
         self._slots = [_Prefix(number) for number in range(slots)]
         self._spare = [_Prefix(slots + 1 + number) for number in range(spare)]  # the id between is left to ``Memory``
         self._prefixes = [*self._slots, *self._spare]
+        self._moving = reuses and spill is not None  # whether prefixes can leave the cache and come back
         self._spill = spill or Spill()
-        self._clock = count(1)
+        self._file: PrefixFile | None = None  # from which blocks there are
+        self._clock = self._spill.clock
         self.cells = cells
         self.used_cells = 0  # cells with tokens in them, each counted once however many prefixes share it
 
@@ -148,9 +155,9 @@ class PrefixCache:
             return []
         return sequence.tokens[: min(len(sequence.tokens) - self._kept_back, sequence.reusable)]
 
-    def reusable(self, wanted: TokenSequence[int]) -> int:
-        """Return how many of the wanted tokens a sequence that starts now would find resident."""
-        return max(self._longest(self._prefixes, wanted)[0], self._spill.longest(wanted)[0])
+    def reusable(self, wanted: TokenSequence[int], adapters: AdapterKey = ()) -> int:
+        """Return how many of the wanted tokens a sequence with these adapters would find resident if it started now."""
+        return max(self._longest(self._prefixes, wanted, adapters)[0], self._spill.longest(wanted, adapters)[0])
 
     def held_cells(self) -> int:
         """Return the number of cells that running sequences hold."""
@@ -158,16 +165,16 @@ class PrefixCache:
         runs = {id(run): run.length for slot in running for run in slot.runs}
         return sum(runs.values()) + sum(slot.length - slot.cells_in_runs() for slot in running)
 
-    def held_in_common(self, wanted: TokenSequence[int]) -> int:
-        """Return how many of the wanted tokens lie in cells that a running sequence holds."""
+    def held_in_common(self, wanted: TokenSequence[int], adapters: AdapterKey = ()) -> int:
+        """Return how many of the wanted tokens lie in cells that a running sequence with these adapters holds."""
         if not self._shares_cells:
             return 0
-        return self._longest([slot for slot in self._slots if slot.owner], wanted)[0]
+        return self._longest([slot for slot in self._slots if slot.owner], wanted, adapters)[0]
 
     def acquire(self, sequence: Sequence) -> None:
         """Give the sequence a slot that begins with as many of its tokens as any prefix does."""
         wanted = self.wanted(sequence)
-        reusable, donor = self._longest(self._prefixes, wanted)
+        reusable, donor = self._longest(self._prefixes, wanted, sequence.adapters)
         whole = donor is not None and donor.owner is None and reusable == donor.length
         slot = self._slot_for(donor if whole else None)
         if slot is donor:
@@ -183,6 +190,7 @@ class PrefixCache:
         sequence.evaluated = slot.length
         slot.owner = sequence
         slot.idle_tokens = []
+        slot.adapters = sequence.adapters
         self._make_way()
         self._bring_back(sequence, wanted)
 
@@ -227,11 +235,48 @@ class PrefixCache:
             if prefix.owner is not None:
                 prefix.owner.evaluated = 0
 
+    def forget(self, adapter: str) -> None:
+        """Drop the idle prefixes that were evaluated with an adapter, which is not there any more."""
+        for prefix in self._idle():
+            if any(name == adapter for name, _ in prefix.adapters):
+                self._cut(prefix, 0)
+        self._spill.forget(adapter)
+
     def save_ahead(self) -> bool:
         """Copy a block of an idle prefix to main memory, so that it can leave the cache at once; False when there is
         nothing to copy.
         """
         return self._moves and any(self._save(prefix, 1) for prefix in self._idle())
+
+    def limit_spill(self, size: int) -> None:
+        """Let prefixes take so many bytes of main memory, and drop what is over it."""
+        if self._moving:
+            self._spill.limit(size)
+            for prefix in self._prefixes:
+                prefix.saved = False
+
+    def adopt(self, path: Path, identity: str) -> None:
+        """Have the prefixes of a file, if it has this identity, before there are others."""
+        self._file = PrefixFile.open(path, identity, block=self._spill.block) if self._moving else None
+        if self._file is not None:
+            self._spill.adopt(self._file.blocks())
+
+    def export(self, path: Path, identity: str, room: int) -> tuple[int, int]:
+        """Write the prefixes that are worth it to a file of at most ``room`` bytes, those used last first. Returns how
+        many tokens and bytes it has; without tokens there is no file. Raises ``EngineError``.
+
+        The file that was adopted is extended, unless less than half of it is still wanted, or there is no room.
+        """
+        if not self._moving:
+            return 0, 0
+        former, self._file = self._file, None
+        if former is not None and 2 * self._spill.stored < former.size:
+            former = None
+        with PrefixWriter(path, identity, block=self._spill.block, room=room, extends=former) as writer:
+            self._write_all(writer)
+            if not writer.full or writer.extends is None:
+                return writer.tokens, writer.finish()
+        return self.export(path, identity, room)
 
     def make_room(self, cells: int) -> bool:
         """Cut idle prefixes from their ends, those unused longest first, until so many cells are free; False when that
@@ -281,21 +326,23 @@ class PrefixCache:
         most = _SAVED_AT_ONCE if self.used_cells - self.held_cells() >= _WORTH_SAVING else 0
         for prefix in self._idle():
             most -= self._save(prefix, most)
-            if self._spill.missing(prefix.idle_tokens) is None:
+            if self._spill.missing(prefix.idle_tokens, prefix.adapters) is None:
                 self._cut(prefix, 0)
 
     def _slot_of(self, sequence: Sequence) -> _Prefix:
         assert sequence.slot is not None
         return self._slots[sequence.slot]
 
-    def _longest(self, prefixes: Iterable[_Prefix], wanted: TokenSequence[int]) -> tuple[int, _Prefix | None]:
-        """Return how many of the wanted tokens the best of some prefixes has, and that one: the latest of equally good
-        ones.
+    def _longest(
+        self, prefixes: Iterable[_Prefix], wanted: TokenSequence[int], adapters: AdapterKey
+    ) -> tuple[int, _Prefix | None]:
+        """Return how many of the wanted tokens the best of some prefixes has that were evaluated with these adapters,
+        and that one: the latest of equally good ones.
         """
         best, found = 0, None
         for prefix in sorted(prefixes, key=_by_use, reverse=True):
             length, tokens = prefix.length, prefix.tokens
-            if min(length, len(wanted)) <= best or tokens[best] != wanted[best]:
+            if min(length, len(wanted)) <= best or tokens[best] != wanted[best] or prefix.adapters != adapters:
                 continue  # it can't have more in common: many prefixes begin alike, and comparing them all takes long
             common = min(length, common_prefix(tokens, wanted))
             if common > best and (self.divisible or common == length):
@@ -319,6 +366,7 @@ class PrefixCache:
             self._memory.truncate(slot.id, 0)
             spare.idle_tokens, slot.idle_tokens = slot.idle_tokens, []
             spare.runs, slot.runs = slot.runs, []
+            spare.adapters = slot.adapters
             spare.last_used, spare.saved = slot.last_used, slot.saved
 
     def _copy(self, donor: _Prefix, slot: _Prefix, length: int) -> None:
@@ -346,17 +394,41 @@ class PrefixCache:
         """Copy blocks of an idle prefix that main memory does not have, at most so many; return how many it were."""
         saved = 0
         while self._spill.budget and saved < most and not prefix.saved:
-            place = self._spill.missing(prefix.idle_tokens)
+            place = self._spill.missing(prefix.idle_tokens, prefix.adapters)
             state = self._memory.save(prefix.id, *place) if place else None
-            if state and self._spill.add(prefix.idle_tokens, state):
+            if state and self._spill.add(prefix.idle_tokens, state, prefix.adapters):
                 saved += 1
             else:
                 prefix.saved = True
         return saved
 
+    def _write_all(self, writer: PrefixWriter) -> None:
+        held = ((math.inf if p.owner else p.last_used, p.adapters, p.tokens[: p.length], p) for p in self._prefixes)
+        spilled = ((*prefix, None) for prefix in self._spill.prefixes())
+        for _, adapters, tokens, prefix in sorted([*held, *spilled], key=itemgetter(0), reverse=True):
+            if len(tokens) >= _WORTH_KEEPING:
+                self._write(writer, adapters, tokens, prefix)
+
+    def _write(self, writer: PrefixWriter, adapters: AdapterKey, tokens: list[int], prefix: _Prefix | None) -> None:
+        """Write what a file does not have yet of a prefix, which may be in the cache: as much of its beginning as has
+        room and is in good order.
+        """
+        place, start = NOTHING, 0
+        for part, block in self._spill.cut(tokens, adapters):
+            end = start + len(part)
+            found = writer.find(place, adapters, part)
+            if found is None:
+                state = (block.state if writer.holds(block.state) else block.load()) if block else None
+                if state is None and prefix is not None:
+                    state = self._memory.save(prefix.id, start, end)
+                found = writer.add(place, adapters, part, state) if state else None
+            if found is None:
+                return
+            place, start = found, end
+
     def _bring_back(self, sequence: Sequence, wanted: TokenSequence[int]) -> None:
         """Let a sequence that starts go on with blocks from main memory, if it has much more of its tokens then."""
-        shared, blocks = self._spill.longest(wanted)
+        shared, blocks = self._spill.longest(wanted, sequence.adapters)
         if shared < sequence.evaluated + _WORTH_BRINGING:
             return
         end = 0
@@ -364,12 +436,17 @@ class PrefixCache:
             end += len(block.tokens)
             if end <= sequence.evaluated:
                 continue
-            if not self.make_room(len(block.tokens)):
+            state = block.load()
+            if state is None:
+                self._spill.discard(block)
+            if state is None or not self.make_room(len(block.tokens)):
                 return
             if not self._spill.in_blocks:
                 self.rewind(sequence, 0)
             start, keep = sequence.evaluated, min(end, shared)
-            if not self._memory.restore(self._slot_of(sequence).id, block.state, start, keep):
+            if not self._memory.restore(self._slot_of(sequence).id, state, start, keep):
+                if not block.size:  # a file's, which is not of these settings, whatever it says
+                    self._spill.discard(block)
                 return
             self.advance(sequence, keep - start)
 

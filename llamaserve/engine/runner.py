@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence as TokenSequence
 from typing import Protocol
 
+from llamaserve.engine.adapters import Adapters
 from llamaserve.engine.candidates import Candidates, NothingLeft
 from llamaserve.engine.constraint import CanNotGoOn, Form
 from llamaserve.engine.llama import Batch, Context
@@ -41,6 +42,7 @@ class LlamaRunner:
         self,
         context: Context,
         samplers: SamplerFactory,
+        adapters: Adapters,
         *,
         batch: int,
         prompts_apart: bool = False,
@@ -55,10 +57,12 @@ class LlamaRunner:
         self._prompts_apart = prompts_apart
         self._context = context
         self._samplers = samplers
+        self._adapters = adapters
         self._batch = Batch(batch)
 
     def evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         """See ``Runner``."""
+        self._adapters.use(chunks[0].sequence.adapters)  # which all of them have
         if not self._prompts_apart:
             return self._evaluate(chunks)
         # The prompt first: it may be interrupted, and then nothing has been sampled yet.

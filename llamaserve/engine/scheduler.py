@@ -1,15 +1,20 @@
 """Decides what each step evaluates: which sequences run, and how many tokens of each.
 
 A step takes the next token of every decoding sequence first, with the tokens that are guessed to follow it, then prompt
-tokens of the others, oldest first, as many as the running streams can bear. Sequences wait in order of arrival; one
-whose prompt begins like another's that is being evaluated waits for that and copies it. When cells run short, idle
-prefixes go first, then the newest running sequence goes back to the queue: it keeps its tokens and sampler and is
-evaluated again later. This module decides only; it knows nothing of llama.cpp, of tokens' meaning or of clients.
+tokens of the others, oldest first, as many as the running streams can bear. All of its sequences have the same LoRA
+adapters; where there are several such sets, they take turns. Sequences wait in order of arrival, but none for another
+set's as long as that has more of them running; one whose prompt begins like another's that is being evaluated waits for
+that and copies it. When cells run short, idle prefixes go first, then the newest running sequence goes back to the
+queue: it keeps its tokens and sampler and is evaluated again later. This module decides only; it knows nothing of
+llama.cpp, of tokens' meaning or of clients.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence as TokenSequence
 from itertools import count
 from operator import attrgetter
@@ -20,10 +25,11 @@ import msgspec
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import SCORED_ROWS
 from llamaserve.engine.prefix_cache import PrefixCache
-from llamaserve.engine.sequence import Sequence, State, common_prefix
+from llamaserve.engine.sequence import AdapterKey, Sequence, State, common_prefix
 from llamaserve.errors import OutOfCells
 
 _WORTH_WAITING = 16  # tokens that a sequence need not evaluate if it waits for another's prompt
+_TURN = 0.05  # seconds for a set of adapters while others wait, or a step: a change costs some milliseconds
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -81,6 +87,7 @@ class Scheduler:
         batch: int,
         drafts: Drafts | None = None,
         one_prompt_a_step: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
         self._pace = pace
@@ -91,6 +98,9 @@ class Scheduler:
         self._arrivals = count()
         self._waiting: list[Sequence] = []  # both in order of arrival
         self._running: list[Sequence] = []
+        self._clock = clock
+        self._turns: list[AdapterKey] = []  # the sets of adapters of those that run; the first one's turn it is
+        self._turn_ends = -math.inf
 
     @property
     def idle(self) -> bool:
@@ -110,7 +120,7 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """The sequences that have none, in the order in which they will get one."""
-        return list(self._waiting)
+        return self._in_order_of_admission()
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -132,6 +142,7 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._cache.release(sequence)
             self._running.remove(sequence)
+            self._leave_turns(sequence.adapters)
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.FINISHED
@@ -173,13 +184,13 @@ class Scheduler:
             return
         committed = self._cache.held_cells() + sum(sequence.pending for sequence in self._running)
         started = 0
-        for sequence in list(self._waiting):
+        for sequence in self._in_order_of_admission():
             if started == slots:
                 break
             if self._follows(sequence):
                 continue
             wanted = self._cache.wanted(sequence)
-            committed += len(sequence.tokens) + 1 - self._cache.held_in_common(wanted)
+            committed += len(sequence.tokens) + 1 - self._cache.held_in_common(wanted, sequence.adapters)
             if self._running and committed > self._cache.cells:
                 break
             self._waiting.remove(sequence)
@@ -193,6 +204,21 @@ class Scheduler:
             sequence.cached = found if sequence.cached is None else min(sequence.cached, found)
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_in_order)
+        if sequence.adapters not in self._turns:
+            self._turns.append(sequence.adapters)
+
+    def _in_order_of_admission(self) -> list[Sequence]:
+        """Return those who wait in the order in which they will get a slot. Of several sets of adapters it is the one
+        with the fewest running sequences that gets the next one.
+        """
+        if len({sequence.adapters for sequence in self._waiting}) < 2:
+            return list(self._waiting)
+        before = Counter(sequence.adapters for sequence in self._running)
+        ranks: list[int] = []
+        for sequence in self._waiting:
+            ranks.append(before[sequence.adapters])
+            before[sequence.adapters] += 1
+        return [sequence for _, _, sequence in sorted(zip(ranks, count(), self._waiting, strict=False))]
 
     def _follows(self, sequence: Sequence) -> bool:
         """Whether a running sequence is evaluating what this one would otherwise evaluate once more."""
@@ -204,9 +230,9 @@ class Scheduler:
         wanted = self._cache.wanted(sequence)
         if not self._cache.divisible:  # a beginning can't be copied from a sequence that has gone on
             return False
-        reusable = self._cache.reusable(wanted)
+        reusable = self._cache.reusable(wanted, sequence.adapters)
         for other in self._running:
-            if other.evaluated >= other.prompt_length:
+            if other.evaluated >= other.prompt_length or other.adapters != sequence.adapters:
                 continue
             shared = common_prefix(self._cache.wanted(other), wanted)
             if shared >= max(other.evaluated, reusable) + _WORTH_WAITING:
@@ -215,23 +241,49 @@ class Scheduler:
         return False
 
     def _chunks(self) -> list[Chunk]:
-        decoding = [sequence for sequence in self._running if sequence.decoding]
+        if len(self._turns) < 2:
+            return self._chunks_of(self._running, 0)
+        if self._clock() >= self._turn_ends:
+            self._pass_turn()
+        streams = sum(sequence.decoding for sequence in self._running)
+        for _ in range(len(self._turns)):
+            having_turn = [sequence for sequence in self._running if sequence.adapters == self._turns[0]]
+            others = streams - sum(sequence.decoding for sequence in having_turn)
+            if chunks := self._chunks_of(having_turn, others):
+                return chunks
+            self._pass_turn()  # its prompts have to wait for the streams of others
+        return []
+
+    def _pass_turn(self) -> None:
+        self._turns.append(self._turns.pop(0))
+        self._turn_ends = self._clock() + _TURN
+
+    def _leave_turns(self, adapters: AdapterKey) -> None:
+        """Take note that a sequence with these adapters runs no more."""
+        if all(sequence.adapters != adapters for sequence in self._running):
+            self._turns.remove(adapters)
+
+    def _chunks_of(self, running: list[Sequence], others: int) -> list[Chunk]:
+        """Return the chunks of a step of some sequences with the same adapters, which so many others' streams wait
+        for.
+        """
+        decoding = [sequence for sequence in running if sequence.decoding]
         room = self._batch - len(decoding)
         prompts: list[Chunk] = []
-        if len(decoding) < len(self._running):
-            pending = [sequence.pending for sequence in self._running if not sequence.decoding]
-            wanted = self._pace.prompt_tokens(len(decoding), len(pending), min(sum(pending), room))
-            prompts = self._prompt_chunks(min(wanted, room))
+        if len(decoding) < len(running):
+            pending = [sequence.pending for sequence in running if not sequence.decoding]
+            wanted = self._pace.prompt_tokens(len(decoding) + others, len(pending), min(sum(pending), room))
+            prompts = self._prompt_chunks(running, min(wanted, room))
             room -= sum(chunk.rows for chunk in prompts)
         drafts = self._drafts(decoding, room) if self._drafts and decoding else [[]] * len(decoding)
         chunks = [Chunk(sequence, 1, draft) for sequence, draft in zip(decoding, drafts, strict=True)] + prompts
         chunks.sort(key=_by_slot)  # a split cache wants them in this order
         return chunks
 
-    def _prompt_chunks(self, budget: int) -> list[Chunk]:
+    def _prompt_chunks(self, running: list[Sequence], budget: int) -> list[Chunk]:
         chunks = []
         scored = SCORED_ROWS
-        for sequence in self._running:
+        for sequence in running:
             if budget <= 0:
                 break
             if not sequence.decoding:
@@ -249,6 +301,7 @@ class Scheduler:
 
     def _preempt_newest(self) -> None:
         sequence = self._running.pop()
+        self._leave_turns(sequence.adapters)
         self._cache.release(sequence)
         sequence.state = State.WAITING
         insort(self._waiting, sequence, key=_in_order)

@@ -15,6 +15,10 @@ from llamaserve.engine.speculation import Drafter
 from llamaserve.errors import LlamaserveError
 
 _UNLIMITED = 2**31
+# Which LoRA adapters are at work, by what is in their files, and how strongly: sorted, without those of scale 0. What
+# was evaluated with some of them serves only those who want the same.
+AdapterKey = tuple[tuple[str, float], ...]
+
 _COMPARED = 256  # tokens at once: comparing list slices is far faster than comparing tokens
 
 
@@ -58,6 +62,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapters",
         "arrival",
         "blocked",
         "cached",
@@ -97,6 +102,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.generation = generation
+        self.adapters: AdapterKey = ()
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.limit = min(context, generation.context or context)  # of tokens, prompt and answer

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence as TokenSequence
+from pathlib import Path
 
 from fake_memory import FakeMemory
 from simulated_clock import SimulatedClock
 
+from llamaserve.engine.adapters import Adapters
 from llamaserve.engine.engine import Engine
 from llamaserve.engine.events import Delta, EngineEvent, Failed, Finished
 from llamaserve.engine.llama import Interrupted
@@ -16,7 +18,7 @@ from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.scheduler import Chunk
 from llamaserve.engine.sequence import Sequence
 from llamaserve.engine.speculation import Drafter, PromptLookup
-from llamaserve.errors import EngineError, InvalidRequest, OutOfCells
+from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
 
 END = 256  # the end-of-generation token
 SAMPLING = Sampling(seed=0)
@@ -44,6 +46,43 @@ class ByteVocab:
     def is_end_of_generation(self, token: int) -> bool:
         """See ``Vocab``."""
         return token == END
+
+
+class FakeLoras:
+    """A model and a context at once: every file holds an adapter, unless it says "damaged"."""
+
+    def __init__(self) -> None:
+        self.open: list[FakeLora] = []
+        self.at_work: list[tuple[FakeLora, float]] = []
+
+    def load_adapter(self, path: str) -> FakeLora:
+        """See ``Model``."""
+        if Path(path).read_text() == "damaged":
+            raise ModelLoadFailed(f"llama.cpp can't load the LoRA adapter {path}: it is damaged")
+        return FakeLora(self, Path(path).read_text())
+
+    def use_adapters(self, adapters: TokenSequence[tuple[FakeLora, float]]) -> None:
+        """See ``Context``."""
+        assert all(weights in self.open for weights, _ in adapters)
+        self.at_work = list(adapters)
+
+    def adapters(self) -> Adapters:
+        """Return what keeps the books of them."""
+        return Adapters(self, self)  # type: ignore[arg-type]  # has what it uses of the two
+
+
+class FakeLora:
+    """An adapter's weights: a text."""
+
+    def __init__(self, owner: FakeLoras, text: str) -> None:
+        self.owner = owner
+        self.text = text
+        owner.open.append(self)
+
+    def close(self) -> None:
+        """See ``LoraWeights``."""
+        assert all(weights is not self for weights, _ in self.owner.at_work)
+        self.owner.open.remove(self)
 
 
 class FakeSampler:
@@ -156,12 +195,14 @@ class FakeModel:
         self.memory = FakeMemory()
         self.runner = ScriptedRunner(self.memory, answers or {}, real_cells, clock)
         self.cache = PrefixCache(self.memory, slots, cells)
+        self.loras = FakeLoras()
         self.engine = Engine(
             self.runner,
             self.cache,
             ByteVocab(),  # type: ignore[arg-type]  # has what the engine uses of a Vocab
             batch=batch,
             context=context,
+            adapters=self.loras.adapters(),
             drafted_rows=drafted_rows,
             drafter=drafter,
             clock=clock,
@@ -177,6 +218,7 @@ class FakeModel:
         stop: tuple[str, ...] = (),
         stream: bool = False,
         time_limit: float | None = None,
+        adapters: tuple[tuple[str, float], ...] | None = None,
     ) -> None:
         """Encode and submit."""
         generation = Generation(
@@ -186,6 +228,7 @@ class FakeModel:
             stop=stop,
             stream=stream,
             time_limit=time_limit,
+            adapters=adapters,
         )
         self.engine.submit(request, [self.engine.encode(prompt) for prompt in prompts], generation)
 

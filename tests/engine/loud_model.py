@@ -11,10 +11,15 @@ from pathlib import Path
 from gguf_writer import File, Tensor, tiny_llama_metadata, tiny_llama_tensors
 
 
-def write_loud_model(path: Path) -> None:
-    """Write a GGUF file of 261 tokens: a byte each, sentencepiece, with a begin token."""
+def loud_model() -> File:
+    """Return a GGUF file of 261 tokens: a byte each, sentencepiece, with a begin token."""
     tensors = [_louder(tensor) for tensor in tiny_llama_tensors()]
-    path.write_bytes(File(tiny_llama_metadata() | {"llama.context_length": 1024}, tensors).bytes())
+    return File(tiny_llama_metadata() | {"llama.context_length": 1024}, tensors)
+
+
+def write_loud_model(path: Path) -> None:
+    """Write it."""
+    path.write_bytes(loud_model().bytes())
 
 
 def _louder(tensor: Tensor) -> Tensor:

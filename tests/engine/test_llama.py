@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from loud_model import write_loud_model
+from sliding_model import write_sliding_model
 
 from llamaserve.engine import llama
 from llamaserve.engine.engine import LoadedEngine
+from llamaserve.engine.events import Device
 from llamaserve.engine.llama import Batch, Context, Model, NativeSampler, Vocab
 from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, Generation, LoadParams, Sampling
 from llamaserve.errors import EngineError, InvalidRequest, ModelLoadFailed, OutOfCells
@@ -64,8 +69,9 @@ def test_sizes_and_threads(load_params: LoadParams) -> None:
     params = _changed(load_params, context=300, parallel=3, kv_cells=700, kv_unified=True, batch=96, threads=5)
     native = llama.context_params(params)
     assert (native.n_ctx, native.n_batch, native.n_ubatch) == (700, 96, 96)
-    assert (native.n_seq_max, native.n_outputs_max) == (3, 3 + DRAFTED_ROWS + SCORED_ROWS)
-    assert llama.context_params(_changed(params, speculation=False)).n_outputs_max == 3 + SCORED_ROWS
+    assert (native.n_seq_max, native.n_outputs_max) == (4, 4 + DRAFTED_ROWS + SCORED_ROWS)
+    assert llama.context_params(_changed(params, prefix_cache=False)).n_seq_max == 3, "nothing is saved or restored"
+    assert llama.context_params(_changed(params, speculation=False)).n_outputs_max == 4 + SCORED_ROWS
     assert (native.n_threads, native.n_threads_batch) == (5, 5)
     assert native.kv_unified
     assert not llama.context_params(_changed(params, kv_unified=False)).kv_unified
@@ -99,6 +105,121 @@ def test_every_key_and_value_type_runs(load_params: LoadParams, model: Model, na
 def test_what_llama_cpp_refuses_in_a_context_is_said(load_params: LoadParams, model: Model) -> None:
     with pytest.raises(ModelLoadFailed, match="requires flash_attn"):
         Context(model, _changed(load_params, value_type="q8_0", flash_attention="off"))
+
+
+def test_a_step_may_be_computed_in_parts_and_with_other_threads(load_params: LoadParams) -> None:
+    native = llama.context_params(_changed(load_params, batch=256, micro_batch=100, threads=3, batch_threads=7))
+    assert (native.n_batch, native.n_ubatch) == (256, 100)
+    assert (native.n_threads, native.n_threads_batch) == (3, 7)
+    assert llama.context_params(_changed(load_params, batch=64, micro_batch=128)).n_ubatch == 64
+
+
+def test_what_else_a_context_may_be_told(load_params: LoadParams) -> None:
+    native = llama.context_params(load_params)
+    assert (native.offload_kqv, native.swa_full) == (True, False)
+    assert (native.rope_freq_base, native.rope_freq_scale) == (0, 0)
+    changed = _changed(load_params, gpu_cache=False, full_window=True, rope_freq_base=1e6, rope_freq_scale=0.25)
+    native = llama.context_params(changed)
+    assert (native.offload_kqv, native.swa_full) == (False, True)
+    assert (native.rope_freq_base, native.rope_freq_scale) == (1e6, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("mmap", "mlock", "native"),
+    [
+        (True, False, lib.LLAMA_LOAD_MODE_AUTO),
+        (False, False, lib.LLAMA_LOAD_MODE_NONE),
+        (False, True, lib.LLAMA_LOAD_MODE_MLOCK),
+        (True, True, lib.LLAMA_LOAD_MODE_MMAP_MLOCK),
+    ],
+)
+def test_how_the_file_is_read(load_params: LoadParams, mmap: bool, mlock: bool, native: int) -> None:
+    params = _changed(load_params, mmap=mmap, mlock=mlock)
+    assert llama.model_params(params).load_mode == native
+    engine = LoadedEngine(_changed(params, kv_cells=256, context=64), lambda fraction: True)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "native"),
+    [("none", lib.LLAMA_SPLIT_MODE_NONE), ("layer", lib.LLAMA_SPLIT_MODE_LAYER), ("row", lib.LLAMA_SPLIT_MODE_ROW)],
+)
+def test_what_is_divided_among_gpus(load_params: LoadParams, mode: str, native: int) -> None:
+    assert llama.model_params(_changed(load_params, split_mode=mode)).split_mode == native
+
+
+def _pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(llama, "list_gpus", lambda: [Device(f"GPU{i}", "", 0, 0) for i in range(count)])
+
+
+def test_the_shares_of_gpus(monkeypatch: pytest.MonkeyPatch, load_params: LoadParams) -> None:
+    assert not llama.model_params(load_params).tensor_split
+    _pretend_gpus(monkeypatch, 3)
+    native = llama.model_params(_changed(load_params, tensor_split=(3.0, 0.5)))
+    gc.collect()
+    assert native.tensor_split[: lib.llama_max_devices()] == [3.0, 0.5, *[0.0] * (lib.llama_max_devices() - 2)]
+
+
+@pytest.mark.parametrize(("gpus", "shares"), [(0, (1.0,)), (2, (1.0, 0.0, 0.0)), (20, (1.0,) * 17), (2, (0.0, 0.0))])
+def test_shares_that_no_gpu_could_have_are_refused(
+    monkeypatch: pytest.MonkeyPatch, load_params: LoadParams, gpus: int, shares: tuple[float, ...]
+) -> None:
+    _pretend_gpus(monkeypatch, gpus)
+    with pytest.raises(ModelLoadFailed, match="tensor_split"):
+        Model(_changed(load_params, tensor_split=shares), lambda fraction: True)
+
+
+@pytest.mark.parametrize(("strategy", "native"), [("off", []), ("distribute", [1]), ("isolate", [2]), ("numactl", [3])])
+def test_numa_is_set_up_before_the_load(
+    monkeypatch: pytest.MonkeyPatch, load_params: LoadParams, strategy: str, native: list[int]
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(lib, "llama_numa_init", calls.append)
+    monkeypatch.setattr(lib, "llama_model_load_from_file", lambda path, params: calls.append(-1))
+    with pytest.raises(ModelLoadFailed):
+        Model(_changed(load_params, numa=strategy), lambda fraction: True)
+    assert calls == [*native, -1]
+
+
+def test_fewer_threads_are_fewer_for_batches_too(
+    monkeypatch: pytest.MonkeyPatch, load_params: LoadParams, model: Model
+) -> None:
+    calls: list[tuple[int, int]] = []
+    for most, expected in ((8, [(4, 8), (3, 3), (1, 1), (4, 8)]), (2, [(4, 2), (3, 2), (1, 1), (4, 2)])):
+        context = Context(model, _changed(load_params, kv_cells=256, batch=8, threads=4, batch_threads=most))
+        with monkeypatch.context() as patched:
+            patched.setattr(lib, "llama_set_n_threads", lambda _, one, many: calls.append((one, many)))
+            for threads in (4, 3, 1, 4):
+                context.set_threads(threads)
+        context.close()
+        assert calls == expected
+        calls.clear()
+
+
+_MEMLOCK = """
+import os, resource, sys, msgspec
+from llamaserve.engine import llama
+from llamaserve.engine.params import LoadParams
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+llama.start_backend()
+weights = open(msgspec.json.decode(sys.argv[1], type=LoadParams).path, "rb")
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+params = msgspec.json.decode(sys.argv[1], type=LoadParams)
+params = msgspec.structs.replace(params, path=f"/proc/self/fd/{weights.fileno()}")
+llama.Model(params, lambda fraction: True).close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no such limit")
+def test_memory_that_can_not_be_locked_is_said_and_no_more(load_params: LoadParams) -> None:
+    params = msgspec.json.encode(_changed(load_params, mlock=True)).decode()
+    done = subprocess.run([sys.executable, "-c", _MEMLOCK, params], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "failed to mlock" in done.stderr
+    assert all("mlock" in line or "MEMLOCK" in line for line in done.stderr.splitlines())
 
 
 # Loading
@@ -342,6 +463,67 @@ def _logits(context: Context, tokens: list[int], *, at: int = 0, sequence: int =
     row = batch.add(tokens, at, sequence, logits=True)
     context.evaluate(batch)
     return context.logits(row).copy()
+
+
+@pytest.mark.parametrize("changes", [{"mmap": False}, {"batch_threads": 1}], ids=str)
+def test_where_weights_lie_and_how_many_threads_compute_changes_nothing(
+    context: Context, load_params: LoadParams, changes: dict[str, Any]
+) -> None:
+    expected = _logits(context, [1, 2, 3, 4])
+    params = _changed(load_params, kv_cells=256, batch=64, **changes)
+    other_model = Model(params, lambda fraction: True)
+    other = Context(other_model, params)
+    try:
+        assert (_logits(other, [1, 2, 3, 4]) == expected).all()
+    finally:
+        other.close()
+        other_model.close()
+
+
+def test_a_step_in_parts_gives_the_same(load_params: LoadParams, model: Model) -> None:
+    """But for rounding: a matrix of other shape is multiplied in another order."""
+    tokens = list(range(100, 200))
+    found = []
+    for size in (None, 32, 33):
+        context = Context(model, _changed(load_params, kv_cells=512, batch=128, micro_batch=size))
+        try:
+            assert lib.llama_n_ubatch(context.handle) == (size or 128)
+            found.append(_logits(context, tokens))
+        finally:
+            context.close()
+    for each in found[1:]:
+        assert np.abs(each - found[0]).max() < 0.3
+
+
+@pytest.mark.parametrize("changes", [{"rope_freq_base": 1e6}, {"rope_freq_scale": 0.5}], ids=str)
+def test_other_frequencies_of_positions_change_what_is_computed(
+    context: Context, load_params: LoadParams, model: Model, changes: dict[str, Any]
+) -> None:
+    tokens = list(range(100, 150))
+    other = Context(model, _changed(load_params, kv_cells=256, batch=64, **changes))
+    try:
+        assert np.abs(_logits(other, tokens) - _logits(context, tokens)).max() > 1
+    finally:
+        other.close()
+
+
+def test_a_full_window_can_be_cut_anywhere(backend: None, load_params: LoadParams, tmp_path: Path) -> None:
+    path = tmp_path / "sliding.gguf"
+    write_sliding_model(path)
+    tokens = [3 + i % 200 for i in range(800)]
+    for full, kept in ((False, 0), (True, 20)):
+        params = _changed(load_params, path=str(path), kv_cells=1024, batch=32, full_window=full, kv_unified=True)
+        model = Model(params, lambda fraction: True)
+        context = Context(model, params)
+        try:
+            expected = [_logits(context, tokens[at : at + 20], at=at) for at in range(0, len(tokens), 20)]
+            assert context.truncate(0, 20) == kept
+            for at in range(kept, 100, 20):
+                again = _logits(context, tokens[at : at + 20], at=at)
+                assert np.abs(again - expected[at // 20]).max() < 1e-3
+        finally:
+            context.close()
+            model.close()
 
 
 def test_a_cut_sequence_goes_on_as_if_it_had_never_been_longer(context: Context) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
-from llamaserve.engine.sequence import Sequence, common_prefix
+from llamaserve.engine.sequence import AdapterKey, Sequence, common_prefix
 from llamaserve.engine.spill import Spill
 
 _GENERATION = Generation(sampling=Sampling(seed=0))
@@ -408,3 +408,68 @@ def test_a_window_that_has_moved_on_serves_as_a_whole_only() -> None:
     second = _sequence([*system, 5])
     cache.acquire(second)
     assert (second.evaluated, memory.restored) == (300, 0)
+
+
+# Sets of adapters
+
+
+def _with(adapters: AdapterKey, tokens: list[int]) -> Sequence:
+    sequence = _sequence(tokens)
+    sequence.adapters = adapters
+    return sequence
+
+
+def test_a_prefix_serves_only_those_who_want_the_same_adapters() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 100)
+    for adapters in ((("a", 1.0),), (("a", 0.5),), (("a", 1.0), ("b", 1.0)), ()):
+        sequence = _with(adapters, [1, 2, 3, 4])
+        assert cache.reusable(cache.wanted(sequence), adapters) == 0
+        cache.acquire(sequence)
+        assert sequence.evaluated == 0
+        _evaluate(cache, memory, sequence)
+        assert cache.held_in_common([1, 2, 3], adapters) == 3
+        assert cache.held_in_common([1, 2, 3], (("c", 1.0),)) == 0
+        cache.release(sequence)
+    again = _with((("a", 0.5),), [1, 2, 3, 4, 5])
+    cache.acquire(again)
+    assert again.evaluated == 4
+
+
+def test_prefixes_in_main_memory_are_kept_apart_too() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 1, 1000, spill=Spill(10_000))
+    for adapters in ((("a", 1.0),), ()):
+        sequence = _with(adapters, [1] * 100)
+        cache.acquire(sequence)
+        _evaluate(cache, memory, sequence)
+        cache.release(sequence)
+        _save_all(cache)
+    cache.drop_idle()
+    for adapters, evaluated in (((("b", 1.0),), 0), ((("a", 1.0),), 99), ((), 99)):
+        sequence = _with(adapters, [1] * 100)
+        cache.acquire(sequence)
+        assert sequence.evaluated == evaluated
+        cache.release(sequence)
+
+
+def test_what_was_evaluated_with_an_adapter_that_is_gone_is_dropped() -> None:
+    memory = FakeMemory()
+    cache = PrefixCache(memory, 2, 1000, spill=Spill(10_000))
+    sets: tuple[AdapterKey, ...] = ((("a", 1.0),), (("a", 0.5), ("b", 1.0)), (("b", 1.0),), ())
+    for adapters in sets:
+        sequence = _with(adapters, [1] * 100)
+        cache.acquire(sequence)
+        _evaluate(cache, memory, sequence)
+        cache.release(sequence)
+    running = _with((("b", 1.0),), [1] * 100)
+    cache.acquire(running)
+    cache.forget("b")
+    assert running.evaluated == 99, "what runs goes on"
+    assert memory.resident(running.slot or 0) == [1] * 99
+    assert [cache.reusable([1] * 99, adapters) for adapters in sets] == [99, 0, 99, 99]
+    _evaluate(cache, memory, running)
+    cache.release(running)
+    cache.forget("b")
+    assert [cache.reusable([1] * 99, adapters) for adapters in sets] == [99, 0, 0, 99]
+    assert cache.used_cells == memory.used

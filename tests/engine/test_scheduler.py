@@ -1,21 +1,23 @@
 from __future__ import annotations
 
 import random
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from fake_memory import FakeMemory
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated_clock import SimulatedClock
 
 from llamaserve.engine import scheduler as scheduling
 from llamaserve.engine.params import Generation, Sampling
 from llamaserve.engine.prefix_cache import PrefixCache
 from llamaserve.engine.scheduler import Chunk, Scheduler
-from llamaserve.engine.sequence import Sequence, State
+from llamaserve.engine.sequence import AdapterKey, Sequence, State
 from llamaserve.errors import OutOfCells
 
 _SAMPLING = Sampling(seed=0)
+_SETS: tuple[AdapterKey, ...] = ((), (("a", 1.0),), (("a", 0.5), ("b", 1.0)))  # of adapters
 
 
 def _next_token(sequence: Sequence) -> int:
@@ -42,6 +44,11 @@ class FixedPace:
         return self.beside if decoding else self.alone
 
 
+def _as_evaluated(sequence: Sequence, tokens: list[int]) -> list[int]:
+    """What a memory holds of tokens: other numbers with other adapters."""
+    return [token + 10_000 * len(sequence.adapters) for token in tokens]
+
+
 def carry_out(chunks: list[Chunk], memory: FakeMemory, cache: PrefixCache) -> list[Sequence]:
     """Do what the runner and the engine do with a plan; return the sequences that have a new token, in order."""
     completed = [chunk for chunk in chunks if chunk.completes]
@@ -49,7 +56,7 @@ def carry_out(chunks: list[Chunk], memory: FakeMemory, cache: PrefixCache) -> li
         sequence = chunk.sequence
         assert sequence.slot is not None
         tokens = sequence.tokens[sequence.evaluated :][: chunk.length]
-        memory.evaluate(sequence.slot, sequence.evaluated, [*tokens, *chunk.draft])
+        memory.evaluate(sequence.slot, sequence.evaluated, _as_evaluated(sequence, [*tokens, *chunk.draft]))
         cache.advance(sequence, chunk.rows)
     for chunk in completed:
         sequence = chunk.sequence
@@ -68,6 +75,7 @@ class ScheduledModel(RuleBasedStateMachine):
     cuttable = True
     shares_cells = True
     spare = 3
+    sets = _SETS[:1]
 
     @initialize(
         slots=st.integers(1, 4),
@@ -96,7 +104,10 @@ class ScheduledModel(RuleBasedStateMachine):
         )
         self.random = random.Random(guesses)
         self.guesses = guesses if self.cuttable else 0
-        self.scheduler = Scheduler(self.cache, FixedPace(self.batch, beside), batch=self.batch, drafts=self.drafts)
+        self.clock = SimulatedClock(step=0.3 * scheduling._TURN)
+        self.scheduler = Scheduler(
+            self.cache, FixedPace(self.batch, beside), batch=self.batch, drafts=self.drafts, clock=self.clock
+        )
         self.numbers = count()
         self.expected: dict[int, list[int]] = {}
         self.alive: dict[int, Sequence] = {}
@@ -121,12 +132,14 @@ class ScheduledModel(RuleBasedStateMachine):
         shared=st.integers(0, 3),
         prompt=st.lists(st.integers(0, 1), max_size=3),
         answer=st.integers(1, 12),
+        adapters=st.integers(0, len(_SETS) - 1),
     )
-    def submit(self, family: int, shared: int, prompt: list[int], answer: int) -> None:
+    def submit(self, family: int, shared: int, prompt: list[int], answer: int, adapters: int) -> None:
         number = next(self.numbers)
         prompt = [family] * (shared + 1) + prompt
         answer = min(answer, self.context - len(prompt))
         sequence = Sequence(number, 0, prompt, Generation(sampling=_SAMPLING, max_tokens=answer))
+        sequence.adapters = self.sets[adapters % len(self.sets)]
         self.expected[number] = _whole_text(prompt, answer)
         self.alive[number] = sequence
         self.scheduler.submit(sequence)
@@ -142,6 +155,7 @@ class ScheduledModel(RuleBasedStateMachine):
     def step(self) -> None:
         chunks = self.scheduler.plan()
         self.check_plan(chunks)
+        self.clock.pass_step(0)
         for sequence in carry_out(chunks, self.memory, self.cache):
             if sequence.generated == sequence.generation.max_tokens:
                 assert sequence.tokens == self.expected[sequence.request]
@@ -158,14 +172,16 @@ class ScheduledModel(RuleBasedStateMachine):
         tokens = sum(chunk.rows for chunk in chunks)
         assert tokens <= self.batch
         assert self.memory.used + tokens <= self.cells
-        running = [s for s in self.alive.values() if s.state is State.RUNNING]
+        sets = {sequence.adapters for sequence in planned}
+        assert len(sets) == 1, "a step with different adapters"
+        running = [s for s in self.alive.values() if s.state is State.RUNNING and s.adapters in sets]
         assert {s.request for s in running if s.decoding} <= {s.request for s in planned}
         decoding = [s for s in running if s.decoding]
         assert decoding or running[0] in planned, "the oldest sequence stands still"
         prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
         prefilling.sort(key=lambda chunk: chunk.sequence.request)  # a step's rows are in the order of the slots
         assert all(chunk.completes for chunk in prefilling[:-1]), "a prompt begins before an older one is whole"
-        if tokens < self.batch and not decoding:
+        if tokens < self.batch and not any(sequence.decoding for sequence in self.scheduler.running):
             assert {s.request for s in planned} == {s.request for s in running}
 
     def finish(self, sequence: Sequence) -> None:
@@ -190,7 +206,8 @@ class ScheduledModel(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots) <= self.slots
         assert self.cache.held_cells() <= self.cache.used_cells
         for sequence in running:
-            assert self.memory.resident(sequence.slot or 0) == sequence.tokens[: sequence.evaluated]
+            resident = self.memory.resident(sequence.slot or 0)
+            assert resident == _as_evaluated(sequence, sequence.tokens[: sequence.evaluated])
         for sequence in in_order[len(running) :]:
             assert (sequence.slot, sequence.evaluated) == (None, 0)
         assert self.cache.idle_slots == self.slots - len(running)
@@ -226,12 +243,24 @@ class ScheduledSplitCache(ScheduledModel):
     spare = 0
 
 
+class ScheduledAdapters(ScheduledModel):
+    sets = _SETS
+
+
+class ScheduledRecurrentAdapters(ScheduledRecurrentModel):
+    sets = _SETS
+
+
 TestScheduledModel = ScheduledModel.TestCase
 TestScheduledRecurrentModel = ScheduledRecurrentModel.TestCase
 TestScheduledSplitCache = ScheduledSplitCache.TestCase
+TestScheduledAdapters = ScheduledAdapters.TestCase
+TestScheduledRecurrentAdapters = ScheduledRecurrentAdapters.TestCase
 TestScheduledModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestScheduledRecurrentModel.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestScheduledSplitCache.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestScheduledAdapters.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestScheduledRecurrentAdapters.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -245,12 +274,14 @@ class _Rig:
     def __init__(self, *, slots: int, cells: int, batch: int, cuttable: bool = True, beside: int = 8) -> None:
         self.memory = FakeMemory(cuttable=cuttable)
         self.cache = PrefixCache(self.memory, slots, cells, spare=4 if cuttable else 0, divisible=cuttable)
-        self.scheduler = Scheduler(self.cache, FixedPace(batch, beside), batch=batch)
+        self.clock = SimulatedClock(step=scheduling._TURN / 4)
+        self.scheduler = Scheduler(self.cache, FixedPace(batch, beside), batch=batch, clock=self.clock)
         self.numbers = count(1)
 
-    def submit(self, length: int) -> Sequence:
+    def submit(self, length: int, adapters: AdapterKey = (), first: int | None = None) -> Sequence:
         number = next(self.numbers)
-        sequence = Sequence(number, 0, [number] * length, Generation(sampling=_SAMPLING))
+        sequence = Sequence(number, 0, [first or number] * length, Generation(sampling=_SAMPLING))
+        sequence.adapters = adapters
         self.scheduler.submit(sequence)
         return sequence
 
@@ -258,6 +289,7 @@ class _Rig:
         """Evaluate one plan and return how many tokens of each request were in it."""
         chunks = self.scheduler.plan()
         lengths = {chunk.sequence.request: chunk.length for chunk in chunks}
+        self.clock.pass_step(0)
         carry_out(chunks, self.memory, self.cache)
         return lengths
 
@@ -416,3 +448,73 @@ def test_drafts_are_given_up_before_a_sequence_is_disturbed() -> None:
     chunks = rig.scheduler.plan()
     assert [tuple(chunk.draft) for chunk in chunks] == [(), ()]
     assert [chunk.rows for chunk in chunks] == [1, 1]
+
+
+# Sets of adapters
+
+
+def test_sets_of_adapters_take_turns_in_which_all_of_a_set_go_on() -> None:
+    rig = _Rig(slots=6, cells=10_000, batch=512)
+    requests = {rig.submit(4, _SETS[number % 3]).request: number % 3 for number in range(6)}
+    steps = [rig.step() for _ in range(60)]
+    turns = [{requests[request] for request in step} for step in steps]
+    assert all(len(turn) == 1 for turn in turns)
+    assert all(len(step) == 2 for step in steps)
+    order = [turn.pop() for turn in turns]
+    changes = sum(one != other for one, other in pairwise(order))
+    assert [order.count(number) for number in range(3)] == pytest.approx([20, 20, 20], abs=4)
+    assert changes == pytest.approx(len(steps) / 4, abs=2), "a change costs time, so a turn lasts a few steps"
+
+
+def test_a_step_that_lasts_longer_than_a_turn_is_one() -> None:
+    rig = _Rig(slots=2, cells=10_000, batch=512)
+    rig.clock.step = 3 * scheduling._TURN
+    one, other = rig.submit(4), rig.submit(4, _SETS[1])
+    assert sorted(tuple(rig.step()) for _ in range(10)) == [(one.request,)] * 5 + [(other.request,)] * 5
+
+
+def test_prompts_of_one_set_take_small_steps_while_streams_of_another_wait() -> None:
+    rig = _Rig(slots=2, cells=10_000, batch=512, beside=40)
+    stream = rig.submit(4)
+    rig.step()
+    prompt = rig.submit(1000, _SETS[1])
+    steps = [rig.step() for _ in range(20)]
+    assert all(step in ({stream.request: 1}, {prompt.request: 40}) for step in steps)
+    assert sum(stream.request in step for step in steps) == pytest.approx(10, abs=4)
+
+
+def test_prompts_that_may_not_go_on_leave_their_turn_to_streams() -> None:
+    rig = _Rig(slots=2, cells=10_000, batch=512, beside=0)
+    stream = rig.submit(4)
+    rig.step()
+    rig.submit(1000, _SETS[1])
+    assert [rig.step() for _ in range(20)] == [{stream.request: 1}] * 20
+
+
+def test_the_flood_of_one_set_does_not_keep_another_waiting() -> None:
+    rig = _Rig(slots=4, cells=10_000, batch=512)
+    flood = [rig.submit(4, _SETS[1]) for _ in range(40)]
+    rig.step()
+    late = [rig.submit(4) for _ in range(3)]
+    assert [s.request for s in rig.scheduler.waiting][:4] == [late[0].request, late[1].request, late[2].request, 5]
+    for sequence in flood[:2]:
+        rig.scheduler.finish(sequence)
+    rig.step()
+    assert [s.state for s in late] == [State.RUNNING, State.RUNNING, State.WAITING]
+    rig.scheduler.finish(flood[2])
+    rig.step()
+    assert late[2].state is State.WAITING, "each set has had its share"
+    assert flood[4].state is State.RUNNING
+
+
+def test_nobody_waits_for_a_prompt_that_is_evaluated_with_other_adapters() -> None:
+    rig = _Rig(slots=3, cells=10_000, batch=100)
+    leader = rig.submit(500, _SETS[1], first=7)
+    rig.step()
+    other, follower = rig.submit(500, first=7), rig.submit(500, _SETS[1], first=7)
+    rig.step()
+    assert [s.state for s in (leader, other, follower)] == [State.RUNNING, State.RUNNING, State.WAITING]
+    assert other.cached == 0
+    while follower.state is State.WAITING:
+        rig.step()
+    assert follower.cached == 499

@@ -8,9 +8,10 @@ from hypothesis import given, strategies as st
 from llamaserve.engine import engine as engines, spill as spilling
 from llamaserve.engine.engine import LoadedEngine
 from llamaserve.engine.params import LoadParams
-from llamaserve.engine.sequence import common_prefix
+from llamaserve.engine.sequence import AdapterKey, common_prefix
 from llamaserve.engine.spill import Spill
 
+_SETS: tuple[AdapterKey, ...] = ((), (("a", 1.0),), (("a", 0.5), ("b", 1.0)), (("b", 1.0),))
 _TEXTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), max_size=10)
 
 
@@ -117,3 +118,37 @@ def test_by_default_it_takes_as_much_as_the_cache_and_nothing_with_a_gpu(
     assert params.kv_cells * cell <= budget() <= min(1.05 * params.kv_cells * cell, free / 4)
     monkeypatch.setattr(engines, "uses_gpu", lambda params: True)
     assert budget() == 0
+
+
+@given(
+    kept=st.lists(st.tuples(st.sampled_from(_SETS), st.lists(st.integers(0, 1), min_size=1, max_size=14)), max_size=10),
+    wanted=st.lists(st.integers(0, 1), max_size=14),
+    gone=st.sampled_from(["a", "b", "c"]),
+)
+def test_what_was_evaluated_with_other_adapters_is_not_found(
+    kept: list[tuple[AdapterKey, list[int]]], wanted: list[int], gone: str
+) -> None:
+    spill = Spill(10_000)
+    for adapters, tokens in kept:
+        while place := spill.missing(tokens, adapters):
+            assert spill.add(tokens, bytearray(tokens[slice(*place)]), adapters)
+    for forgotten in (frozenset[str](), frozenset([gone])):
+        for adapters in _SETS:
+            alike = [tokens for each, tokens in kept if each == adapters and not forgotten.intersection(dict(adapters))]
+            expected = max((common_prefix(tokens, wanted) for tokens in alike), default=0)
+            assert spill.longest(wanted, adapters)[0] == expected
+        spill.forget(gone)
+    assert spill.size >= 0
+    spill.clear()
+    for adapters, tokens in kept:
+        assert spill.missing(tokens, adapters)
+
+
+def test_of_all_sets_of_adapters_what_was_unused_longest_goes_first() -> None:
+    spill = Spill(8)
+    for adapters in _SETS[:3]:
+        assert spill.add([1] * 4, bytearray(4), adapters)
+    assert [spill.longest([1] * 4, adapters)[0] for adapters in _SETS[:3]] == [0, 4, 4]
+    assert len(spill._roots) == 2, "of a set without prefixes nothing is left"
+    spill.forget("a")
+    assert spill.size == 4 * sum("a" not in dict(adapters) for adapters in _SETS[1:3])
