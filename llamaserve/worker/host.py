@@ -1,4 +1,4 @@
-"""The child process: loads one model, takes commands from the API process and reports events back.
+"""The child process: says that it is up, loads one model, takes commands from the API process and reports events back.
 
 The main thread owns llama.cpp's context and runs the engine. A second thread reads commands. A third does whatever only
 needs the vocabulary (tokenising, checking a prompt), without waiting for a step, and without holding up a cancel. The
@@ -19,22 +19,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
-from llamaserve.engine.llama import start_backend, uses_gpu
+from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
 from llamaserve.errors import LlamaserveError, to_value
 from llamaserve.frames import FrameSocket
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
     Detokenize,
+    Done,
     Event,
     Generate,
+    Hello,
+    LimitSpill,
     Load,
     LoadFailed,
     Loading,
     Ready,
+    Saved,
+    SavePrefixes,
+    SetAdapters,
     Stop,
     Text,
     Tokenize,
@@ -43,7 +50,8 @@ from llamaserve.worker.protocol import (
     encode_events,
 )
 
-_PROGRESS_STEP = 0.01  # report loading a percent at a time
+_PROGRESS_STEP = 0.01  # report loading a percent at a time,
+_PROGRESS_INTERVAL = 0.03  # and not more often than so many seconds: the API process wants a core for each, too
 
 # Seconds between frames with nothing but text. Each wakes the API process and a client, on cores that the next step
 # wants (a third of a millisecond, of 7 for a token of the starter model), and nobody sees text faster than this.
@@ -55,8 +63,8 @@ _VOCABULARY_STACK = 512 << 20
 
 # What reaches the engine's thread: a request whose prompts are encoded and whether it was stopped meanwhile, or a
 # command about requests.
-_Job = tuple[Generate, list[list[int]], bool] | Cancel | Stop
-_VocabularyJob = Generate | Tokenize | Detokenize
+_Job = tuple[Generate, list[list[int]], bool] | Cancel | Stop | SetAdapters | LimitSpill | SavePrefixes
+_VocabularyJob = Generate | Tokenize | Detokenize | SetAdapters
 
 
 class Host:
@@ -72,20 +80,22 @@ class Host:
         self._encoding: dict[int, Cancel | Stop | None] = {}  # requests being encoded, and what came for them meanwhile
 
     def run(self) -> None:
-        """Load the model, then serve commands until the socket closes."""
+        """Say that a model can be loaded, load it, then serve commands until the socket closes."""
+        start_backend()
+        self._send([Hello(list_gpus())])
         frame = self._link.read()
         if frame is None:
             return
         command = decode_command(frame)
         if not isinstance(command, Load):
             raise TypeError(f"the first command is {type(command).__name__}, not Load")
-        start_backend()
+        before = memory_in_use()
         try:
             engine = LoadedEngine(command.params, self._progress_reporter())
         except LlamaserveError as error:
             self._send([LoadFailed(to_value(error))])
             return
-        self._send([Ready(gpu=uses_gpu(command.params))])
+        self._send([Ready(uses_gpu(command.params), memory_in_use() - before)])
         threading.Thread(target=_or_die, args=(self._read_commands, engine), name="commands", daemon=True).start()
         threading.stack_size(_VOCABULARY_STACK)
         threading.Thread(target=_or_die, args=(self._use_vocabulary, engine), name="vocabulary", daemon=True).start()
@@ -122,6 +132,14 @@ class Host:
             self._unsent = []
 
     def _take(self, engine: Engine, job: _Job) -> list[Event]:
+        try:
+            return self._carry_out(engine, job)
+        except LlamaserveError as error:
+            request = (job[0] if isinstance(job, tuple) else job).request
+            assert request is not None
+            return [Failed(request, to_value(error))]
+
+    def _carry_out(self, engine: Engine, job: _Job) -> list[Event]:
         match job:
             case (Generate(request, _, generation), prompts, stopped):
                 engine.submit(request, prompts, generation)
@@ -131,6 +149,14 @@ class Host:
                 engine.cancel(request)
             case Stop(target):
                 return list(engine.stop(target))
+            case SetAdapters(request, adapters):
+                engine.set_adapters(adapters)
+                return [Done(request)]
+            case LimitSpill(request, size):
+                engine.limit_spill(size)
+                return [Done(request)]
+            case SavePrefixes(request, path, size):
+                return [Saved(request, *engine.save_prefixes(Path(path), size))]
         return []
 
     def _read_commands(self, engine: Engine) -> None:
@@ -141,6 +167,9 @@ class Host:
                 assert not isinstance(command, Load)
                 if isinstance(command, Cancel | Stop):
                     self._end_requests(engine, command)
+                    continue
+                if isinstance(command, LimitSpill | SavePrefixes):
+                    self._jobs.put(command)
                     continue
                 if isinstance(command, Generate):
                     with self._lock:
@@ -177,6 +206,8 @@ class Host:
                 self._send([Tokens(request, tokens)])
             case Detokenize(request, tokens, special):
                 self._send([Text(request, engine.detokenize(tokens, special=special))])
+            case SetAdapters():
+                self._jobs.put(job)  # behind the requests that came before it and may still have been encoded
 
     def _start(self, engine: Engine, command: Generate, whole: list[list[int]]) -> None:
         """Hand an encoded request to the engine, with what came for it meanwhile."""
@@ -204,17 +235,19 @@ def _or_die(work: Callable[[Engine], None], engine: Engine) -> None:
 
 
 class _ProgressReporter:
-    """Passes on loading progress, a percent at a time."""
+    """Passes on loading progress, a percent at a time at most, and not all too often."""
 
     def __init__(self, report: Callable[[float], None]) -> None:
         self._report = report
         self._last = -1.0
+        self._next = -math.inf  # moment
 
     def __call__(self, fraction: float) -> bool:
         """Return whether to go on loading: not once the API process is gone."""
-        if fraction - self._last < _PROGRESS_STEP and fraction < 1:
+        now = time.monotonic()
+        if fraction < 1 and (fraction - self._last < _PROGRESS_STEP or now < self._next):
             return True
-        self._last = fraction
+        self._last, self._next = fraction, now + _PROGRESS_INTERVAL
         try:
             self._report(fraction)
         except ConnectionError:

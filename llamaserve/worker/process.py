@@ -1,4 +1,4 @@
-"""One life of one child process: start it, talk to it, notice its end.
+"""One life of one child process with a model: load it, talk to it, notice its end.
 
 ``WorkerProcess.start`` returns when the model is loaded. From then on requests run until the process ends, for whatever
 reason; then every open request gets ``EngineCrashed``. Whether to start another is the supervisor's business.
@@ -10,33 +10,32 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import signal
-import socket
-import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
-
-import msgspec
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Generation, LoadParams
+from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
 from llamaserve.errors import EngineCrashed, from_value, to_value
-from llamaserve.frames import FrameError, FrameStream
+from llamaserve.worker.child import Child
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
     Command,
     Detokenize,
+    Done,
     Event,
     Generate,
+    LimitSpill,
     Load,
     LoadFailed,
     Loading,
     Prompt,
     Ready,
     RequestEvent,
+    Saved,
+    SavePrefixes,
+    SetAdapters,
     Stop,
     Text,
     Tokenize,
@@ -44,20 +43,11 @@ from llamaserve.worker.protocol import (
     decode_events,
     encode_command,
 )
+from llamaserve.worker.spare import Spares
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_EXIT_GRACE = 5.0  # seconds between closing the socket and SIGKILL
-_LONGEST_LINE = 64 * 1024  # bytes of standard error
-_LONGEST_WORD = 500  # characters of one line that explains an end
 _AT_ONCE = 256  # events; what a slow client is behind is written in pieces, so that no large buffer is needed for it
-_LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
-
-# Threads that meet at a barrier spin for about 50 µs and then sleep: as fast as OpenMP's default on a quiet machine,
-# and it does not hold up every other program's threads on a busy one. No debugger is started when llama.cpp aborts.
-_CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
 
 
 class _Inbox:
@@ -151,47 +141,38 @@ class GenerationStream:
 class WorkerProcess:
     """A running child with a loaded model."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, link: FrameStream) -> None:
+    def __init__(self, name: str, child: Child) -> None:
         self._name = name
-        self._process = process
-        self._link = link
+        self._child = child
         self._numbers = itertools.count(1)
         self._requests: dict[int, _Inbox] = {}
-        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._closing = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._dispatcher: asyncio.Task[None] | None = None
         self.occupancy = Occupancy()
         self.gpu = False  # whether layers of the model are on a GPU; known once it is loaded
+        self.memory = Footprint()  # what the load has taken, likewise
         self.ended = asyncio.Event()
 
     @classmethod
-    async def start(cls, name: str, params: LoadParams, on_progress: Callable[[float], None]) -> WorkerProcess:
-        """Start a child and load the model in it. Raises ``ModelLoadFailed``, or ``EngineCrashed`` when the child ends
-        without a word. When it is cancelled, no child is left.
+    async def start(
+        cls, name: str, params: LoadParams, on_progress: Callable[[float], None], spares: Spares | None = None
+    ) -> WorkerProcess:
+        """Load the model in a child, the spare one if there is one. Raises ``ModelLoadFailed``, or ``EngineCrashed``
+        when the child ends without a word. When it is cancelled, no child is left.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            link = await FrameStream.open(ours)
+        with spares.loading() if spares is not None else contextlib.nullcontext():
+            worker = cls(name, await (spares.take(name) if spares is not None else Child.start(name)))
             try:
-                process = await _spawn(theirs)
+                await worker._load(params, on_progress)
             except BaseException:
-                link.close()
+                await asyncio.shield(worker.aclose())
                 raise
-        worker = cls(name, process, link)
-        worker._tasks.append(asyncio.create_task(worker._read_standard_error()))
-        try:
-            link.write(encode_command(Load(params)))
-            await worker._wait_until_ready(on_progress)
-        except BaseException:
-            await asyncio.shield(worker.aclose())
-            raise
-        worker._tasks.append(asyncio.create_task(worker._dispatch()))
-        return worker
+            return worker
 
     @property
     def pid(self) -> int:
         """The child's process id."""
-        return self._process.pid
+        return self._child.pid
 
     def generate(self, prompts: list[Prompt], generation: Generation) -> GenerationStream:
         """Answer prompts; the caller closes the stream."""
@@ -209,6 +190,26 @@ class WorkerProcess:
         assert isinstance(event, Text)
         return event.text
 
+    async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Have these LoRA adapters, and no others, for requests that come after. Raises ``ModelLoadFailed``, and
+        nothing has changed then.
+        """
+        event = await self._ask(SetAdapters(self.next_request(), list(adapters)))
+        assert isinstance(event, Done)
+
+    async def limit_spill(self, size: int) -> None:
+        """Let prefixes take at most so many bytes of main memory beside the key-value cache; the rest is given back."""
+        event = await self._ask(LimitSpill(self.next_request(), size))
+        assert isinstance(event, Done)
+
+    async def save_prefixes(self, path: Path, size: int) -> Saved:
+        """Write all prefixes to a file of at most so many bytes, those used last first. Raises ``EngineError`` when it
+        can't be written; a former file is left as it was then.
+        """
+        event = await self._ask(SavePrefixes(self.next_request(), str(path), size))
+        assert isinstance(event, Saved)
+        return event
+
     def stop_all(self) -> None:
         """End all requests with a normal finish."""
         self.send_soon(Stop(None))
@@ -216,13 +217,9 @@ class WorkerProcess:
     async def aclose(self) -> None:
         """End the child, by force if it does not end by itself."""
         self._closing = True
-        self._link.close()
-        try:
-            await asyncio.wait_for(self._process.wait(), _EXIT_GRACE)
-        except TimeoutError:
-            self._kill()
-            await self._process.wait()
-        await asyncio.gather(*self._tasks)
+        await self._child.aclose()
+        if self._dispatcher is not None:
+            await asyncio.shield(self._dispatcher)
 
     # What follows is for GenerationStream.
 
@@ -233,8 +230,8 @@ class WorkerProcess:
     def open_request(self, request: int, frame: bytes) -> _Inbox:
         """Send a request's command, and return the place to which its events come."""
         if self.ended.is_set():
-            raise self._crash()
-        self._link.write(frame)
+            raise self.crash()
+        self._child.write(frame)
         inbox = self._requests[request] = _Inbox()
         return inbox
 
@@ -245,58 +242,42 @@ class WorkerProcess:
     def send_soon(self, command: Command) -> None:
         """Queue a command; one to a child that has ended is dropped, since its requests fail anyway."""
         if not self.ended.is_set():
-            self._link.write(encode_command(command))
+            self._child.write(encode_command(command))
 
-    async def _ask(self, command: Tokenize | Detokenize) -> Event:
+    async def _ask(self, command: Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes) -> Event:
         inbox = self.open_request(command.request, encode_command(command))
         try:
             return (await inbox.arrival()).popleft()
         finally:
             self.close_request(command.request)
 
-    async def _wait_until_ready(self, on_progress: Callable[[float], None]) -> None:
-        while (events := await self._heard(self._read_events())) is not None:
-            for event in events:
-                match event:
-                    case Loading(fraction):
-                        on_progress(fraction)
-                    case Ready(gpu):
-                        self.gpu = gpu
-                        return
-                    case LoadFailed(error):
-                        raise from_value(error)
-        raise EngineCrashed(f"the process that loaded {self._name} {self._end()}")
-
-    async def _read_events(self) -> list[Event] | None:
-        frame = await self._link.read()
-        return None if frame is None else decode_events(frame)
-
-    async def _heard(self, listening: Awaitable[T | None]) -> T | None:
-        """Return what is heard from the child, or None once it has ended and its last words are read."""
-        try:
-            heard = await listening
-            if heard is not None:
-                return heard
-        except (FrameError, msgspec.MsgspecError) as error:
-            logger.error("%s: the process sent what can't be read: %s", self._name, error)
-            self._kill()
-        except ConnectionError:
-            logger.debug("%s: the process is gone", self._name)
-        await self._process.wait()
-        await self._tasks[0]
-        return None
+    async def _load(self, params: LoadParams, on_progress: Callable[[float], None]) -> None:
+        self._child.write(encode_command(Load(params)))
+        if await self._child.up():
+            while (events := await self._child.events()) is not None:
+                for event in events:
+                    match event:
+                        case Loading(fraction):
+                            on_progress(fraction)
+                        case Ready(gpu, memory):
+                            self.gpu, self.memory = gpu, memory
+                            self._dispatcher = asyncio.create_task(self._dispatch())
+                            return
+                        case LoadFailed(error):
+                            raise from_value(error)
+        raise EngineCrashed(f"the process that loaded {self._name} {self._child.end}")
 
     async def _dispatch(self) -> None:
         """Hand out events until the child ends, then fail what is left."""
         try:
-            await self._heard(self._link.deliver(self._hand_out))
+            await self._child.deliver(self._hand_out)
         except Exception:  # a bug of ours: nobody would hear of the child any more
             logger.exception("%s: reading from the process failed", self._name)
-            self._kill()
+            self._child.kill()
         self.ended.set()
-        self._link.close()
+        self._child.close_link()
         self.occupancy = Occupancy()
-        crash = self._crash()
+        crash = self.crash()
         if not self._closing:
             logger.error("%s", crash.message)
         for request, inbox in self._requests.items():
@@ -313,55 +294,7 @@ class WorkerProcess:
                     inbox.progress = None
                     inbox.put(event)
 
-    async def _read_standard_error(self) -> None:
-        """Log what the child says, line by line; an endless line is cut into pieces."""
-        assert self._process.stderr is not None
-        rest = b""
-        while chunk := await self._process.stderr.read(_LONGEST_LINE):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) >= _LONGEST_LINE:
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                self._hear(line)
-        self._hear(rest)
-
-    def _hear(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace").rstrip()
-        if text:
-            self._last_words.append(text[:_LONGEST_WORD])
-            logger.warning("%s: %s", self._name, text)
-
-    def _kill(self) -> None:
-        """End the child by force. Not by ``Process.kill``, which may reap a child that has just died, and then its exit
-        status is lost to asyncio.
-        """
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
-
-    def _crash(self) -> EngineCrashed:
+    def crash(self) -> EngineCrashed:
         return EngineCrashed(
-            f"the process that ran {self._name} {self._end()}; the request was not finished", retry_after=1
+            f"the process that ran {self._name} {self._child.end}; the request was not finished", retry_after=1
         )
-
-    def _end(self) -> str:
-        code = self._process.returncode
-        how = "ended"
-        if code is not None and code < 0:
-            names = {each.value: each.name for each in signal.Signals}
-            how = f"was ended by {names.get(-code, f'signal {-code}')}"
-        elif code:
-            how = f"ended with exit code {code}"
-        return f"{how} ({'; '.join(self._last_words)})" if self._last_words else how
-
-
-async def _spawn(socket_for_child: socket.socket) -> asyncio.subprocess.Process:
-    descriptor = socket_for_child.fileno()
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "llamaserve.worker.host", str(descriptor)),
-        pass_fds=(descriptor,),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env=_CHILD_ENVIRONMENT | dict(os.environ),
-    )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Generation, LoadParams
+from llamaserve.engine.events import Delta, Device as Device, Failed, Finished, Occupancy, Progress
+from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
 from llamaserve.errors import ErrorValue, InvalidRequest
 
 Prompt = str | list[int]
@@ -57,7 +57,39 @@ class Detokenize(msgspec.Struct, frozen=True, tag=True, array_like=True):
     special: bool
 
 
-Command = Load | Generate | Cancel | Stop | Tokenize | Detokenize
+class SetAdapters(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Have these LoRA adapters and no others, for the requests that come after. Answered by ``Done`` or ``Failed``."""
+
+    request: int
+    adapters: list[Adapter]
+
+
+class LimitSpill(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Keep at most so many bytes of prefixes in main memory beside the cache, and give back what is over it. Answered
+    by ``Done``.
+    """
+
+    request: int
+    size: int
+
+
+class SavePrefixes(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Write all prefixes to a file of at most so many bytes, those used last first. Answered by ``Saved`` or
+    ``Failed``.
+    """
+
+    request: int
+    path: str
+    size: int
+
+
+Command = Load | Generate | Cancel | Stop | Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The child has started and can load a model; always the first event."""
+
+    devices: list[Device]
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -67,9 +99,12 @@ class Loading(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The model is loaded. ``gpu``: whether layers of it are on a GPU."""
+    """The model is loaded. ``gpu``: whether layers of it are on a GPU. ``memory`` is what the load has taken: the
+    growth of the child's resident memory, and of what is in use on GPUs.
+    """
 
     gpu: bool
+    memory: Footprint
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -100,8 +135,24 @@ class Text(msgspec.Struct, frozen=True, tag=True, array_like=True):
     text: str
 
 
-RequestEvent = Accepted | Tokens | Text | Progress | Delta | Finished | Failed
-Event = Loading | Ready | LoadFailed | Occupancy | RequestEvent
+class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The answer to commands that have no other."""
+
+    request: int
+
+
+class Saved(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The answer to ``SavePrefixes``: how many tokens of prefixes the file holds, and its size in bytes; without any
+    there is no file.
+    """
+
+    request: int
+    tokens: int
+    size: int
+
+
+RequestEvent = Accepted | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
+Event = Hello | Loading | Ready | LoadFailed | Occupancy | RequestEvent
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -2,7 +2,7 @@
 
 After a crash the next request starts a new child; after a second one it waits out a pause first; after a third within
 ten minutes the model is quarantined. A model that could not be loaded is not tried again at once. Knows nothing of
-where models come from.
+where models come from, or whether there is room for them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+from typing import Protocol
 
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import LoadParams
-from llamaserve.errors import EngineCrashed, LlamaserveError, ModelQuarantined, Unavailable, from_value, to_value
+from llamaserve.errors import (
+    EngineCrashed,
+    InsufficientMemory,
+    LlamaserveError,
+    ModelQuarantined,
+    Unavailable,
+    from_value,
+    to_value,
+)
 from llamaserve.worker.process import WorkerProcess
+from llamaserve.worker.spare import Spares
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +46,42 @@ class Status(StrEnum):
     QUARANTINED = "quarantined"
 
 
+class Listener(Protocol):
+    """Who is told what becomes of a model."""
+
+    def loading(self, fraction: float) -> None:
+        """So much of it is loaded, from 0 to 1."""
+
+    def loaded(self, worker: WorkerProcess, seconds: float) -> None:
+        """A child has it, after so many seconds."""
+
+    def failed(self, error: LlamaserveError) -> None:
+        """It could not be loaded."""
+
+    def crashed(self, error: LlamaserveError, *, quarantined: bool) -> None:
+        """Its child ended, loaded or not, without being told to."""
+
+
 class Supervisor:
     """The life of one model over any number of child processes.
 
-    ``prepare`` is called in a thread before each load; it checks the file and returns how to load it, or raises.
+    ``prepare`` is called before each load; it checks the file and returns how to load it, or raises. ``spares`` may
+    have a child that is started already.
     """
 
     def __init__(
         self,
         name: str,
-        prepare: Callable[[], LoadParams],
+        prepare: Callable[[], Awaitable[LoadParams]],
+        listener: Listener | None = None,
+        spares: Spares | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._name = name
         self._prepare = prepare
+        self._listener = listener
+        self._spares = spares
         self._clock = clock
         self._sleep = sleep
         self._worker: WorkerProcess | None = None
@@ -63,7 +94,7 @@ class Supervisor:
     @property
     def status(self) -> Status:
         """Where the model stands now."""
-        if self._live_worker:
+        if self.live_worker:
             return Status.LOADED
         if self._loading:
             return Status.LOADING
@@ -75,20 +106,15 @@ class Supervisor:
         return self._worker.occupancy if self._worker else Occupancy()
 
     @property
-    def gpu(self) -> bool | None:
-        """Whether layers of the model are on a GPU, if it is loaded."""
-        return self._live_worker.gpu if self._live_worker else None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the child, if it is loaded."""
-        return self._live_worker.pid if self._live_worker else None
+    def live_worker(self) -> WorkerProcess | None:
+        """The child that has the model, if there is one."""
+        return self._worker if self._worker and not self._worker.ended.is_set() else None
 
     async def worker(self) -> WorkerProcess:
         """Return the loaded child, loading it first if need be. Any number of callers share one load, and a caller that
         gives up does not stop it for the others.
         """
-        if (worker := self._live_worker) is not None:
+        if (worker := self.live_worker) is not None:
             return worker
         if self._loading is None:
             self._refuse_in_vain()
@@ -107,8 +133,13 @@ class Supervisor:
         if self._worker:
             self._worker.stop_all()
 
+    def forgive(self) -> None:
+        """Forget crashes and failures, because somebody wants the model tried again now."""
+        self._crashes.clear()
+        self._failure = None
+
     async def aclose(self) -> None:
-        """End the child, whatever it is doing."""
+        """End the child, whatever it is doing; the model can be loaded again after that."""
         if self._loading:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
@@ -119,10 +150,6 @@ class Supervisor:
         if self._worker:
             await self._worker.aclose()
             self._worker = None
-
-    @property
-    def _live_worker(self) -> WorkerProcess | None:
-        return self._worker if self._worker and not self._worker.ended.is_set() else None
 
     @property
     def _recent_crashes(self) -> list[float]:
@@ -142,7 +169,8 @@ class Supervisor:
         if self._quarantined:
             raise ModelQuarantined(
                 f"{self._name} crashed {CRASHES_TO_QUARANTINE} times within {CRASH_WINDOW / 60:.0f} minutes and is not "
-                "started again; the server's log has the reasons. Restart the server to try once more."
+                "started again; the server's log has the reasons. Load it by hand to try once more: "
+                "POST /v1/internal/model/load"
             )
         if self._failure and self._clock() < self._failure[0]:
             raise from_value(to_value(self._failure[1]))
@@ -151,16 +179,20 @@ class Supervisor:
         self.progress = 0.0
         try:
             await self._sleep(pause)
-            params = await asyncio.to_thread(self._prepare)
+            params = await self._prepare()
             logger.info("loading %s from %s", self._name, params.path)
-            worker = await WorkerProcess.start(self._name, params, self._on_progress)
+            started = self._clock()
+            worker = await WorkerProcess.start(self._name, params, self._on_progress, self._spares)
         except EngineCrashed as crash:
             logger.error("%s", crash.message)
-            self._crashes.append(self._clock())
+            self._note_crash(crash)
             raise
         except LlamaserveError as error:
-            logger.error("%s", error.message)
-            self._failure = (self._clock() + _FAILED_LOAD_PAUSE, error)
+            self._note_failure(error)
+            raise
+        except Exception:
+            if self._listener:
+                self._listener.failed(LlamaserveError(f"the server failed to load {self._name}; its log has the details"))
             raise
         finally:
             self._loading = None
@@ -168,14 +200,31 @@ class Supervisor:
         self._worker = worker
         self._watcher = asyncio.create_task(self._watch(worker))
         logger.info("%s is loaded on the %s (process %d)", self._name, "GPU" if worker.gpu else "CPU", worker.pid)
+        if self._listener:
+            self._listener.loaded(worker, self._clock() - started)
         return worker
 
     def _on_progress(self, fraction: float) -> None:
         self.progress = fraction
+        if self._listener:
+            self._listener.loading(fraction)
+
+    def _note_failure(self, error: LlamaserveError) -> None:
+        """Take note of a load that failed; a later one may do better where nothing but the moment was wrong."""
+        if not isinstance(error, Unavailable) or isinstance(error, InsufficientMemory):
+            logger.error("%s", error.message)
+            self._failure = (self._clock() + _FAILED_LOAD_PAUSE, error)
+        if self._listener:
+            self._listener.failed(error)
+
+    def _note_crash(self, crash: LlamaserveError) -> None:
+        self._crashes.append(self._clock())
+        if self._listener:
+            self._listener.crashed(crash, quarantined=self._quarantined)
 
     async def _watch(self, worker: WorkerProcess) -> None:
         await worker.ended.wait()
-        self._crashes.append(self._clock())
+        self._note_crash(worker.crash())
 
 
 def _mark_retrieved(load: asyncio.Task[WorkerProcess]) -> None:

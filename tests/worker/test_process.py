@@ -23,6 +23,7 @@ from llamaserve.engine.params import Generation, LoadParams, Sampling
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineCrashed,
+    EngineError,
     InvalidRequest,
     LlamaserveError,
     ModelLoadFailed,
@@ -514,3 +515,25 @@ def test_a_cancel_in_a_long_prompt_is_no_error_in_the_log(params: LoadParams, ca
 
     _with_worker(params, test)
     assert not [record for record in caplog.records if "starter:" in record.getMessage()]
+
+
+def test_prefixes_go_on_in_the_next_child(params: LoadParams, tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    params = msgspec.structs.replace(params, saved_prefixes=str(path), prefixes_identity="this", spill=1 << 30)
+    prompt = [5, 6, 7, 8] * 50
+    texts: list[str] = []
+    saved: list[tuple[int, int]] = []
+
+    async def test(worker: WorkerProcess) -> None:
+        text, finished = await _answer(worker.generate([prompt], _GREEDY))
+        assert finished.cached_tokens == (199 if texts else 0)
+        texts.append(text)
+        await worker.limit_spill(0)
+        event = await worker.save_prefixes(path, 1 << 30)
+        saved.append((event.tokens, event.size))
+        with pytest.raises(EngineError, match="can't be saved"):
+            await worker.save_prefixes(path / "folder", 1 << 30)
+
+    for _ in range(2):
+        _with_worker(params, test)
+    assert all(tokens >= 211 and size == path.stat().st_size for tokens, size in saved)

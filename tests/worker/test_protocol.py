@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy
-from llamaserve.engine.params import Generation, LoadParams, Sampling
+from llamaserve.engine.events import Delta, Device, Failed, Finished, Occupancy
+from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams, Sampling
 from llamaserve.errors import ErrorValue
 from llamaserve.worker import protocol
 
@@ -29,6 +29,8 @@ _LOAD = LoadParams(
     prefix_cache=True,
     spill=0,
     speculation=False,
+    tensor_split=(0.5, 1.5),
+    adapters=(Adapter("a", "/tmp/a.gguf"),),
 )
 _COMMANDS = [
     protocol.Load(_LOAD),
@@ -38,14 +40,20 @@ _COMMANDS = [
     protocol.Stop(3),
     protocol.Tokenize(4, "\0", True, False),
     protocol.Detokenize(5, [-1, 2**40], True),
+    protocol.SetAdapters(6, [Adapter("a", "/tmp/ä.gguf", -0.5)]),
+    protocol.LimitSpill(7, 2**40),
+    protocol.SavePrefixes(8, "/tmp/ä", 0),
 ]
 _EVENTS = [
+    protocol.Hello([Device("GPU0", "ä", 2**40, 2**41)]),
     protocol.Loading(0.5),
-    protocol.Ready(True),
+    protocol.Ready(True, Footprint(2**40, 1)),
     protocol.LoadFailed(ErrorValue("ModelLoadFailed", "why", None, "hint", 1.5)),
     protocol.Accepted(1, [2, 3]),
     protocol.Tokens(1, []),
     protocol.Text(1, "\ufffd"),
+    protocol.Done(1),
+    protocol.Saved(1, 2, 2**40),
     Occupancy(1, 2, 3),
     Delta(1, 2, "text"),
     Finished(1, 2, "text", "length", 3, 4, 5),

@@ -43,9 +43,9 @@ class Preparation:
         self.go_on.set()
         self.error: Exception | None = None
 
-    def __call__(self) -> LoadParams:
+    async def __call__(self) -> LoadParams:
         self.calls += 1
-        self.go_on.wait(_TIMEOUT)
+        await asyncio.to_thread(self.go_on.wait, _TIMEOUT)
         if self.error is not None:
             raise self.error
         return self.params
@@ -58,7 +58,7 @@ class Rig:
         self.prepare = Preparation(params)
         self.clock = Clock()
         self.pauses: list[float] = []
-        self.supervisor = Supervisor("starter", self.prepare, self.clock, self._sleep)
+        self.supervisor = Supervisor("starter", self.prepare, clock=self.clock, sleep=self._sleep)
 
     async def _sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -99,13 +99,13 @@ def test_twenty_callers_share_one_load(params: LoadParams) -> None:
         callers = [asyncio.create_task(rig.supervisor.worker()) for _ in range(20)]
         await asyncio.sleep(0)
         assert rig.supervisor.status is Status.LOADING
-        assert rig.supervisor.pid is None
+        assert rig.supervisor.live_worker is None
         rig.prepare.go_on.set()
         workers = await asyncio.gather(*callers)
         assert len({id(worker) for worker in workers}) == 1
         assert rig.prepare.calls == 1
         assert rig.supervisor.status is Status.LOADED
-        assert rig.supervisor.pid == workers[0].pid
+        assert rig.supervisor.live_worker is workers[0]
         assert rig.supervisor.progress == 1.0
         assert await rig.supervisor.worker() is workers[0]
 
@@ -173,7 +173,7 @@ def test_after_a_first_crash_the_next_request_loads_again(params: LoadParams) ->
         first = await rig.supervisor.worker()
         await rig.crash()
         assert rig.supervisor.status is Status.UNLOADED
-        assert rig.supervisor.pid is None
+        assert rig.supervisor.live_worker is None
         second = await rig.supervisor.worker()
         assert second is not first
         assert rig.prepare.calls == 2
