@@ -40,6 +40,11 @@ class Admission:
         self._duration = _LEAST_WAIT  # mean seconds of a request, waiting included
         self.open = 0
 
+    def limit(self, parallel: int, queue: int) -> None:
+        """Let so many run at once and so many wait from now on."""
+        self._parallel = parallel
+        self._queue = queue
+
     def enter(self, sequences: int) -> Place:
         """Let a request in, however many sequences it has, as long as the queue is not full before it.
 

@@ -56,16 +56,30 @@ def verify(path: Path, sha256: str) -> None:
     Raises:
         ChecksumMismatch: the file is another one.
     """
-    status = path.stat()
-    known = recall("checksums", str(path.absolute()), _Stamp)
-    if known is not None and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
-        actual = known.sha256
-    else:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        stamp(path, status, actual)
+    actual = checksum(path)
     if actual != sha256.lower():
         raise mismatch(path, sha256, actual)
+
+
+def checksum(path: Path, *, anew: bool = False) -> str:
+    """Return a file's SHA-256: the remembered one of an unchanged file, unless it shall be read ``anew``."""
+    status = path.stat()
+    known = None if anew else known_checksum(path)
+    if known is not None:
+        return known
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    stamp(path, status, actual)
+    return actual
+
+
+def known_checksum(path: Path) -> str | None:
+    """Return the remembered SHA-256 of an unchanged file; None where there is none."""
+    status = path.stat()
+    known = recall("checksums", str(path.absolute()), _Stamp)
+    if known is None or (known.size, known.mtime_ns) != (status.st_size, status.st_mtime_ns):
+        return None
+    return known.sha256
 
 
 def stamp(path: Path, status: os.stat_result, sha256: str) -> None:

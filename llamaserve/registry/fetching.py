@@ -1,7 +1,7 @@
 """From a source to a file on this machine: ``locate`` looks on this machine only, ``fetch`` downloads what is not here.
 
-Both check a promised SHA-256, and both block. This module does not know what a model is called, and never looks into a
-model file.
+Both check a promised SHA-256, and both block. Of a model in several files they return the first, when all of them are
+here. This module does not know what a model is called, and never looks into a model file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from llamaserve import errors
 from llamaserve.registry import hub, wheels
 from llamaserve.registry.cache import is_file, verify
 from llamaserve.registry.sources import FileSource, HubSource, Progress, Source, WheelSource
+from llamaserve.registry.split import part_of, part_paths
 
 
 def _silent(done: int, total: int | None) -> None:
@@ -20,48 +21,73 @@ def _silent(done: int, total: int | None) -> None:
 
 
 def locate(source: Source, sha256: str | None = None) -> Path | None:
-    """Return the file where it is on this machine already, without touching the network; None where it is not.
+    """Return the file where it is on this machine already, without touching the network; None where it is not, or where
+    a part of it is missing.
 
     With a sum the file is checked, which reads all of it the first time.
 
     Raises:
         ChecksumMismatch: the file is here, and is another one.
+        RegistryError: a sum is given, and the model has several files.
     """
     match source:
         case FileSource():
-            path = source.path if is_file(source.path) else None
+            path = source.path if all(is_file(part) for part in part_paths(source.path)) else None
         case HubSource():
             path = hub.cached_file(source)
         case WheelSource():
             path = wheels.cached_file(source)
-    if path is not None and sha256 is not None:
-        verify(path, sha256)
+    if path is not None:
+        check_sum(path, sha256)
     return path
 
 
-def fetch(source: Source, sha256: str | None = None, progress: Progress = _silent) -> Path:
-    """Return the file, downloading it where it is not here. What is here is never replaced by something newer.
+def check_sum(path: Path, sha256: str | None) -> None:
+    """Check a file against the sum that models.yaml promises, if it promises one."""
+    if sha256 is None:
+        return
+    if len(parts := part_paths(path)) > 1:
+        raise errors.RegistryError(
+            f"sha256 is the sum of one file, and {path.name} is the first of {len(parts)}",
+            hint="Leave out sha256 in models.yaml; models.lock keeps the sum of every part",
+        )
+    verify(path, sha256)
+
+
+def fetch(source: Source, sha256: str | None = None, progress: Progress = _silent, *, newest: bool = False) -> Path:
+    """Return the file, downloading it where it is not here. What is here is replaced by something newer only if the
+    ``newest`` is asked for, which only the hub can have.
 
     Raises:
         ModelFileMissing: a ``file:`` source does not exist.
         SourceError: the download failed; the hint says what to do.
         ChecksumMismatch: the file is not the one promised.
     """
-    path = locate(source, sha256)
-    if path is not None:
-        return path
+    if not (newest and isinstance(source, HubSource)):
+        path = locate(source, sha256)
+        if path is not None:
+            return path
     match source:
         case FileSource():
             raise missing(source)
         case HubSource():
-            return hub.fetch_file(source, sha256, progress)
+            path = hub.fetch_file(source, progress, newest=newest)
+            check_sum(path, sha256)
+            return path
         case WheelSource():
             return wheels.fetch_file(source, sha256, progress)
 
 
 def missing(source: FileSource) -> errors.ModelFileMissing:
-    """Return the error for a path where there is no model file."""
-    path = source.path
+    """Return the error for a path where there is no model file, or not all of one."""
+    path, part = source.path, part_of(source.path.name)
+    if part is not None and is_file(path):
+        absent = next((other for other in part_paths(path) if not is_file(other)), path)
+        number = part_of(absent.name)
+        return errors.ModelFileMissing(
+            f"part {number.number if number else 1} of {part.count} is missing: {absent}",
+            hint=f"Put all {part.count} parts into {path.parent}",
+        )
     if is_file(path.parent, folder=True):
         near = difflib.get_close_matches(path.name, sorted(file.name for file in path.parent.glob("*.gguf")), n=3)
         hint = f"In {path.parent} there is {' and '.join(near)}" if near else f"{path.parent} holds no similar file"

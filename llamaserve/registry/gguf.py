@@ -2,7 +2,8 @@
 
 The file may come from anywhere, so nothing in it is believed: every count and length is checked against the bytes that
 are there before anything is read or stored, and the time and memory taken depend on the header alone. It answers
-whether the container is whole; whether llama.cpp may see it is for ``loadable``. Source: docs/gguf.md in ggml.
+whether the container is whole; whether llama.cpp may see it is for ``loadable``. Sources: docs/gguf.md in ggml, and for
+models in several files (``split.*``) llama.cpp's loader, which refuses the same.
 
 This module knows nothing of model names, sources, chat templates' meaning or memory estimates.
 """
@@ -14,7 +15,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import islice
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from llamaserve.errors import GGUFError, ModelFileMissing
+from llamaserve.registry.split import part_of
 
 MAX_HEADER = 128 << 20  # bytes; the largest real ones, with a whole tokenizer.json inside, stay below 40 MB
 MAX_METADATA = 65_536
@@ -29,9 +31,11 @@ MAX_TENSORS = 100_000
 MAX_KEY = 65_535  # bytes
 MAX_TENSOR_NAME = 63  # bytes, GGML_MAX_NAME - 1
 MAX_ALIGNMENT = 1 << 20
+MAX_PARTS = 512  # files of one model; llama.cpp has all of them open at once
 DEFAULT_ALIGNMENT = 32
 
 _BLOCK = 1 << 20  # bytes read at a time
+_NAMELESS = ("adapter", "imatrix", "mmproj")  # values of general.type that come without an architecture
 _FETCH_AGAIN = "fetch it again with `llamaserve pull <model>`"
 _NEWER = "upgrade llama-cpp-python, or choose another quantisation of this model"
 
@@ -211,7 +215,9 @@ class GGUFArray:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: ``shape`` with the fastest dimension first, ggml's type number, ``offset`` in the weights' part."""
+    """One tensor: ``shape`` with the fastest dimension first, ggml's type number, ``offset`` in the weights of the file
+    that it is in.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -250,16 +256,33 @@ class FimTokens:
     names: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class GGUFPart:
+    """A further file of a model that was split: its path and its size in bytes."""
+
+    path: Path
+    size: int
+
+
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says about itself. Arrays stay in the file and are read when asked for."""
+    """What a GGUF file says about itself. Arrays stay in the file and are read when asked for. Of a model in several
+    files, ``path`` is the first, ``others`` are the rest, and ``file_size`` and ``tensors`` are those of all together.
+    """
 
     path: Path
     file_size: int
     version: int
     metadata: Mapping[str, Scalar | GGUFArray]
     tensors: tuple[TensorInfo, ...]
-    data_offset: int  # where the weights begin in the file
+    data_offset: int  # where the weights begin in the first file
+    others: tuple[GGUFPart, ...] = ()
+    types: Mapping[str, ValueType] = field(default_factory=dict)  # of the metadata's values
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Return all files of the model."""
+        return (self.path, *(part.path for part in self.others))
 
     def text(self, key: str) -> str | None:
         """Return a string value; None when the key is absent or no string."""
@@ -412,13 +435,23 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Read and check a file's header; the weights' presence is checked, their values are not.
+    """Read and check a file's header, and those of the other parts if it is the first of several; the weights' presence
+    is checked, their values are not.
 
     Raises:
-        ModelFileMissing: There is no such file.
-        GGUFError: It cannot be read, is no GGUF file of version 2 or 3 (little-endian), is cut short, or contradicts
-            itself.
+        ModelFileMissing: There is no such file, or a part is missing.
+        GGUFError: It cannot be read, is no GGUF file of version 2 or 3 (little-endian), is cut short, contradicts
+            itself, or is a later part.
     """
+    header = _read_file(path)
+    if header.integer("split.no"):
+        raise _later_part(header)
+    if not header.architecture and header.text("general.type") not in _NAMELESS:
+        raise GGUFError(f"{path} does not name its architecture: general.architecture is missing or no text")
+    return header if header.split_count == 1 else _with_parts(header)
+
+
+def _read_file(path: Path) -> GGUFHeader:
     descriptor, size = _open(path)
     try:
         return _read(path, descriptor, size)
@@ -555,15 +588,79 @@ def _read(path: Path, descriptor: int, size: int) -> GGUFHeader:
     cursor.part = "its metadata"
     _check_count(cursor, "metadata entries", metadata_count, MAX_METADATA, smallest=13)
     _check_count(cursor, "tensors", tensor_count, MAX_TENSORS, smallest=24)
-    metadata = _read_metadata(cursor, metadata_count)
-    if not isinstance(metadata.get("general.architecture"), str) or not metadata["general.architecture"]:
-        raise GGUFError(f"{path} does not name its architecture: general.architecture is missing or no text")
+    metadata, types = _read_metadata(cursor, metadata_count)
     alignment = _alignment(path, metadata)
     cursor.part = "its tensor list"
     tensors = _read_tensors(cursor, tensor_count, alignment)
     data_offset = -(-cursor.position // alignment) * alignment if tensors else cursor.position
     _check_weights(path, size, data_offset, tensors)
-    return GGUFHeader(path, size, version, MappingProxyType(metadata), tensors, data_offset)
+    return GGUFHeader(path, size, version, MappingProxyType(metadata), tensors, data_offset, types=types)
+
+
+def _later_part(header: GGUFHeader) -> GGUFError:
+    number, part = header.integer("split.no") or 0, part_of(header.path.name)
+    first = f": {header.path.with_name(part.sibling(1))}" if part else ""
+    return GGUFError(
+        f"{header.path} is part {number + 1} of {header.split_count} of a model", hint=f"name its first part{first}"
+    )
+
+
+def _with_parts(first: GGUFHeader) -> GGUFHeader:
+    """Return the header of all parts together; the first has the metadata."""
+    count, part = first.split_count, part_of(first.path.name)
+    if not 1 <= count <= MAX_PARTS:
+        raise GGUFError(f"{first.path} is damaged: it claims {count} parts; 1 to {MAX_PARTS} are possible")
+    if part is None or (part.number, part.count) != (1, count):
+        raise GGUFError(
+            f"{first.path} is the first of {count} parts, and its name does not say so: llama.cpp finds the others by "
+            f"their names, which end in -00001-of-{count:05d}.gguf and so on",
+            hint="give all parts the names that they had where they came from",
+        )
+    paths = [first.path.with_name(part.sibling(number)) for number in range(2, count + 1)]
+    others = [_read_part(path, first, number) for number, path in enumerate(paths, 2)]
+    tensors: dict[str, TensorInfo] = {}
+    for header in (first, *others):
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                raise GGUFError(f"{header.path} holds the tensor {tensor.name!r}, which is in another part, too")
+            tensors[tensor.name] = tensor
+        if len(tensors) > MAX_TENSORS:
+            raise GGUFError(f"{first.path} and its other parts hold more than {MAX_TENSORS} tensors")
+    announced = first.integer("split.tensors.count")
+    if announced != len(tensors):
+        raise GGUFError(
+            f"{first.path} and its other parts hold {len(tensors)} tensors, and it promises {announced or 'no number'} "
+            "(split.tensors.count): a part is damaged, or of another model",
+            hint=_FETCH_AGAIN,
+        )
+    return replace(
+        first,
+        file_size=sum(header.file_size for header in (first, *others)),
+        tensors=tuple(tensors.values()),
+        others=tuple(GGUFPart(header.path, header.file_size) for header in others),
+    )
+
+
+def _read_part(path: Path, first: GGUFHeader, number: int) -> GGUFHeader:
+    """Read a later part, and check that it belongs to the first as its name says."""
+    count = first.split_count
+    try:
+        header = _read_file(path)
+    except ModelFileMissing:
+        raise ModelFileMissing(f"part {number} of {count} is missing: {path}", hint=_FETCH_AGAIN) from None
+    said = header.integer("split.no")
+    if said is None or header.split_count != count:
+        what = f"part {said + 1} of {header.split_count}" if said is not None else "no part of anything"
+        raise GGUFError(f"{path} is not part {number} of {count} of {first.path.name}: it says that it is {what}")
+    if said != number - 1:
+        raise GGUFError(
+            f"{path} says that it is part {said + 1}, and by its name it is part {number}: the parts are mixed up",
+            hint="give all parts the names that they had where they came from",
+        )
+    for key in ("split.tensors.count", "general.architecture"):
+        if header.metadata.get(key, first.metadata.get(key)) != first.metadata.get(key):
+            raise GGUFError(f"{path} is a part of another model than {first.path.name}: {key} is another one")
+    return header
 
 
 def _read_version(cursor: _Cursor) -> int:
@@ -609,22 +706,23 @@ def _check_count(cursor: _Cursor, what: str, count: int, limit: int, smallest: i
         )
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Scalar | GGUFArray]:
+def _read_metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Scalar | GGUFArray], dict[str, ValueType]]:
     metadata: dict[str, Scalar | GGUFArray] = {}
+    types: dict[str, ValueType] = {}
     for _ in range(count):
         key = cursor.string("a metadata key", MAX_KEY).decode(errors="replace")
         if not key:
             raise GGUFError(f"{cursor.path} is damaged: a metadata key is empty")
         if key in metadata:
             raise GGUFError(f"{cursor.path} is damaged: the metadata key {key!r} stands in it twice")
-        kind = _value_type(cursor, key)
+        types[key] = kind = _value_type(cursor, key)
         if kind is ValueType.ARRAY:
             metadata[key] = _skip_array(cursor, key)
         elif kind is ValueType.STRING:
             metadata[key] = cursor.string(f"the value of {key!r}").decode(errors="replace")
         else:
             metadata[key] = cursor.number(_LAYOUTS[kind])
-    return metadata
+    return metadata, types
 
 
 def _value_type(cursor: _Cursor, key: str) -> ValueType:
@@ -716,7 +814,7 @@ def _read_back(header: GGUFHeader, array: GGUFArray) -> bytes:
         raise GGUFError(f"{header.path} cannot be read: {error.strerror or error}") from error
     finally:
         os.close(descriptor)
-    if size != header.file_size or len(data) != array.size:
+    if size != header.file_size - sum(part.size for part in header.others) or len(data) != array.size:
         raise _changed(header.path)
     return data
 

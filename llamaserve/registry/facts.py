@@ -1,0 +1,150 @@
+"""Everything that is known of a model without loading it, as plain values for a person or a script.
+
+This module reads files and headers, and asks no network. It knows nothing of running servers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from llamaserve.errors import LlamaserveError
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.load_plan import context_of, load_params
+from llamaserve.registry.loadable import check_loadable
+from llamaserve.registry.lock_file import LockEntry, LockFile
+from llamaserve.registry.memory import estimate
+from llamaserve.registry.pulling import hash_of_template
+from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.registry.split import part_paths
+
+
+class HeaderFacts(msgspec.Struct, frozen=True):
+    """What the file says of itself. ``context`` is what requests get, ``trained_context`` what the model knows."""
+
+    architecture: str
+    name: str | None
+    parameters: int
+    quantisation: str
+    layers: int | None
+    width: int | None
+    heads: int | list[int] | None
+    key_value_heads: int | list[int] | None
+    context: int
+    trained_context: int | None
+    vocabulary: int
+    fills_gaps: bool
+    template: str | None
+
+
+class MemoryFacts(msgspec.Struct, frozen=True):
+    """The estimate of the memory that it takes on a CPU, in bytes."""
+
+    weights: int
+    cache: int
+    compute: int
+    vocabulary: int
+    total: int
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """All that is known. ``size`` is bytes on this machine; ``problem`` says why the model cannot be loaded."""
+
+    model: str
+    aliases: list[str]
+    source: str
+    task: str
+    description: str | None
+    licence: str | None
+    here: bool
+    files: list[str]
+    size: int | None
+    sha256: str | None
+    lock: LockEntry | None
+    adapters: list[str]
+    header: HeaderFacts | None
+    memory: MemoryFacts | None
+    problem: str | None
+
+
+def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tuple[ModelFacts, GGUFHeader | None]:
+    """Return what is known of a model, and its header if it has one. Raises ``RegistryError`` for a damaged
+    models.lock.
+    """
+    path = locate(registry.source(spec))
+    header, problem = _header(path)
+    files = [] if path is None else list(part_paths(path))
+    facts = ModelFacts(
+        model=name,
+        aliases=sorted(alias for alias, target in registry.aliases.items() if target == name),
+        source=spec.source,
+        task=spec.task,
+        description=spec.description,
+        licence=spec.licence,
+        here=path is not None,
+        files=[os.fsencode(file).decode("utf-8", "replace") for file in files],
+        size=sum(file.stat().st_size for file in files) if files else None,
+        sha256=spec.sha256,
+        lock=lock.get(spec.source),
+        adapters=[adapter.source for adapter in spec.lora],
+        header=None if header is None else _header_facts(header, spec),
+        memory=None if header is None or problem is not None else _memory(header, spec),
+        problem=problem,
+    )
+    return facts, header
+
+
+def _header(path: Path | None) -> tuple[GGUFHeader | None, str | None]:
+    if path is None or not path.name.lower().endswith(".gguf"):
+        return None, None
+    header = None
+    try:
+        header = read_header(path)
+        check_loadable(header)
+    except LlamaserveError as error:
+        return header, error.message
+    return header, None
+
+
+def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
+    return HeaderFacts(
+        architecture=header.architecture,
+        name=header.name,
+        parameters=header.parameter_count,
+        quantisation=header.quantisation,
+        layers=header.block_count,
+        width=header.embedding_length,
+        heads=_heads(header, "head_count"),
+        key_value_heads=_heads(header, "head_count_kv"),
+        context=context_of(spec, header),
+        trained_context=header.context_length,
+        vocabulary=header.vocabulary_size,
+        fills_gaps=header.fim_tokens is not None,
+        template=hash_of_template(header),
+    )
+
+
+def _heads(header: GGUFHeader, key: str) -> int | list[int] | None:
+    """Return a number of heads, or one for each layer where they differ."""
+    name = f"{header.architecture}.attention.{key}"
+    if (number := header.integer(name)) is not None:
+        return number
+    try:
+        each = [value for value in header.read_array(name) if isinstance(value, int)]
+    except KeyError:
+        return None
+    return each[0] if len(set(each)) == 1 else each
+
+
+def _memory(header: GGUFHeader, spec: ModelSpec) -> MemoryFacts:
+    guess = estimate(header, load_params(spec, header))
+    return MemoryFacts(
+        weights=guess.weights.host,
+        cache=guess.cache.host,
+        compute=guess.compute.host,
+        vocabulary=guess.vocabulary,
+        total=guess.total.host,
+    )

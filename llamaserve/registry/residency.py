@@ -1,0 +1,212 @@
+"""Who may be in memory: gives room to models that are to be loaded, and takes it from others when it is short.
+
+Room is a budget of bytes, in main memory and on GPUs, that is never planned past. Models that want in stand in one
+queue. For the first of it room is made in this order: less spill (prefixes in main memory, which cost time and nothing
+else) for the models in memory, then unloading of those that nobody uses, the least recently used first, and if that is
+not enough, no new requests for the least recently used of those in use until they are done. Requests for these stand
+in the queue then, so that nobody waits for ever. Knows footprints and moments, not what a model is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from llamaserve.engine.params import Footprint
+from llamaserve.errors import Unavailable
+
+
+class Occupant(Protocol):
+    """Something that takes memory while it is loaded."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody uses it, or it is being loaded. ``wake`` is called when it ceases to be."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for it."""
+
+    @property
+    def last_used(self) -> float:
+        """When it was last used, on any clock."""
+
+    async def vacate(self) -> None:
+        """Give all memory back."""
+
+    async def limit_spill(self, size: int) -> None:
+        """Keep at most so many bytes of prefixes in main memory."""
+
+
+@dataclass
+class _Claim:
+    """What a model in memory takes: ``need`` as long as it is there, and ``spill`` of the ``wish`` it could use."""
+
+    need: Footprint
+    wish: int
+    spill: int
+
+    @property
+    def total(self) -> Footprint:
+        return self.need + Footprint(self.spill)
+
+
+class Residency:
+    """The models in memory and those that want in."""
+
+    def __init__(self, budget: Footprint) -> None:
+        self.budget = budget
+        self._claims: dict[Occupant, _Claim] = {}
+        self._queue: list[Occupant] = []
+        self._draining: set[Occupant] = set()
+        self._change = asyncio.Event()
+
+    @property
+    def claimed(self) -> Footprint:
+        """What all models in memory take together; never more than the budget."""
+        return sum((claim.total for claim in self._claims.values()), Footprint())
+
+    def claim_of(self, occupant: Occupant) -> Footprint | None:
+        """What one of them takes, spill included; None when it is not in memory."""
+        claim = self._claims.get(occupant)
+        return claim.total if claim else None
+
+    def admits(self, occupant: Occupant) -> bool:
+        """Whether new requests may use a model in memory: not while it has to make room for another."""
+        return occupant in self._claims and occupant not in self._draining
+
+    def waits(self, occupant: Occupant) -> bool:
+        """Whether a model stands in the queue."""
+        return occupant in self._queue
+
+    def has_room_for(self, need: Footprint) -> bool:
+        """Whether a model would get in now without anybody's leaving, were nobody in the queue."""
+        return (self._needed() + need).fits(self.budget)
+
+    async def enter(self, occupant: Occupant, need: Footprint, wish: int) -> int:
+        """Wait until there is room, make some if need be, and claim it. Returns how many of the ``wish`` bytes of spill
+        the model may have. The caller has made sure that ``need`` is within the budget, and calls this once at a time
+        for each model. Raises ``Unavailable`` when nobody wants the model any more.
+        """
+        self._queue.append(occupant)
+        try:
+            while self._queue[0] is not occupant or not await self._make_room(occupant, need):
+                await self._change.wait()
+                if not occupant.wanted:
+                    raise Unavailable(f"{occupant.name} is wanted by nobody any more")
+            if (claim := self._claims.get(occupant)) is not None:  # it was to leave, and has been spared
+                return claim.spill
+            left = self.budget - self._sum() - need
+            claim = self._claims[occupant] = _Claim(need, wish, min(wish, left.host))
+            return claim.spill
+        finally:
+            if self._queue[0] is occupant:
+                self._draining.clear()
+            self._queue.remove(occupant)
+            self.wake()
+
+    async def wait_turn(self, occupant: Occupant) -> None:
+        """Wait until those who wanted in before have got in, and with that until it is decided whether a model that was
+        to leave must do so.
+        """
+        self._queue.append(occupant)
+        try:
+            while self._queue[0] is not occupant:
+                await self._change.wait()
+        finally:
+            self._queue.remove(occupant)
+            self.wake()
+
+    async def settle(self, occupant: Occupant, need: Footprint) -> None:
+        """Take note of what a model really takes; if that is too much for all, others make room."""
+        claim = self._claims.get(occupant)
+        if claim is None:
+            return
+        claim.need = need
+        for victim in [occupant, *self._idle(but=occupant)]:
+            if self._sum().fits(self.budget):
+                return
+            if victim is occupant:
+                await self._shrink_spills(Footprint())
+            else:
+                await self._evict(victim)
+
+    def left(self, occupant: Occupant) -> None:
+        """Take note that a model takes no memory any more."""
+        if self._claims.pop(occupant, None) is not None:
+            self._draining.discard(occupant)
+            self.wake()
+
+    def wake(self) -> None:
+        """Have those in the queue look again, because a model is not used any more."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def return_spill(self) -> None:
+        """Let models in memory have the spill that others have left room for, those used last first."""
+        for occupant in sorted(self._claims, key=lambda each: -each.last_used):
+            claim = self._claims.get(occupant)
+            if claim is None or self._queue:
+                continue
+            spill = min(claim.wish, claim.spill + (self.budget - self._sum()).host)
+            if spill > claim.spill:
+                claim.spill = spill
+                await occupant.limit_spill(spill)
+
+    def _sum(self) -> Footprint:
+        return sum((claim.total for claim in self._claims.values()), Footprint())
+
+    def _needed(self) -> Footprint:
+        return sum((claim.need for claim in self._claims.values()), Footprint())
+
+    def _idle(self, but: Occupant) -> list[Occupant]:
+        """Return the models in memory that nobody uses, those unused longest first."""
+        idle = [each for each in self._claims if not each.busy and each is not but]
+        return sorted(idle, key=lambda each: each.last_used)
+
+    async def _make_room(self, occupant: Occupant, need: Footprint) -> bool:
+        """Make room for a model; False when that takes until others are done."""
+        if occupant in self._claims:
+            return True
+        while not (self._sum() + need).fits(self.budget):
+            if self.has_room_for(need):
+                await self._shrink_spills(need)
+            elif idle := self._idle(but=occupant):
+                await self._evict(idle[0])
+            else:
+                self._drain(need)
+                return False
+        return True
+
+    def _drain(self, need: Footprint) -> None:
+        """Let no new requests to the models in use that must go, those unused longest first."""
+        rest = self._needed()
+        self._draining.clear()
+        for each in sorted(self._claims, key=lambda each: each.last_used):
+            if (rest + need).fits(self.budget):
+                return
+            rest -= self._claims[each].need
+            self._draining.add(each)
+
+    async def _evict(self, victim: Occupant) -> None:
+        self._draining.add(victim)  # for those who ask for it meanwhile
+        try:
+            await victim.vacate()
+        finally:
+            self.left(victim)
+
+    async def _shrink_spills(self, need: Footprint) -> None:
+        """Take spill from models in memory until there is room, from those unused longest first."""
+        for each in sorted(self._claims, key=lambda each: each.last_used):
+            over = (self._sum() + need - self.budget).host
+            claim = self._claims.get(each)
+            if over <= 0:
+                return
+            if claim is not None and claim.spill:
+                claim.spill -= min(claim.spill, over)
+                await each.limit_spill(claim.spill)

@@ -1,0 +1,479 @@
+"""Models that come and go: real ones, copies of the starter under several names, in children of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llamaserve.engine.events import Finished
+from llamaserve.engine.params import Footprint, Generation, Sampling
+from llamaserve.errors import (
+    InsufficientMemory,
+    InvalidRequest,
+    LlamaserveError,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelNotLoaded,
+)
+from llamaserve.registry.gguf import read_header
+from llamaserve.registry.load_plan import load_params, plan_load
+from llamaserve.registry.model_events import ModelEvent
+from llamaserve.registry.pool import ModelPool
+from llamaserve.registry.saved_prefixes import SavedPrefixes
+from llamaserve.registry.spec import load_registry
+from llamaserve.worker.supervisor import Status
+
+DEFAULTS = "context: 256, parallel: 2, batch: 64, spill: 0, threads: 2"
+ROOMY = Footprint(1 << 40)
+
+
+def models_yaml(folder: Path, starter: Path, *names: str, defaults: str = DEFAULTS, fields: str = "") -> Path:
+    """Write a models.yaml that offers the starter under several names."""
+    lines = [f"  {name}: {{source: 'file:{starter}'{fields}}}" for name in names]
+    path = folder / "models.yaml"
+    path.write_text(f"defaults: {{{defaults}}}\nmodels:\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Replace some text in a file."""
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def need_of(starter: Path, models: Path) -> Footprint:
+    """Return what the first model of a models.yaml takes."""
+    spec = next(iter(load_registry(models).models.values()))
+    header = read_header(starter)
+    return plan_load("x", header, load_params(spec, header), ROOMY, 0).need
+
+
+class House:
+    """A pool, its events, and the ways of a request."""
+
+    def __init__(self, pool: ModelPool) -> None:
+        self.pool = pool
+        self.events: list[ModelEvent] = []
+
+    async def say(self, name: str | None, prompt: str = "Once upon a time", tokens: int = 4) -> Finished:
+        """Generate a few tokens as a request does."""
+        generation = Generation(sampling=Sampling(seed=1, temperature=0.0), max_tokens=tokens)
+        async with self.pool.get(name).in_use() as worker:
+            stream = worker.generate([prompt], generation)
+            try:
+                await stream.accepted()
+                (finished,) = [event async for event in stream.events() if isinstance(event, Finished)]
+            finally:
+                stream.close()
+            return finished
+
+    @property
+    def loaded(self) -> set[str]:
+        return {model.name for model in self.pool.models if model.status is Status.LOADED}
+
+    def kinds(self, model: str) -> list[str]:
+        """Return what happened to a model, progress left out."""
+        return [event.kind for event in self.events if event.model == model and event.kind != "load_progress"]
+
+
+@asynccontextmanager
+async def _house(pool: ModelPool) -> AsyncIterator[House]:
+    house = House(pool)
+
+    async def listen() -> None:
+        with pool.events.subscribe() as events:
+            async for event in events:
+                house.events.append(event)
+
+    listening = asyncio.create_task(listen())
+    await asyncio.sleep(0)
+    try:
+        yield house
+    finally:
+        await pool.aclose()
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool], limit: float = 30.0) -> None:
+    """Return as soon as the condition holds; fail when it does not in time."""
+    async with asyncio.timeout(limit):
+        while not condition():  # noqa: ASYNC110 (what is waited for knows nothing of tests)
+            await asyncio.sleep(0.01)
+
+
+def run(pool: Callable[[], ModelPool], test: Callable[[House], Awaitable[None]], limit: float = 110) -> None:
+    async def work() -> None:
+        async with _house(pool()) as house:
+            await test(house)
+
+    asyncio.run(asyncio.wait_for(work(), limit))
+
+
+def pool_of(models: Path, budget: Footprint = ROOMY, *references: str, **options: object) -> Callable[[], ModelPool]:
+    return lambda: ModelPool(load_registry(models), references, budget=lambda _: budget, **options)  # type: ignore[arg-type]
+
+
+def times(need: Footprint, count: float) -> Footprint:
+    return Footprint(int(need.host * count), int(need.device * count))
+
+
+@pytest.fixture
+def three(tmp_path: Path, starter_model: Path) -> Path:
+    return models_yaml(tmp_path, starter_model, "a", "b", "c")
+
+
+def test_three_models_take_turns_under_a_budget_for_two(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        for name, loaded in [("a", "a"), ("b", "ab"), ("c", "bc"), ("a", "ac"), ("c", "ac"), ("b", "bc")]:
+            answer = await house.say(name)
+            assert answer.completion_tokens == 4
+            assert house.loaded == set(loaded)
+            assert house.pool.claimed.fits(house.pool.budget)
+        await asyncio.sleep(0)
+        assert house.kinds("a") == ["loading", "loaded", "unloading", "unloaded"] * 2
+        assert {e.data["reason"] for e in house.events if e.kind == "unloaded"} == {"evicted"}
+
+    run(pool_of(three, times(need_of(starter_model, three), 2.2)), test)
+
+
+def test_twenty_requests_for_a_cold_model_load_it_once(three: Path) -> None:
+    async def test(house: House) -> None:
+        answers = await asyncio.gather(*(house.say("b") for _ in range(20)))
+        assert len({answer.text for answer in answers}) == 1
+        assert house.kinds("b") == ["loading", "loaded"]
+
+    run(pool_of(three), test)
+
+
+def test_loading_is_reported_as_it_goes(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        await asyncio.sleep(0)
+        (*_, last) = (event.data["percent"] for event in house.events if event.kind == "load_progress")
+        assert last == 100
+        (loaded,) = [event.data for event in house.events if event.kind == "loaded"]
+        assert loaded["seconds"] > 0
+
+    run(pool_of(three), test)
+
+
+def test_a_model_that_answers_is_waited_for(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a", tokens=1)
+        long = asyncio.create_task(house.say("a", tokens=200))
+        await asyncio.sleep(0.1)
+        other = asyncio.create_task(house.say("b"))
+        await until(lambda: house.pool.get("b").waits_for_room)
+        late = asyncio.create_task(house.say("a"))
+        assert (await long).completion_tokens == 200
+        await asyncio.gather(other, late)
+        assert house.loaded == {"a"}
+        assert house.kinds("b").count("loaded") == 1
+
+    run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
+
+
+def test_a_model_that_can_never_fit_is_refused_with_numbers_and_disturbs_nobody(
+    tmp_path: Path, starter_model: Path
+) -> None:
+    path = models_yaml(tmp_path, starter_model, "small")
+    big = f"  big: {{source: 'file:{starter_model}', context: 8192, parallel: 8, kv_cells: 65536}}\n"
+    path.write_text(path.read_text() + big)
+
+    async def test(house: House) -> None:
+        await house.say("small")
+        with pytest.raises(InsufficientMemory, match=r"big .*context") as refusal:
+            await house.say("big")
+        assert refusal.value.status == 507
+        assert house.loaded == {"small"}
+        with pytest.raises(InsufficientMemory):
+            await house.pool.load("small", {"context": 8192, "kv_cells": 65536})
+        assert house.loaded == {"small"}
+        assert house.pool.get("small").context == 256
+
+    run(pool_of(path, times(need_of(starter_model, path), 1.5)), test)
+
+
+def test_idle_models_are_unloaded_after_their_time_and_requests_can_say_another(
+    tmp_path: Path, starter_model: Path
+) -> None:
+    path = models_yaml(tmp_path, starter_model, "a", "b", fields=", keep_alive: 1.0")
+
+    async def test(house: House) -> None:
+        async with house.pool.get("b").in_use(keep_alive=-1):
+            pass
+        await house.say("a")
+        assert house.loaded == {"a", "b"}
+        await until(lambda: house.loaded == {"b"})
+        async with house.pool.get("b").in_use(keep_alive=0):
+            pass
+        await until(lambda: house.loaded == set())
+        reasons = [event.data["reason"] for event in house.events if event.kind == "unloaded"]
+        assert reasons == ["idle", "idle"]
+
+    run(pool_of(path), test)
+
+
+def test_who_gives_up_does_not_stop_the_load_of_others(three: Path) -> None:
+    async def test(house: House) -> None:
+        first = asyncio.create_task(house.say("a"))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(house.say("a"))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        assert (await second).completion_tokens == 4
+        assert house.kinds("a") == ["loading", "loaded"]
+
+    run(pool_of(three), test)
+
+
+def test_load_takes_settings_and_a_failed_one_leaves_all_as_it_was(three: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+
+    async def test(house: House) -> None:
+        pool = house.pool
+        assert pool.current is None
+        with pytest.raises(ModelNotLoaded):
+            pool.get(None)
+        model = await pool.load("a", {"context": 128})
+        assert pool.current is model
+        assert model.load_params().context == 128
+        before = (await house.say(None)).text
+        with pytest.raises(InvalidRequest):
+            await pool.load("a", {"context": 1})
+        with pytest.raises(ModelNotFound):
+            await pool.load("nothing")
+        with pytest.raises(LlamaserveError):
+            await pool.load("broken")
+        with pytest.raises(ModelLoadFailed):  # llama.cpp itself refuses
+            await pool.load(
+                "a",
+                {
+                    "value_type": "q4_0",
+                    "flash_attention": "auto",
+                    "key_type": "iq4_nl",
+                    "batch": 64,
+                    "tensor_split": tuple([1.0] * 16),
+                },
+            )
+        assert pool.current is model
+        assert house.loaded == {"a"}
+        assert model.load_params().context == 128
+        assert (await house.say(None)).text == before
+
+    broken.write_bytes(b"GGUF" + bytes(100))
+    three.write_text(three.read_text() + f"  broken: {{source: 'file:{broken}'}}\n")
+    run(pool_of(three), test)
+
+
+def test_loading_with_other_settings_disturbs_no_running_answer(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.pool.load("a")
+        plain = (await house.say("a", tokens=100)).text
+        running = asyncio.create_task(house.say("a", tokens=100))
+        await asyncio.sleep(0.05)
+        model = await house.pool.load("a", {"parallel": 1})
+        assert model.load_params().parallel == 1
+        assert (await running).text == plain
+        assert house.pool.get(None) is model
+
+    run(pool_of(three), test)
+
+
+def test_unload_waits_for_answers_and_then_nothing_is_current(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.pool.load("a")
+        await house.say("b")
+        running = asyncio.create_task(house.say("a", tokens=100))
+        await asyncio.sleep(0.05)
+        await house.pool.unload()
+        assert (await running).completion_tokens == 100
+        assert house.loaded == set()
+        assert house.pool.current is None
+        await house.pool.unload()
+        assert (await house.say("a")).completion_tokens == 4  # by name it comes back
+
+    run(pool_of(three), test)
+
+
+def test_a_crash_gives_its_memory_back(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        worker = house.pool.get("a").live_worker
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        await worker.ended.wait()
+        await house.say("b")
+        await house.say("c")
+        assert house.loaded == {"b", "c"}
+        assert house.kinds("a")[-1] == "crashed"
+
+    run(pool_of(three, times(need_of(starter_model, three), 2.2)), test)
+
+
+def test_an_edited_models_yaml_is_taken_over_and_no_stream_is_disturbed(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        plain = (await house.say("a", tokens=150)).text
+        running = asyncio.create_task(house.say("a", tokens=150))
+        await asyncio.sleep(0.05)
+        old = house.pool.get("a")
+        edit(three, ("context: 256", "context: 200"), ("  b: ", "  d: "))
+        await house.pool.reload()
+        assert house.pool.get("a") is not old
+        assert house.pool.get("a").context == 200
+        assert (await running).text == plain
+        with pytest.raises(ModelNotFound):
+            house.pool.get("b")
+        assert (await house.say("d")).completion_tokens == 4
+        (changed,) = [event.data["changed"] for event in house.events if event.kind == "registry_reloaded"]
+        assert set(changed) == {"a", "b", "c", "d"}
+
+    run(pool_of(three), test)
+
+
+def test_a_broken_edit_changes_nothing_and_says_so(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        edit(three, ("models:\n", "models:\n  x: {surce: nothing}\n"))
+        await house.pool.reload()
+        await asyncio.sleep(0)
+        assert house.pool.registry_problem is not None
+        assert "surce" in house.pool.registry_problem
+        assert house.kinds("a") == ["loading", "loaded"]
+        assert [event.kind for event in house.events if event.model is None] == ["registry_rejected"]
+        edit(three, ("  x: {surce: nothing}\n", ""))
+        await house.pool.reload()
+        assert house.pool.registry_problem is None
+        assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
+def test_what_matters_to_requests_only_needs_no_new_load(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        model = house.pool.get("a")
+        edit(three, ("threads: 2", "threads: 2, keep_alive: 5m, queue: 7"))
+        await house.pool.reload()
+        assert house.pool.get("a") is model
+        assert model.spec.keep_alive == 300
+        assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
+def test_files_of_the_models_folder_are_served_by_their_names(tmp_path: Path, starter_model: Path) -> None:
+    models = models_yaml(tmp_path, starter_model, "a")
+    folder = tmp_path / "models"
+    (folder / "sub").mkdir(parents=True)
+    shutil.copy(starter_model, folder / "one.gguf")
+
+    async def test(house: House) -> None:
+        assert {model.name for model in house.pool.models} == {"a", "one.gguf"}
+        assert (await house.say("one")).completion_tokens == 4
+        (folder / "sub" / "two.gguf").hardlink_to(folder / "one.gguf")
+        await house.pool.reload()
+        assert (await house.say("sub/two.gguf")).completion_tokens == 4
+        (folder / "one.gguf").unlink()
+        await house.pool.reload()
+        with pytest.raises(ModelNotFound):
+            house.pool.get("one")
+
+    run(pool_of(models, ROOMY, folder=folder), test)
+
+
+def test_a_conversation_is_not_evaluated_again_after_a_swap(three: Path, starter_model: Path, tmp_path: Path) -> None:
+    prompt = "word " * 200
+    saved = SavedPrefixes(tmp_path / "prefixes", 1 << 30)
+
+    async def test(house: House) -> None:
+        first = await house.say("a", prompt)
+        assert first.cached_tokens == 0
+        await house.say("b")
+        assert house.loaded == {"b"}
+        again = await house.say("a", prompt)
+        assert again.cached_tokens >= 190
+        assert again.text == first.text
+
+    edit(three, ("spill: 0, ", ""))
+    run(pool_of(three, times(need_of(starter_model, three), 1.5), saved=saved), test)
+
+
+def test_the_first_named_model_is_current_and_all_that_fit_are_loaded(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        house.pool.start_loading()
+        assert await house.pool.preloaded() == {}
+        assert house.loaded == {"b", "a"}
+        assert house.pool.current is house.pool.get("b")
+        assert (await house.say("c")).completion_tokens == 4
+
+    run(pool_of(three, times(need_of(starter_model, three), 2.2), "b", "a", "c"), test)
+
+
+@pytest.mark.timeout(300)
+def test_the_budget_holds_whatever_comes(tmp_path: Path, starter_model: Path) -> None:
+    """Five hundred steps of loads, unloads and answers with three copies of the model, in memory for two."""
+    dice = random.Random(6)
+    models = models_yaml(tmp_path, starter_model, "a", "b", "c", defaults=DEFAULTS.replace("spill: 0, ", ""))
+    need = need_of(starter_model, models)
+    budget = times(need, 2.4)
+
+    def resident(house: House) -> int:
+        total = 0
+        for model in house.pool.models:
+            worker = model.live_worker
+            if worker is not None:
+                with_children = psutil.Process(worker.pid)
+                total += with_children.memory_info().rss
+        return total
+
+    async def test(house: House) -> None:
+        served = 0
+        open_answers: set[asyncio.Task[Finished]] = set()
+        name = "a"
+        for _ in range(500):
+            name = dice.choice("abc") if dice.random() < 0.2 else name  # most clients stay with a model for a while
+            step = dice.random()
+            if step < 0.9:
+                open_answers.add(
+                    asyncio.create_task(house.say(name, "word " * dice.randint(1, 120), dice.randint(1, 8)))
+                )
+            elif step < 0.95:
+                await house.pool.load(name)
+            elif step < 0.985:
+                await house.pool.unload(name)
+            else:
+                await house.pool.unload()
+            while len(open_answers) > dice.randint(0, 4):
+                done, open_answers = await asyncio.wait(open_answers, return_when=asyncio.FIRST_COMPLETED)
+                served += sum(answer.result().completion_tokens > 0 for answer in done)
+            assert house.pool.claimed.fits(budget)
+            assert resident(house) <= budget.host
+        await asyncio.gather(*open_answers)
+        assert served > 300
+
+    run(pool_of(models, budget), test, limit=290)
+
+
+def test_gone_models_are_forgotten(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        edit(three, ("  a: ", "  z: "))
+        await house.pool.reload()
+        await until(lambda: house.kinds("a")[-1] == "unloaded")
+        assert house.pool.claimed == Footprint()
+
+    run(pool_of(three), test)

@@ -1,0 +1,316 @@
+"""Fetching as models.lock says, moving on, checking and deleting: with a hub on this machine that has new versions."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_splitter import split_gguf
+from gguf_writer import File, tiny_llama
+from local_hub import COMMIT, Hub
+
+from llamaserve import errors
+from llamaserve.registry.deleting import deletable, delete, delete_model
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.pulling import pull
+from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
+from llamaserve.registry.spec import ModelSpec, Registry, load_registry
+from llamaserve.registry.verifying import Finding, verify_model
+
+SOURCE = "hf:o/r:Q4_0"
+OLD, NEW = tiny_llama(), tiny_llama(general__name="newer", tokenizer__chat_template="{{ messages }}")
+
+
+class Desk:
+    """A models.yaml with its models.lock."""
+
+    def __init__(self, folder: Path, models: str = f"  tiny: {{source: '{SOURCE}'}}\n") -> None:
+        path = folder / "models.yaml"
+        path.write_text("models:\n" + models)
+        self.registry: Registry = load_registry(path)
+        self.lock = LockFile.beside(path)
+
+    def pull(self, name: str = "tiny", **options: Any) -> bytes:
+        return pull(self.registry, self.registry.models[name], self.lock, lambda *_: None, **options).read_bytes()
+
+    def verify(self, name: str = "tiny") -> list[Finding]:
+        return verify_model(self.registry, name, self.registry.models[name], self.lock)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, model_hub: Hub) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_what_is_fetched_is_noted(desk: Desk) -> None:
+    assert desk.pull() == OLD
+    entry = desk.lock.get(SOURCE)
+    assert entry is not None
+    assert entry.revision == COMMIT
+    (file,) = entry.files
+    assert (file.name, file.size, file.sha256) == ("tiny-Q4_0.gguf", len(OLD), hashlib.sha256(OLD).hexdigest())
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    assert entry.template == hashlib.sha256(template.encode()).hexdigest()
+    before = desk.lock.path.read_bytes()
+    desk.pull()
+    assert desk.lock.path.read_bytes() == before
+
+
+def test_the_locked_version_is_fetched_wherever_the_list_goes(desk: Desk, model_hub: Hub, tmp_path: Path) -> None:
+    desk.pull()
+    model_hub.publish(tiny_Q4_0_gguf=NEW)
+    other = HubSource("o/r", quant="Q4_0")
+    delete(other, None)
+    assert locate(other) is None
+    assert desk.pull() == OLD
+    assert locate(other) is not None  # also for those that do not look into models.lock
+    desk.lock.path.unlink()
+    delete(other, None)
+    assert desk.pull() == NEW
+
+
+def test_an_update_moves_the_entry_on_and_keeps_the_old_version(desk: Desk, model_hub: Hub) -> None:
+    desk.pull()
+    commit = model_hub.publish(tiny_Q4_0_gguf=NEW)
+    assert desk.pull() == OLD
+    model_hub.asked.clear()
+    assert desk.pull(update=True) == NEW
+    entry = desk.lock.get(SOURCE)
+    assert entry is not None
+    assert entry.revision == commit
+    assert entry.files[0].sha256 == hashlib.sha256(NEW).hexdigest()
+    assert desk.pull() == NEW
+    assert len([asked for asked in model_hub.requests("GET") if "/resolve/" in asked[1]]) == 1
+    old = locate(HubSource("o/r", "tiny-Q4_0.gguf", revision=COMMIT))
+    assert old is not None
+    assert old.read_bytes() == OLD
+
+
+def test_an_update_downloads_nothing_when_there_is_nothing_new(desk: Desk, model_hub: Hub) -> None:
+    desk.pull()
+    model_hub.asked.clear()
+    desk.pull(update=True)
+    assert [asked for asked in model_hub.requests("GET") if "/resolve/" in asked[1]] == []
+
+
+def test_files_with_other_sums_than_the_locked_ones_are_refused(desk: Desk) -> None:
+    desk.pull()
+    text = desk.lock.path.read_text()
+    desk.lock.path.write_text(text.replace(hashlib.sha256(OLD).hexdigest(), "0" * 64))
+    with pytest.raises(errors.ChecksumMismatch, match=r"models\.lock says 0000") as caught:
+        desk.pull()
+    assert "--update" in str(caught.value.hint)
+    desk.pull(update=True)
+    assert desk.lock.path.read_text() == text
+
+
+def test_a_damaged_lock_ends_a_fetch_before_it_begins(desk: Desk, model_hub: Hub) -> None:
+    desk.lock.path.write_text("{")
+    for update in (False, True):
+        with pytest.raises(errors.RegistryError, match=r"models.lock:1: "):
+            desk.pull(update=update)
+    assert model_hub.asked == []
+
+
+def test_what_is_no_model_is_told_and_not_noted(desk: Desk, model_hub: Hub) -> None:
+    model_hub.files["tiny-Q4_0.gguf"] = b"GGUF nonsense"
+    with pytest.raises(errors.GGUFError):
+        desk.pull()
+    assert desk.lock.entries() == {}
+
+
+def test_a_lock_that_cannot_be_written_is_told_and_the_model_can_be_used(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LockFile, "_write", full)
+    assert desk.pull() == OLD
+    assert "models.lock cannot be written: No space left" in caplog.text
+
+
+def test_adapters_are_fetched_with_their_model(tmp_path: Path, model_hub: Hub) -> None:
+    adapter = File({"general.architecture": "llama", "general.type": "adapter"}).bytes()
+    model_hub.files["lora.gguf"] = adapter
+    desk = Desk(tmp_path, f"  tiny: {{source: '{SOURCE}', lora: [{{source: 'hf:o/r/lora.gguf'}}]}}\n")
+    desk.pull()
+    assert [*desk.lock.entries()] == ["hf:o/r/lora.gguf", SOURCE]
+    assert desk.verify() == []
+    lora = locate(HubSource("o/r", "lora.gguf"))
+    assert lora is not None
+    delete_model(desk.registry, desk.registry.models["tiny"], None)
+    assert locate(HubSource("o/r", "lora.gguf")) is None
+
+
+def test_files_of_ones_own_are_noted_when_that_is_asked_for(tmp_path: Path, model_hub: Hub) -> None:
+    desk = Desk(tmp_path, "  mine: {source: 'file:mine.gguf'}\n")
+    (tmp_path / "mine.gguf").write_bytes(OLD)
+    desk.pull("mine", record_files=False)
+    assert desk.lock.entries() == {}
+    desk.pull("mine")
+    entry = desk.lock.get("file:mine.gguf")
+    assert entry is not None
+    assert (entry.files[0].name, entry.revision) == ("mine.gguf", None)
+    (tmp_path / "mine.gguf").write_bytes(NEW)
+    with pytest.raises(errors.ChecksumMismatch):
+        desk.pull("mine", record_files=False)
+
+
+# ---- verifying
+
+
+def test_a_good_model_has_no_findings_and_is_read_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.pull()
+    read: list[str] = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name))
+    assert desk.verify() == []
+    assert len(read) == 1
+
+
+def test_a_flipped_bit_is_found_though_size_and_time_are_the_same(desk: Desk) -> None:
+    import os
+
+    desk.pull()
+    path = locate(HubSource("o/r", quant="Q4_0"))
+    assert path is not None
+    blob = path.resolve()
+    status = blob.stat()
+    data = bytearray(OLD)
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    os.utime(blob, ns=(status.st_atime_ns, status.st_mtime_ns))
+    problems = desk.verify()
+    assert [finding.fix for finding in problems] == ["llamaserve rm --yes tiny && llamaserve pull tiny"] * 2
+    assert "the hub promised" in problems[0].problem
+    assert "models.lock says" in problems[1].problem
+
+
+def test_every_promise_is_checked(tmp_path: Path, model_hub: Hub) -> None:
+    desk = Desk(tmp_path, f"  mine: {{source: 'file:mine.gguf', sha256: '{'0' * 64}'}}\n")
+    (finding,) = desk.verify("mine")
+    assert f"there is no file {tmp_path}/mine.gguf" in finding.problem
+    (tmp_path / "mine.gguf").write_bytes(OLD)
+    (finding,) = desk.verify("mine")
+    assert f"{'0' * 64} was promised" in finding.problem
+    desk = Desk(tmp_path, "  mine: {source: 'file:mine.gguf'}\n")
+    assert desk.verify("mine") == []
+    (tmp_path / "mine.gguf").write_bytes(OLD[:-100])
+    (finding,) = desk.verify("mine")
+    assert "truncated" in finding.problem
+    (tmp_path / "mine.gguf").write_bytes(tiny_llama(llama__block_count=0))
+    (finding,) = desk.verify("mine")
+    assert "block_count is 0" in finding.problem
+
+
+def test_a_model_that_is_not_here_is_to_be_fetched(desk: Desk) -> None:
+    assert desk.verify() == [Finding("tiny", "it is not on this machine", "llamaserve pull tiny")]
+
+
+def test_a_changed_template_is_found(desk: Desk) -> None:
+    desk.pull()
+    text = desk.lock.path.read_text()
+    entry = desk.lock.get(SOURCE)
+    assert entry is not None
+    assert entry.template is not None
+    desk.lock.path.write_text(text.replace(entry.template, "1" * 64))
+    (finding,) = desk.verify()
+    assert "has the chat template" in finding.problem
+    assert finding.fix == "llamaserve pull tiny --update"
+
+
+# ---- deleting
+
+
+def test_deleting_frees_the_file_and_nothing_of_another_model(desk: Desk, model_hub: Hub) -> None:
+    desk.pull()
+    eight = pull(desk.registry, ModelSpec(source="hf:o/r:Q8_0"), desk.lock, lambda *_: None)
+    deleted = delete(HubSource("o/r", quant="Q4_0"), None)
+    assert deleted.freed == len(OLD)
+    assert [path.name for path in deleted.files] == ["tiny-Q4_0.gguf"]
+    assert eight.read_bytes() == model_hub.files["tiny-Q8_0.gguf"]
+    assert locate(HubSource("o/r", quant="Q4_0")) is None
+    assert delete(HubSource("o/r", quant="Q8_0"), None).freed == eight_size(model_hub)
+    assert desk.lock.get(SOURCE) is not None  # so that the same version is fetched again
+
+
+def eight_size(hub: Hub) -> int:
+    return len(hub.files["tiny-Q8_0.gguf"])
+
+
+def test_a_blob_that_another_version_shares_stays(desk: Desk, model_hub: Hub, tmp_path: Path) -> None:
+    desk.pull()
+    model_hub.publish(tiny_Q8_0_gguf=NEW)
+    pinned = HubSource("o/r", "tiny-Q4_0.gguf", revision=COMMIT)
+    desk.pull(update=True)
+    assert delete(pinned, None).freed == 0
+    path = locate(HubSource("o/r", quant="Q4_0"))
+    assert path is not None
+    assert path.read_bytes() == OLD
+    assert delete(HubSource("o/r", quant="Q4_0"), None).freed == len(OLD)
+    assert [path for path in (tmp_path / "hf").rglob("*") if path.is_file() and path.stat().st_size > 1000] == []
+
+
+def test_all_versions_of_a_model_are_deleted(desk: Desk, model_hub: Hub) -> None:
+    desk.pull()
+    model_hub.publish(tiny_Q4_0_gguf=NEW)
+    desk.lock.path.unlink()
+    desk.pull(update=True)
+    source = HubSource("o/r", "tiny-Q4_0.gguf")
+    assert locate(source) is not None
+    delete(source, None)
+    assert locate(source) is None
+
+
+def test_files_of_ones_own_are_deleted_in_the_models_folder_only(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    (models / "sub").mkdir(parents=True)
+    for name in ("models/sub/a.gguf", "outside.gguf"):
+        (tmp_path / name).write_bytes(OLD)
+    (models / "link.gguf").symlink_to(tmp_path / "outside.gguf")
+    (models / "out").symlink_to(tmp_path)
+    for path in (tmp_path / "outside.gguf", models / "out/outside.gguf", models / "../outside.gguf"):
+        with pytest.raises(errors.InvalidRequest) as caught:
+            delete(FileSource(path), models)
+        assert caught.value.hint == f"rm '{path}'"
+    with pytest.raises(errors.InvalidRequest):
+        delete(FileSource(models / "sub/a.gguf"), None)
+    assert delete(FileSource(models / "link.gguf"), models).freed == 0
+    assert (tmp_path / "outside.gguf").read_bytes() == OLD
+    assert delete(FileSource(models / "sub/a.gguf"), models).freed == len(OLD)
+    with pytest.raises(errors.ModelFileMissing):
+        delete(FileSource(models / "sub/a.gguf"), models)
+
+
+def test_a_model_in_parts_is_deleted_whole(tmp_path: Path) -> None:
+    (tmp_path / "whole.gguf").write_bytes(OLD)
+    paths = split_gguf(tmp_path / "whole.gguf", tmp_path / "models", "m", 3)
+    size = sum(path.stat().st_size for path in paths)
+    assert delete(FileSource(paths[0]), tmp_path / "models").freed == size
+    assert [path for path in paths if path.exists()] == []
+
+
+def test_what_came_out_of_a_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "cache"))
+    source = parse_source("pypi:a==1/deep/er/m.gguf", tmp_path)
+    assert isinstance(source, WheelSource)
+    folder = tmp_path / "cache/models/pypi/a-1"
+    (folder / "deep/er").mkdir(parents=True)
+    (folder / "deep/er/m.gguf").write_bytes(OLD)
+    (folder / "deep/other.gguf").write_bytes(OLD)
+    assert deletable(source, None) == (folder / "deep/er/m.gguf",)
+    assert delete(source, None).freed == len(OLD)
+    assert not (folder / "deep/er").exists()
+    assert (folder / "deep/other.gguf").exists()
+    (folder / "deep/other.gguf").unlink()
+    (folder / "deep").rmdir()
+    (tmp_path / "er").mkdir()
+    (tmp_path / "er/m.gguf").write_bytes(OLD)
+    (folder / "deep").symlink_to(tmp_path)
+    with pytest.raises(errors.InvalidRequest, match="leads out of"):
+        delete(source, None)
+    assert (tmp_path / "er/m.gguf").exists()
