@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from llamaserve import __version__
-from llamaserve.api import chat, completions, fim, infill, internal, models
+from llamaserve.api import (
+    chat,
+    completions,
+    downloads as downloads_api,
+    fim,
+    infill,
+    internal,
+    lora,
+    model_admin,
+    model_events,
+    models,
+)
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER
@@ -20,9 +34,16 @@ from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer, guest_renderer
+from llamaserve.registry.downloads import Download, Downloads, State
 from llamaserve.registry.pool import ModelPool
+from llamaserve.registry.watching import watch
 from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
+
+_RESOURCES = (
+    *(completions, chat, fim, infill, models, internal),
+    *(model_admin, lora, downloads_api, model_events),
+)
 
 
 def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
@@ -31,6 +52,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with TemplateRenderer() as renderer, guest_renderer() as guests, GrammarChecker() as grammars:
+            downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(
                 settings,
                 pool,
@@ -39,14 +61,18 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
                 InstructionTemplates(settings.instruction_templates_dir),
                 Conversations(renderer, guests, grammars),
                 grammars,
+                downloads,
             )
             pool.start_loading()
-            warming = asyncio.create_task(renderer.warm())
+            beside = [asyncio.create_task(renderer.warm()), asyncio.create_task(watch(pool))]
             try:
-                yield
+                with _reloading_on_hangup(pool):
+                    yield
             finally:
-                warming.cancel()
-                await asyncio.gather(warming, return_exceptions=True)
+                await downloads.aclose()
+                for task in beside:
+                    task.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)
                 await pool.aclose()
 
     app = FastAPI(
@@ -56,7 +82,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for resource in (completions, chat, fim, infill, models, internal):
+    for resource in _RESOURCES:
         app.include_router(resource.router)
     add_error_handlers(app)
     app.add_middleware(RequestGate, max_body=settings.max_body)
@@ -68,3 +94,32 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         expose_headers=[IGNORED_HEADER, chat.TRUNCATED_HEADER, "Retry-After"],
     )
     return app
+
+
+@contextlib.contextmanager
+def _reloading_on_hangup(pool: ModelPool) -> Iterator[None]:
+    """Have SIGHUP reload models.yaml; only where signals can be had, which is in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = loop.create_task(pool.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+def _tell_of_download(pool: ModelPool, download: Download) -> None:
+    """Publish where a download stands; a model that is here now is offered."""
+    kind = "download_progress" if download.state is State.RUNNING else f"download_{download.state.value}"
+    pool.events.publish(kind, download.model, **downloads_api.describe(download))
+    if download.state is State.DONE:
+        pool.reload_soon()

@@ -15,6 +15,7 @@ The tree::
     │   ├── ModelNotLoaded          503 server_error            model_not_loaded
     │   ├── EngineCrashed           503 server_error            engine_crashed
     │   ├── ModelQuarantined        503 server_error            model_quarantined
+    │   ├── InsufficientMemory      507 server_error            insufficient_memory
     │   ├── QueueFull               429 rate_limit_error        queue_full
     │   └── TimeLimitExceeded       504 server_error            time_limit_exceeded
     ├── EngineError                 500 server_error            engine_error
@@ -137,6 +138,13 @@ class ModelQuarantined(Unavailable):
     """The model crashed too often to be started again by a mere request."""
 
     code = "model_quarantined"
+
+
+class InsufficientMemory(Unavailable):
+    """The model does not fit into the memory that this server may use, whatever else is unloaded."""
+
+    status = 507
+    code = "insufficient_memory"
 
 
 class QueueFull(Unavailable):

@@ -1,4 +1,6 @@
-"""Listening on sockets and running the application on them with uvicorn. Knows nothing of terminals or of models."""
+"""Listening on sockets and running the application on them with uvicorn, and the pool of models that the settings want.
+Knows nothing of terminals.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,19 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import uvicorn
 
 from llamaserve.app import create_app
 from llamaserve.errors import LlamaserveError
+from llamaserve.registry.budget import memory_budget
+from llamaserve.registry.cache import cache_folder
 from llamaserve.registry.pool import ModelPool
-from llamaserve.settings import Settings
+from llamaserve.registry.saved_prefixes import SavedPrefixes
+from llamaserve.registry.spec import Registry
+from llamaserve.settings import Settings, parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +28,21 @@ _LOOPBACK = ("127.0.0.1", "::1")  # both, since `localhost` means the one to som
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a machine without IPv6
 _BACKLOG = 2048
 _STOP_LIMIT = 5  # seconds for answers under way when the server stops
+
+
+def make_pool(settings: Settings, registry: Registry, references: Sequence[str]) -> ModelPool:
+    """Return the pool of models that the settings want. Raises what the command line should say of its references."""
+    folder = settings.models_dir or Path("models")
+    if settings.models_dir is not None and not folder.is_dir():
+        raise LlamaserveError(f"there is no folder {folder}", hint=f"mkdir {folder}, or leave out --models-dir")
+    saved_size = parse_size(settings.saved_prefixes)(0)
+    return ModelPool(
+        registry,
+        references,
+        budget=memory_budget(settings.memory, settings.gpu_memory),
+        folder=folder.absolute() if folder.is_dir() else None,
+        saved=SavedPrefixes(cache_folder() / "prefixes", saved_size) if saved_size else None,
+    )
 
 
 def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], Awaitable[None]]) -> None:

@@ -5,13 +5,41 @@ Settings of models are in models.yaml. This module reads the environment and not
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*(?:(%)|([kmgt]?i?)b?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> Callable[[int], int]:
+    """Return how many bytes a text means, given how many there are: ``6GB``, ``512MiB``, ``2000000000`` or ``75%``.
+
+    Raises ``ValueError`` for anything else.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    number, percent, unit = found.groups() if found else ("", None, "?")
+    if found is None or (unit or "").lower() not in _UNITS or (percent and float(number) > 100):
+        raise ValueError("should be a size such as 6GB, 512MiB or 75%")
+    if percent:
+        return lambda total: int(total * float(number) / 100)
+    return lambda _: int(float(number) * _UNITS[(unit or "").lower()])
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
 
 
 class Settings(BaseSettings):
@@ -23,6 +51,18 @@ class Settings(BaseSettings):
     port: int = Field(5000, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
     models_file: Path | None = Field(
         None, description="models.yaml to use instead of ./models.yaml or the shipped one."
+    )
+    models_dir: Path | None = Field(None, description="Folder whose GGUF files are served, too; ./models if it exists.")
+    loras_dir: Path | None = Field(None, description="Folder with LoRA adapters; ./loras if it exists.")
+    memory: Size | None = Field(
+        None, description="Main memory that models may take: 6GB, 512MiB, 75%; by default 80 % of what is free."
+    )
+    gpu_memory: Size | None = Field(
+        None, description="GPU memory that models may take; by default 90 % of what is free."
+    )
+    saved_prefixes: Size = Field(
+        "4GB",
+        description="Disk space for what unloaded models have evaluated, so that they need not do it again; 0: none.",
     )
     presets_dir: Path | None = Field(None, description="Folder with presets of sampling options, beside the shipped.")
     characters_dir: Path | None = Field(None, description="Folder with characters, beside the shipped.")

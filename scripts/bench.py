@@ -32,6 +32,7 @@ from benchmark import (
     profiling,
     report,
     speculation,
+    swap,
     throughput,
 )
 from benchmark.client import Unreachable
@@ -71,6 +72,7 @@ WORKLOADS = (
     Workload("json", "4 streams whose output must have a form", constrained.run, constrained.rows),
     Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
+    Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 

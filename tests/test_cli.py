@@ -160,8 +160,8 @@ def test_both_loopback_addresses_answer(server: RunningServer) -> None:
     assert httpx.get(f"http://[::1]:{port}/health").json() == {"status": "ok"}
 
 
-def test_a_server_without_a_model_says_so() -> None:
-    with RunningServer("serve") as server:
+def test_a_server_without_a_model_says_so(models: Models) -> None:
+    with RunningServer("serve", "--models-file", models("models: {}")) as server:
         assert server.get("/v1/models")["data"] == []
         assert server.get("/v1/internal/model/info")["model_name"] == "None"
         answer = server.post("/v1/completions", {"prompt": "x"})

@@ -11,7 +11,10 @@ import llamaserve
 
 PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
-LAYERS = ["cli", "serving", "app", "api", "chat", "registry", "worker", "engine"]
+LAYERS = [
+    *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_output"),
+    *("doctor", "serving", "app", "api", "chat", "registry", "worker", "engine"),
+]
 SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
 
 

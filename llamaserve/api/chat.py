@@ -9,14 +9,16 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from llamaserve.api.adapters import adapters_for
 from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
 from llamaserve.api.options import IGNORED_HEADER
+from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.chat.preparation import ChatWish, Prepared
 from llamaserve.errors import ChatTemplateError, UnsupportedParameter
-from llamaserve.registry.pool import ServedModel
+from llamaserve.registry.served import ServedModel
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter()
@@ -31,6 +33,7 @@ _KEYWORD = re.compile(r'"([\w$]+)"')
 async def create_chat_completion(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
+    body = with_defaults(body, model.defaults)
     wish = body.wish(services, model.header)
     prepared = await _prepare(services, model, body, wish)
     job = _job(services, model, body, prepared)
@@ -57,9 +60,10 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
 
     async def answer() -> Response:
         model = services.pool.get(body.model)
-        prepared = await _prepare(services, model, body, body.wish(services, model.header))
-        found = {"prompt": prepared.prompt, "stop": [*body.stop, *prepared.stop]} | _truncated(prepared)
-        return JSONResponse(found, headers=_headers(services, body, prepared))
+        filled = with_defaults(body, model.defaults)
+        prepared = await _prepare(services, model, filled, filled.wish(services, model.header))
+        found = {"prompt": prepared.prompt, "stop": [*filled.stop, *prepared.stop]} | _truncated(prepared)
+        return JSONResponse(found, headers=_headers(services, filled, prepared))
 
     return await unless_client_leaves(request, answer())
 
@@ -82,8 +86,8 @@ async def _prepared(services: Services, model: ServedModel, body: ChatRequest, w
     async def count(prompt: str) -> int:
         if len(prompt) > _LONG * context:
             return len(prompt)
-        worker = await model.worker()
-        return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
+        async with model.in_use(body.keep_alive) as worker:
+            return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
 
     return await services.conversations.prepare(wish, room=room, count=count)
 
@@ -99,9 +103,11 @@ def _job(services: Services, model: ServedModel, body: ChatRequest, prepared: Pr
         stop=(*body.stop, *prepared.stop),
         shown=prepared.shown,
         thinking=prepared.thinking,
+        adapters=adapters_for(model, body.lora),
     )
     job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
     job.tokens_per_second = body.max_tokens_second
+    job.keep_alive = body.keep_alive
     return job
 
 
@@ -112,7 +118,7 @@ def _truncated(prepared: Prepared) -> dict[str, Any]:
 def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[str, str]:
     """Return the headers that say what was left out. Raises ``UnsupportedParameter`` if nothing may be."""
     idle = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
-    if body.reasoning_budget not in (None, -1) and not prepared.thinks:
+    if body.changes(ChatRequest).get("reasoning_budget", -1) != -1 and not prepared.thinks:
         idle.append(body.called("reasoning_budget"))
     if idle and body.strict:
         raise UnsupportedParameter(f"strict: {', '.join(idle)} would have no effect", param=idle[0])

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text, check_text
 from llamaserve.api.fim_prompt import Gaps, fim_prompts, fim_tokens
 from llamaserve.api.generating import (
@@ -22,6 +23,7 @@ from llamaserve.api.generating import (
 )
 from llamaserve.api.logprobs import Echo, for_completion
 from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
+from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.engine.params import Logprobs
@@ -109,14 +111,18 @@ async def create_completion(body: CompletionRequest, request: Request, services:
             echoes.prompts = filled
         return filled
 
+    model = services.pool.get(body.model)
+    body = with_defaults(body, model.defaults)
     logprobs = Logprobs(body.logprobs, prompt=body.echo) if body.logprobs is not None else None
     truncate = body.truncation_length > 0 and not body.gap
-    generation = body.generation(services.presets, len(body.prompt), truncate=truncate, logprobs=logprobs)
+    adapters = adapters_for(model, body.lora)
+    others = {"truncate": truncate, "logprobs": logprobs, "adapters": adapters}
+    generation = body.generation(services.presets, len(body.prompt), **others)
     sequences = len(body.prompt) * generation.choices
-    model = services.pool.get(body.model)
     marks = await fim_tokens(model) if body.gap else None
     job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
     job.tokens_per_second = body.max_tokens_second
+    job.keep_alive = body.keep_alive
     headers = body.ignored_header(services.presets)
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:
@@ -124,8 +130,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
 
     async def answer() -> Response:
-        answers, usage = await generate_whole(services, job)
-        await echoes.resolve()
+        answers, usage = await generate_whole(services, job, echoes.resolve)
         choices = [_whole(job, each, echoes.of(each.index), body.appendix) for each in answers]
         return JSONResponse(_body(job, choices) | {"usage": usage}, headers=headers)
 
@@ -141,13 +146,13 @@ class _Echoes:
         self._texts: list[str] = []
 
     async def resolve(self) -> None:
-        """Get the texts; the model must be loaded."""
+        """Get the texts; the job must be open."""
         self._texts = await asyncio.gather(*(self._text(prompt) for prompt in self.prompts))
 
     async def _text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
             return prompt
-        return await (await self._job.model.worker()).detokenize(prompt, special=True)
+        return await (await self._job.worker()).detokenize(prompt, special=True)
 
     def of(self, index: int) -> str:
         """Return what comes before the answer of this index."""

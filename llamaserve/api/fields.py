@@ -27,6 +27,7 @@ class RequestFields(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     _given: Mapping[str, Any] = PrivateAttr({})
+    _filled: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="wrap")
     @classmethod
@@ -53,6 +54,21 @@ class RequestFields(BaseModel):
             for name, field in model.model_fields.items()
             if name in self.model_fields_set and (value := getattr(self, name)) != field.default
         }
+
+    def unusual(self, model: type[BaseModel]) -> dict[str, Any]:
+        """Return the fields of one of its bases that do not have their default, given by the request or not."""
+        fields = model.model_fields.items()
+        return {name: value for name, field in fields if (value := getattr(self, name)) != field.default}
+
+    def filled(self, values: Mapping[str, Any]) -> Self:
+        """Return the same request with values, valid ones, for fields that it does not give. They hold, but they are
+        not the request's: nobody is told when they have no effect.
+        """
+        added = values.keys() - self.model_fields_set
+        copy = self.model_copy(update={name: values[name] for name in added})
+        copy.model_fields_set.difference_update(added)
+        copy._filled = self._filled | added
+        return copy
 
 
 def names_of(model: type[BaseModel], name: str) -> Sequence[str]:

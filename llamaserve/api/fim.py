@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, Field
 
+from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text
 from llamaserve.api.fim_prompt import Gaps, fim_prompts, fim_tokens
 from llamaserve.api.generating import (
@@ -23,6 +24,7 @@ from llamaserve.api.generating import (
     unless_client_leaves,
 )
 from llamaserve.api.options import GenerationOptions
+from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.worker.protocol import Prompt
@@ -49,8 +51,10 @@ class FimRequest(GenerationOptions):
 @router.post("/v1/fim/completions", summary="Fill in the middle")
 async def create_fim_completion(body: FimRequest, request: Request, services: UsesServices) -> Response:
     """Answer with what stands between prompt and suffix, as a chat's message or its pieces."""
-    generation = body.generation(services.presets, truncate=body.truncation_length > 0 and not body.suffix)
     model = services.pool.get(body.model)
+    body = with_defaults(body, model.defaults)
+    truncate = body.truncation_length > 0 and not body.suffix
+    generation = body.generation(services.presets, truncate=truncate, adapters=adapters_for(model, body.lora))
     marks = await fim_tokens(model) if body.suffix else None
 
     async def prompts() -> Sequence[Prompt]:
@@ -58,6 +62,7 @@ async def create_fim_completion(body: FimRequest, request: Request, services: Us
 
     job = Job(new_id("fim"), model, generation, prompts, param="prompt", sequences=generation.choices)
     job.tokens_per_second = body.max_tokens_second
+    job.keep_alive = body.keep_alive
     headers = body.ignored_header(services.presets)
     if body.stream:
         chunks = _Chunks(job, include_usage=body.include_usage)

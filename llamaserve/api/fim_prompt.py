@@ -19,7 +19,7 @@ from typing import Protocol
 from llamaserve.api.generating import Job
 from llamaserve.errors import InvalidRequest, NotSupported
 from llamaserve.registry.gguf import FimTokens
-from llamaserve.registry.pool import ServedModel
+from llamaserve.registry.served import ServedModel
 from llamaserve.worker.protocol import Prompt
 
 _UNKNOWN_LENGTH = 256  # tokens that an answer of no given length finds room for
@@ -82,7 +82,7 @@ async def fim_tokens(model: ServedModel) -> FimTokens:
 
 async def fim_prompts(job: Job, marks: FimTokens, gaps: Gaps) -> list[Prompt]:
     """Return the job's prompts as token ids, and tell it how many tokens were cut off at least."""
-    layout = Layout(await job.model.worker(), marks, room=room(job), add_bos=job.generation.add_bos)
+    layout = Layout(await job.worker(), marks, room=room(job), add_bos=job.generation.add_bos)
     prompts = await layout.prompts(gaps)
     job.truncated_tokens += layout.lost
     return [*prompts]

@@ -23,8 +23,8 @@ from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.admission import Place
-from llamaserve.registry.pool import ServedModel
-from llamaserve.worker.process import GenerationStream
+from llamaserve.registry.served import ServedModel, Use
+from llamaserve.worker.process import GenerationStream, WorkerProcess
 from llamaserve.worker.protocol import Prompt
 from llamaserve.worker.supervisor import Status
 
@@ -48,8 +48,15 @@ class Job:
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
     tokens_per_second: int = 0  # of each answer in a stream, at most; 0: as fast as they come
     truncated_tokens: int = 0  # what the prompts had more; who makes them may have cut some already
+    keep_alive: float | None = None  # seconds for which the model stays after this, if the request says so
     place: Place | None = None
+    use: Use | None = None
     stream: GenerationStream | None = None
+
+    async def worker(self) -> WorkerProcess:
+        """Return the process that answers; the job must be open, or be opened just now."""
+        assert self.use is not None
+        return await self.use.worker()
 
 
 def new_id(prefix: str) -> str:
@@ -62,8 +69,9 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
     if job.generation.constraint is not None:
         await services.grammars.check(job.generation.constraint)
     job.place = job.model.admission.enter(job.sequences)
+    job.use = job.model.use(job.keep_alive)
     try:
-        worker = await job.model.worker()
+        worker = await job.worker()
         job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
         services.running[job.id] = stream
         accepted = await stream.accepted()
@@ -82,15 +90,18 @@ def close_generation(services: Services, job: Job) -> None:
     services.running.pop(job.id, None)
     if job.stream is not None:
         job.stream.close()
+    if job.use is not None:
+        job.use.leave()
     if job.place is not None:
         job.place.leave()
 
 
 def phase(job: Job) -> str:
     """Say in a few words what a client waits for."""
-    supervisor = job.model.supervisor
-    if supervisor.status is Status.LOADING:
-        return f"loading {supervisor.progress:.0%}"
+    if job.model.waits_for_room:
+        return "waiting for other models to make room"
+    if job.model.status is Status.LOADING:
+        return f"loading {job.model.progress:.0%}"
     progress = job.stream.progress if job.stream is not None else None
     if progress is None:
         return "working"
@@ -117,10 +128,14 @@ def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
-async def generate_whole(services: Services, job: Job) -> tuple[list[Finished], dict[str, Any]]:
-    """Return all answers in the order of their index, and the usage."""
+async def generate_whole(
+    services: Services, job: Job, opened: Callable[[], Awaitable[None]] | None = None
+) -> tuple[list[Finished], dict[str, Any]]:
+    """Return all answers in the order of their index, and the usage. ``opened`` runs while the job is open."""
     stream = await open_generation(services, job)
     try:
+        if opened is not None:
+            await opened()
         finished = [event async for event in stream.events() if isinstance(event, Finished)]
     finally:
         close_generation(services, job)

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
+from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text
 from llamaserve.api.fim_prompt import Gaps, Snippet, fim_prompts, fim_tokens
 from llamaserve.api.generating import (
@@ -118,14 +119,15 @@ async def infill(body: InfillRequest, request: Request, services: UsesServices) 
     if body.n != 1:
         raise UnsupportedParameter("n: there is one answer to an infill", param="n")
     # Stop texts are looked for here, since the answer says which one it was; and pieces are needed to end it in time.
-    generation = body.generation(services.presets, stream=True, stop=())
     model = services.pool.get(body.model)
+    generation = body.generation(services.presets, stream=True, stop=(), adapters=adapters_for(model, body.lora))
     marks = await fim_tokens(model)
 
     async def prompts() -> Sequence[Prompt]:
         return await run.prompts(marks)
 
     job = Job(new_id("infill"), model, generation, prompts, param="input_prefix", sequences=1)
+    job.keep_alive = body.keep_alive
     run = _Run(job, body)
     headers = body.ignored_header(services.presets)
     if body.stream:
@@ -188,7 +190,7 @@ class _Run:
         gaps = Gaps([body.input_prefix + body.prompt], body.input_suffix, snippets, params)
         (prompt,) = await fim_prompts(self.job, marks, gaps)
         if body.wants("prompt"):
-            worker = await self.job.model.worker()
+            worker = await self.job.worker()
             self._prompt = await worker.detokenize([*prompt], special=True)
         return [prompt]
 

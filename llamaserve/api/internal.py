@@ -10,14 +10,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text
 from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
 from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
 from llamaserve.api.options import GenerationOptions
+from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.params import NextToken
 from llamaserve.errors import LlamaserveError
+from llamaserve.registry.load_args import effective
+from llamaserve.registry.served import ServedModel
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["internal"])
@@ -49,8 +53,8 @@ class StopRequest(BaseModel):
 
 
 async def _tokens(body: TextRequest, services: UsesServices) -> list[int]:
-    worker = await services.pool.get(body.model).worker()
-    return await worker.tokenize(body.text, add_bos=body.add_bos_token, parse_special=body.parse_special)
+    async with services.pool.get(body.model).in_use() as worker:
+        return await worker.tokenize(body.text, add_bos=body.add_bos_token, parse_special=body.parse_special)
 
 
 @router.post("/v1/internal/encode", summary="Turn text into token ids")
@@ -69,8 +73,8 @@ async def token_count(body: TextRequest, services: UsesServices) -> dict[str, in
 @router.post("/v1/internal/decode", summary="Turn token ids into text")
 async def decode(body: TokensRequest, services: UsesServices) -> dict[str, str]:
     """Return the text of the token ids; bytes that are no UTF-8 become U+FFFD."""
-    worker = await services.pool.get(body.model).worker()
-    return {"text": await worker.detokenize(body.tokens, special=not body.skip_special_tokens)}
+    async with services.pool.get(body.model).in_use() as worker:
+        return {"text": await worker.detokenize(body.tokens, special=not body.skip_special_tokens)}
 
 
 class LogitsRequest(GenerationOptions):
@@ -86,8 +90,10 @@ class LogitsRequest(GenerationOptions):
 @router.post("/v1/internal/logits", summary="How probable is each next token?")
 async def logits(body: LogitsRequest, request: Request, services: UsesServices) -> Response:
     """Return a map from the most probable next tokens to their probabilities."""
+    model = services.pool.get(body.model)
+    body = with_defaults(body, model.defaults)
     wanted = NextToken(body.top_logits, sampled=body.use_samplers)
-    generation = body.generation(services.presets, next_token=wanted)
+    generation = body.generation(services.presets, next_token=wanted, adapters=adapters_for(model, body.lora))
     nothing = {"max_tokens": 0, "choices": 1, "stream": False}
     generation = msgspec.structs.replace(generation, **nothing)
 
@@ -95,7 +101,8 @@ async def logits(body: LogitsRequest, request: Request, services: UsesServices) 
         return [body.prompt]
 
     async def answer() -> Response:
-        job = Job(new_id("logits"), services.pool.get(body.model), generation, prompts, param="prompt", sequences=1)
+        job = Job(new_id("logits"), model, generation, prompts, param="prompt", sequences=1)
+        job.keep_alive = body.keep_alive
         (finished,), _ = await generate_whole(services, job)
         return JSONResponse(probabilities(finished.next_tokens), headers=body.ignored_header(services.presets))
 
@@ -126,28 +133,52 @@ async def internal_health(services: UsesServices) -> dict[str, Any]:
         "status": "ok",
         "running": occupancy.running,
         "waiting": occupancy.waiting,
-        "models": {model.name: model.supervisor.status.value for model in services.pool.models},
+        "models": {model.name: model.status.value for model in services.pool.models},
     }
 
 
 @router.get("/v1/internal/model/info", summary="What is loaded?")
 def model_info(services: UsesServices) -> dict[str, Any]:
-    """Describe the first model; ``"None"``, as a word, is the name when there is none."""
-    if not services.pool.models:
+    """Describe the current model; ``"None"``, as a word, is the name when there is none."""
+    model = services.pool.current
+    if model is None:
         return {"model_name": "None", "lora_names": [], "loader": None}
-    model = services.pool.get(None)
+    worker = model.live_worker
     info: dict[str, Any] = {"model_name": model.name, "lora_names": [], "loader": "llama.cpp"}
-    info |= {"status": model.supervisor.status.value, "gpu": model.supervisor.gpu}
+    info |= {"status": model.status.value, "gpu": worker.gpu if worker else None, "pid": worker.pid if worker else None}
     info["capabilities"] = capabilities(model)
     try:
         header, params = model.header, model.load_params()
+        info["lora_names"] = [adapter.name for adapter in model.adapters]
     except LlamaserveError as error:
         return info | {"error": error.message}
-    args = msgspec.to_builtins(params)
-    del args["path"]
     return info | {
         "ctx_size": params.context,
         "n_vocab": header.vocabulary_size,
         "chat_template": header.chat_template,
-        "args": args,
+        "args": effective(params),
+        "lora": [{"name": adapter.name, "scale": adapter.scale} for adapter in model.adapters],
+        "memory": _memory(model),
+    }
+
+
+def _memory(model: ServedModel) -> dict[str, Any]:
+    """Return what the last load was planned to take, and what it took, in bytes."""
+    if model.plan is None:
+        return {"estimated": None, "measured": None}
+    parts = model.plan.estimate
+    estimated = {
+        "host": parts.total.host,
+        "gpu": parts.total.device,
+        "weights": parts.weights.host + parts.weights.device,
+        "cache": parts.cache.host + parts.cache.device,
+        "compute": parts.compute.host + parts.compute.device,
+        "vocabulary": parts.vocabulary,
+    }
+    measured = model.measured and {"host": model.measured.host, "gpu": model.measured.device}
+    return {
+        "estimated": estimated,
+        "measured": measured,
+        "planned": model.plan.need.host,
+        "spill": model.plan.params.spill,
     }

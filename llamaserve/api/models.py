@@ -15,15 +15,20 @@ from llamaserve.api.services import UsesServices
 from llamaserve.chat.formats.known import thinks
 from llamaserve.errors import ModelError
 from llamaserve.registry.gguf import GGUFHeader
-from llamaserve.registry.pool import ModelPool, ServedModel
+from llamaserve.registry.pool import ModelPool
+from llamaserve.registry.served import ServedModel
+from llamaserve.worker.supervisor import Status
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List the served models")
-def list_models(services: UsesServices) -> dict[str, Any]:
-    """Return all served models, loaded ones first."""
-    return {"object": "list", "data": [describe(services.pool, model) for model in services.pool.models]}
+def list_models(services: UsesServices, loaded: bool = False) -> dict[str, Any]:
+    """Return all models on this machine, or only the ``loaded`` ones; the current one first, then other loaded ones."""
+    models = services.pool.models
+    if loaded:
+        models = [model for model in models if model.live_worker is not None]
+    return {"object": "list", "data": [describe(services.pool, model) for model in models]}
 
 
 @router.get("/v1/models/{model_id:path}", summary="Describe one model")
@@ -55,6 +60,13 @@ def _fills(header: GGUFHeader) -> bool:
         return False
 
 
+def _status(model: ServedModel) -> dict[str, Any]:
+    status: dict[str, Any] = {"value": model.status.value}
+    if model.status is Status.LOADING:
+        status["progress"] = round(model.progress, 2)
+    return status
+
+
 def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
     """Return OpenAI's model object and what other servers' clients expect in it."""
     header = model.known_header
@@ -80,5 +92,5 @@ def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
         },
         "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
         "capabilities": capabilities(model),
-        "status": {"value": model.supervisor.status.value},
+        "status": _status(model),
     }

@@ -9,19 +9,30 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+)
 
+from llamaserve.api.adapters import AdapterWishes
 from llamaserve.api.constraints import ConstraintOptions
 from llamaserve.api.fields import check_text
 from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
+from llamaserve.registry.spec import parse_duration
 
 IGNORED_HEADER = "x-llamaserve-ignored"
 MAX_SEQUENCES = 128  # prompts times choices of one request
@@ -46,6 +57,8 @@ _EMPTY: tuple[Any, ...] = ("", [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {"modalities": (["text"],)}
 
 _BAN: Literal["ban"] = "ban"  # among biases
+_DURATION = {"anyOf": [{"type": "number"}, {"type": "string", "examples": ["5m", "1h30m"]}]}
+KeepAlive = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(_DURATION)]  # seconds; -1: for ever
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 
 
@@ -89,6 +102,16 @@ def _biases(value: Any) -> Any:
 def _bans(value: Any) -> Any:
     """Take numbers between commas for the list."""
     return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def header_words(names: Iterable[str]) -> list[str]:
+    """Return names, each once, in a form that may stand in a header."""
+    return [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] or "?" for name in dict.fromkeys(names)]
+
+
+def ignored_header(words: Sequence[str]) -> dict[str, str]:
+    """Return the header that names what has no effect; none if there is nothing."""
+    return {IGNORED_HEADER: ", ".join(words[:64])} if words else {}
 
 
 class StreamOptions(BaseModel):
@@ -142,6 +165,13 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     preset_mode: Literal["overwrite", "defaults"] = Field(
         "overwrite", description="Whether a preset wins over the request's options, or stands behind them."
     )
+    keep_alive: KeepAlive | None = Field(
+        None,
+        description="How long the model stays loaded after this: seconds, or such as 5m; 0: not at all, -1: for ever.",
+    )
+    lora: AdapterWishes | None = Field(
+        None, description="Adapters by place in the model's list or by name, with scales; others are off."
+    )
     strict: bool = Field(default=False, description="Refuse what would have no effect.")
     prompt_lookup_num_tokens: int = Field(0, description="Drafts are of the length that pays; not honoured.")
     static_cache: bool = Field(default=False, description="Not honoured.")
@@ -184,14 +214,13 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
 
     def ignored_header(self, presets: Presets) -> dict[str, str]:
         """Return the header that names the given fields which have no effect here; empty when there are none."""
-        names = self.ignored(presets)
-        return {IGNORED_HEADER: ", ".join(names[:64])} if names else {}
+        return ignored_header(self.ignored(presets))
 
     def ignored(self, presets: Presets) -> list[str]:
         """Return the names of the given fields that have no effect."""
         extra = (name for name in self.model_extra or {} if name not in _WITHOUT_EFFECT and name not in _NOT_OFFERED)
-        names = [*extra, *map(self.called, [*self._idle_sampling_options(presets), *self._idle()])]
-        return [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] or "?" for name in dict.fromkeys(names)]
+        idle = [*self._idle_sampling_options(presets), *self._idle()]
+        return header_words([*extra, *(self.called(name) for name in idle if name not in self._filled)])
 
     def _idle_sampling_options(self, presets: Presets) -> Iterator[str]:
         """Yield the sampling options of this request that its preset replaces by others, or that change nothing."""
@@ -235,7 +264,7 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
         return self._effective
 
     def _merged(self, preset: Mapping[str, Any]) -> SamplingOptions:
-        own = self.changes(SamplingOptions) if self.preset_mode == "defaults" else {}
+        own = self.unusual(SamplingOptions) if self.preset_mode == "defaults" else {}
         try:
             return SamplingOptions.model_validate({"top_p": 1.0, **preset, **own})
         except ValidationError as error:

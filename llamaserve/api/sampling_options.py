@@ -62,7 +62,7 @@ NOT_HONOURED = (
 )
 
 
-def _breakers(value: Any) -> Any:
+def quoted_texts(value: Any) -> Any:
     """Take a JSON list, or the inside of one, for the list."""
     if not isinstance(value, str):
         return value
@@ -177,7 +177,7 @@ class SamplingOptions(RequestFields):
     dry_penalty_last_n: int | None = Field(
         None, ge=-1, le=_INT32, description="Last tokens that DRY looks at; -1: all, 0: DRY off."
     )
-    dry_sequence_breakers: Annotated[list[str], BeforeValidator(_breakers), AfterValidator(_check_breakers)] = Field(
+    dry_sequence_breakers: Annotated[list[str], BeforeValidator(quoted_texts), AfterValidator(_check_breakers)] = Field(
         _BREAKERS, max_length=_MAX_BREAKERS, description="Texts across which nothing counts as repeated."
     )
     sampler_priority: Order | None = Field(
@@ -218,7 +218,7 @@ class SamplingOptions(RequestFields):
     def without_effect(self, given: Mapping[str, Any]) -> Iterator[str]:
         """Yield which of some given options could be left out without changing a thing."""
         wanted = self.sampling(0).effective()
-        kept = dict(self.changes(SamplingOptions))
+        kept = self.unusual(SamplingOptions)
         for name in given:
             others = {other: value for other, value in kept.items() if other != name}
             if name in NOT_HONOURED or _sampling_options(others).sampling(0).effective() == wanted:

@@ -11,6 +11,7 @@ from llamaserve.api.presets import Presets
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
+from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
@@ -28,6 +29,7 @@ class Services:
     instruction_templates: InstructionTemplates
     conversations: Conversations
     grammars: GrammarChecker
+    downloads: Downloads
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 

@@ -39,6 +39,7 @@ class Loop:
         layers = settings["gpu_layers"]
         auto = _ALL_LAYERS if lib.llama_supports_gpu_offload() else 0
         model.n_gpu_layers = {"auto": auto, "all": _ALL_LAYERS, "none": 0}.get(layers, layers)
+        started = time.perf_counter()
         self._model = lib.llama_model_load_from_file(settings["path"].encode(), model)
         if not self._model:
             raise SystemExit("llama.cpp can't load the model: " + "".join(_log[-3:]))
@@ -54,6 +55,7 @@ class Loop:
         context.swa_full = False
         context.no_perf = True
         self._context = lib.llama_init_from_model(self._model, context)
+        self.load_seconds = time.perf_counter() - started
         if not self._context:
             raise SystemExit("llama.cpp can't make a context: " + "".join(_log[-3:]))
         self._memory = lib.llama_get_memory(self._context)
@@ -227,7 +229,7 @@ def main() -> None:
         match command["do"]:
             case "load":
                 loop = Loop(command["settings"])
-                _say({"ends": loop.ends, "sizes": sizes()})
+                _say({"ends": loop.ends, "sizes": sizes(), "seconds": loop.load_seconds})
             case _ if loop is None:
                 raise SystemExit("load a model first")
             case "tokenize":

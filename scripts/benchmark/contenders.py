@@ -24,8 +24,10 @@ import yaml
 from benchmark.answers import Answer, Request
 from benchmark.client import Client, Unreachable
 from benchmark.processes import StartFailed, last_words, running
-from llamaserve.registry.hardware import performance_cores
-from llamaserve.registry.pool import ServedModel
+from llamaserve.engine.params import Footprint, LoadParams
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.load_plan import load_params as planned_params, plan_load
 from llamaserve.registry.spec import ModelSpec, load_registry
 
 HERE = Path(__file__).resolve().parent
@@ -52,6 +54,7 @@ class HttpServer:
     ) -> None:
         """``pid`` and ``errors`` are its first process and what that says, where we have started it."""
         self.name = name
+        self.url = url
         self.pid = pid
         self.client = Client(url, model)
         self._errors = errors
@@ -77,11 +80,12 @@ class BareLoop:
         self.pid = process.pid
         self.ends: tuple[int, ...] = ()
         self.sizes: dict[str, float] = {}
+        self.load_seconds = 0.0
 
     def load(self, settings: Mapping[str, Any]) -> None:
         """Load a model as the server does that has these ``LoadParams``."""
         answer = self._command(do="load", settings=settings)
-        self.ends, self.sizes = tuple(answer["ends"]), answer["sizes"]
+        self.ends, self.sizes, self.load_seconds = tuple(answer["ends"]), answer["sizes"], answer["seconds"]
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a prompt."""
@@ -145,23 +149,35 @@ def known_settings() -> set[str]:
     return set(ModelSpec.model_fields)
 
 
-def write_models_file(folder: Path, name: str, options: Mapping[str, Any]) -> Path:
-    """Write a models.yaml with one model, and return its path."""
+def write_models_file(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write a models.yaml with some models, and return its path."""
     path = folder / "models.yaml"
-    path.write_text(yaml.safe_dump({"models": {name: dict(options)}}), encoding="utf-8")
+    listed = {name: dict(options) for name, options in models.items()}
+    path.write_text(yaml.safe_dump({"models": listed}), encoding="utf-8")
     return path
 
 
 def load_params(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the server's worker is told for a model with these options, every automatic setting decided."""
-    with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
-        registry = load_registry(write_models_file(Path(folder), name, options))
-        params: dict[str, Any] = msgspec.to_builtins(
-            ServedModel(name, registry.models[name], Path(folder)).load_params()
-        )
-    if not isinstance(params["threads"], int):
-        params["threads"] = performance_cores()
+    """Return what the server's worker is told for a model with these options, but for what depends on free memory."""
+    params: dict[str, Any] = msgspec.to_builtins(_planned(name, options)[0])
     return params
+
+
+def memory_need(name: str, options: Mapping[str, Any]) -> int:
+    """Return the bytes of main memory that the server plans for a model with these options, on the CPU."""
+    params, header = _planned(name, options)
+    return plan_load(name, header, params, Footprint(1 << 62, 1 << 62), devices=0).need.host
+
+
+def _planned(name: str, options: Mapping[str, Any]) -> tuple[LoadParams, GGUFHeader]:
+    with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
+        registry = load_registry(write_models_file(Path(folder), {name: options}))
+    spec = registry.models[name]
+    file = locate(registry.source(spec), spec.sha256)
+    if file is None:
+        raise StartFailed(f"the weights of {name} are not on this machine")
+    header = read_header(file)
+    return planned_params(spec, header), header
 
 
 @contextlib.contextmanager
@@ -187,11 +203,20 @@ def obedient_rates(params: Mapping[str, Any], edits: Sequence[tuple[str, str]], 
 
 
 @contextlib.contextmanager
-def llamaserve(name: str, model: str, options: Mapping[str, Any]) -> Iterator[HttpServer]:
-    """Run llamaserve with one model in these settings, on a free port."""
+def llamaserve(
+    name: str,
+    model: str,
+    options: Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[HttpServer]:
+    """Run llamaserve with a model in these settings, on a free port; ``others`` are on offer, too, and loaded when they
+    are asked. ``variables`` are more of its environment.
+    """
     with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
-        environment = {"LLAMASERVE_MODELS_FILE": str(write_models_file(Path(folder), model, options))}
-        environment |= {"PYTHONUNBUFFERED": "1", "LLAMASERVE_LOG_LEVEL": "warning"}
+        file = write_models_file(Path(folder), {model: options, **(others or {})})
+        environment = {"LLAMASERVE_MODELS_FILE": str(file), "PYTHONUNBUFFERED": "1", "LLAMASERVE_LOG_LEVEL": "warning"}
+        environment |= variables or {}
         command = [sys.executable, "-m", "llamaserve", "run", model, "--port", "0"]
         with running(command, environment) as (process, errors):
             assert process.stdout is not None

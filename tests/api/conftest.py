@@ -51,7 +51,9 @@ def fresh_server(starter_model: Path, tmp_path: Path) -> Iterator[RunningServer]
 
 
 @pytest.fixture(scope="session")
-def empty_server() -> Iterator[RunningServer]:
+def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server without any model."""
-    with RunningServer("serve") as running:
+    path = tmp_path_factory.mktemp("empty") / "models.yaml"
+    path.write_text("models: {}\n")
+    with RunningServer("serve", "--models-file", str(path)) as running:
         yield running

@@ -344,7 +344,6 @@ CODE: dict[str, Any] = {
     "n_indent": 4,
     "t_max_prompt_ms": 20_000,
     "t_max_predict_ms": 2500,
-    "lora": [{"id": 0, "scale": 0.5}],
 }
 
 

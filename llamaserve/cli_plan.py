@@ -1,0 +1,200 @@
+"""``llamaserve plan``: what models take of the memory, and which of them fit together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llamaserve.cli_output import models_folder, out, read_registry, read_settings, say, say_json
+from llamaserve.engine.events import Device
+from llamaserve.engine.params import Footprint
+from llamaserve.errors import InsufficientMemory, LlamaserveError
+from llamaserve.registry.budget import memory_budget
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.folder import resolve, scan
+from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.load_plan import PROCESS, LoadPlan, load_params, plan_load
+from llamaserve.registry.loadable import check_loadable
+from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.settings import Settings
+from llamaserve.worker.spare import Spares
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A model and its plan, or why there is none."""
+
+    name: str
+    header: GGUFHeader | None = None
+    plan: LoadPlan | None = None
+    error: LlamaserveError | None = None
+
+
+def plan(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Names, aliases or files; none: all that are here.")
+    ] = None,
+    models_file: Annotated[str | None, typer.Option(help="models.yaml to use.")] = None,
+    models_dir: Annotated[str | None, typer.Option(help="Folder with GGUF files.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Main memory that models may take: 6GB, 75%.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="GPU memory that models may take.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """Show what models take of the memory, and which fit together; exit status 1 if not all do."""
+    settings = read_settings(models_file=models_file, models_dir=models_dir, memory=memory, gpu_memory=gpu_memory)
+    registry = read_registry(settings)
+    devices = asyncio.run(_devices())
+    budget = memory_budget(settings.memory, settings.gpu_memory)(devices)
+    planned = [_plan(name, spec, registry, budget, len(devices)) for name, spec in _chosen(settings, registry, models)]
+    together, left_out = _fitting(planned, budget)
+    if as_json:
+        say_json(_as_json(planned, together, budget))
+    else:
+        _print(planned, together, left_out, budget, devices)
+    if len(together) < len(planned):
+        raise typer.Exit(1)
+
+
+async def _devices() -> list[Device]:
+    spares = Spares()
+    try:
+        return await spares.hardware()
+    finally:
+        await spares.aclose()
+
+
+def _chosen(settings: Settings, registry: Registry, references: Sequence[str] | None) -> list[tuple[str, ModelSpec]]:
+    """Return the models named, or all models that generate text and are on this machine."""
+    folder = models_folder(settings)
+    if references:
+        return [resolve(registry, folder, reference) for reference in references]
+    found = [(each.name, resolve(registry, folder, each.name)[1]) for each in (scan(folder) if folder else [])]
+    listed = [(name, spec) for name, spec in registry.models.items() if spec.task == "generation"]
+    return [(name, spec) for name, spec in listed if _is_here(registry, spec)] + found
+
+
+def _is_here(registry: Registry, spec: ModelSpec) -> bool:
+    try:
+        return locate(registry.source(spec)) is not None
+    except LlamaserveError:
+        return False
+
+
+def _plan(name: str, spec: ModelSpec, registry: Registry, budget: Footprint, devices: int) -> _Planned:
+    header = None
+    try:
+        path = locate(registry.source(spec))
+        if path is None:
+            raise LlamaserveError(f"{name} is not on this machine", hint=f"llamaserve pull {name}")
+        header = read_header(path)
+        check_loadable(header)
+        return _Planned(name, header, plan_load(name, header, load_params(spec, header), budget, devices))
+    except LlamaserveError as error:
+        return _Planned(name, header, error=error)
+
+
+def _fitting(planned: Sequence[_Planned], budget: Footprint) -> tuple[list[_Planned], list[_Planned]]:
+    """Return the models that fit together, taken in their order, and those that would fit without these."""
+    taken, fitting, left_out = Footprint(), [], []
+    for each in planned:
+        if each.plan is None:
+            continue
+        if (taken + each.plan.need).fits(budget):
+            taken += each.plan.need
+            fitting.append(each)
+        else:
+            left_out.append(each)
+    return fitting, left_out
+
+
+def _print(
+    planned: Sequence[_Planned],
+    together: Sequence[_Planned],
+    left_out: Sequence[_Planned],
+    budget: Footprint,
+    devices: Sequence[Device],
+) -> None:
+    for device in devices:
+        say(f"{device.name} ({device.description}): {_size(device.free)} of {_size(device.total)} free")
+    gpu = f" and {_size(budget.device)} of GPU memory" if devices else ""
+    say(f"models may take {_size(budget.host)} of main memory{gpu} (--memory)\n")
+    if not planned:
+        say("there is no model on this machine; fetch one with: llamaserve pull smollm2-135m")
+        return
+    out.print(_table(planned, devices))
+    taken = sum((each.plan.need for each in together if each.plan), Footprint())
+    if together:
+        say(f"\nfit together: {', '.join(each.name for each in together)} ({_both(taken, devices)})")
+    for each in left_out:
+        assert each.plan is not None
+        left = budget - taken
+        say(
+            f"{each.name} does not fit beside them: it needs {_both(each.plan.need, devices)}, and "
+            f"{_both(left, devices)} are left; the one used least recently is unloaded for it"
+        )
+    for each in planned:
+        if each.error is not None:
+            say(f"{each.name}: {each.error.message}")
+
+
+def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    headings = ["weights", "cache", "compute", "vocabulary", "process", "together"]
+    headings += ["on the GPU", "GPU layers"] if devices else []
+    table.add_column("model", no_wrap=True)
+    for heading in [*headings, "context"]:
+        table.add_column(heading, no_wrap=True, justify="right")
+    for each in planned:
+        if each.plan is None:
+            what = "does not fit" if isinstance(each.error, InsufficientMemory) else "can't be loaded"
+            table.add_row(each.name, what)
+            continue
+        parts, params = each.plan.estimate, each.plan.params
+        row = [_all(parts.weights), _all(parts.cache), _all(parts.compute), parts.vocabulary, PROCESS.host]
+        cells = [_size(size) for size in (*row, each.plan.need.host)]
+        cells += [_size(each.plan.need.device), str(params.gpu_layers)] if devices else []
+        table.add_row(each.name, *cells, str(params.context))
+    return table
+
+
+def _as_json(planned: Sequence[_Planned], together: Sequence[_Planned], budget: Footprint) -> dict[str, Any]:
+    return {
+        "budget": {"host": budget.host, "gpu": budget.device},
+        "models": [_model_as_json(each) for each in planned],
+        "together": [each.name for each in together],
+    }
+
+
+def _model_as_json(each: _Planned) -> dict[str, Any]:
+    if each.plan is None:
+        return {"name": each.name, "error": each.error.body()["error"] if each.error else None}
+    parts, params = each.plan.estimate, each.plan.params
+    return {
+        "name": each.name,
+        "need": {"host": each.plan.need.host, "gpu": each.plan.need.device},
+        "estimate": {"host": parts.total.host, "gpu": parts.total.device},
+        "weights": _all(parts.weights),
+        "cache": _all(parts.cache),
+        "compute": _all(parts.compute),
+        "vocabulary": parts.vocabulary,
+        "process": PROCESS.host,
+        "context": params.context,
+        "gpu_layers": params.gpu_layers,
+    }
+
+
+def _all(footprint: Footprint) -> int:
+    return footprint.host + footprint.device
+
+
+def _both(footprint: Footprint, devices: Sequence[Device]) -> str:
+    return _size(footprint.host) + (f" and {_size(footprint.device)} of GPU memory" if devices else "")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,197 @@
+"""The commands for models, as a user types them: each in a process of its own, with a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_splitter import split_gguf
+from gguf_writer import tiny_llama
+from local_hub import COMMIT, Hub, running_hub, settings_for
+
+MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
+MODELS = """\
+defaults: {model: tiny}
+models:
+  tiny: {source: 'hf:o/r:Q4_0', size: 1.0 MB, licence: MIT, description: A tiny one}
+  mine: {source: 'file:mine.gguf'}
+aliases: {little: tiny}
+"""
+
+
+@dataclass
+class Desk:
+    """A folder with a models.yaml and a models folder, in which commands are typed."""
+
+    folder: Path
+    hub: Hub
+
+    def __call__(self, *arguments: str, status: int = 0) -> str:
+        """Run a command and return what it wrote; its exit status must be this one."""
+        done = subprocess.run(
+            [sys.executable, "-m", "llamaserve", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.folder,
+            env=settings_for(self.hub, self.folder) | {"COLUMNS": "200"},
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", status=status))
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    (tmp_path / "models.yaml").write_text(MODELS)
+    (tmp_path / "models/sub").mkdir(parents=True)
+    (tmp_path / "models/sub/found.gguf").write_bytes(MODEL)
+    (tmp_path / "models/broken.gguf").write_bytes(b"hello")
+    with running_hub(Hub({"a-Q4_0.gguf": MODEL, "a-Q8_0.gguf": MODEL[:-8] + b"12345678"})) as hub:
+        yield Desk(tmp_path, hub)
+
+
+def test_pull_fetches_notes_and_keeps_to_what_was_noted(desk: Desk) -> None:
+    answer = desk("pull", "little", "hf:o/r:Q8_0")
+    assert "fetching tiny (1.0 MB) from hf:o/r:Q4_0" in answer
+    assert f"little: {desk.folder}/hf/hub/models--o--r/snapshots/{COMMIT}/a-Q4_0.gguf" in answer
+    locked = json.loads((desk.folder / "models.lock").read_text())["sources"]
+    assert [*locked] == ["hf:o/r:Q4_0", "hf:o/r:Q8_0"]
+    commit = desk.hub.publish(a_Q4_0_gguf=NEWER)
+    assert COMMIT in desk("pull", "tiny")
+    assert "fetching" not in desk("pull", "tiny")
+    assert commit in desk("pull", "tiny", "--update")
+
+
+def test_pull_of_a_model_in_the_folder_says_where_it_is(desk: Desk) -> None:
+    assert desk("pull", "sub/found").strip() == f"sub/found: {desk.folder}/models/sub/found.gguf"
+
+
+def test_models_lists_the_folder_too(desk: Desk) -> None:
+    answer = desk("models")
+    assert [line.split()[:2] for line in answer.splitlines()[1:3]] == [["tiny", "(default)"], ["mine", "no"]]
+    assert "sub/found.gguf  yes" in answer
+    assert "broken.gguf     broken" in answer
+    assert "is not a GGUF file" in answer
+    assert f"{desk.folder}/models; serve one with" in answer
+    listed = desk.json("models")
+    assert [(each["model"], each["here"], each["aliases"]) for each in listed["models"]] == [
+        ("tiny", False, ["little"]),
+        ("mine", False, []),
+    ]
+    assert [each["name"] for each in listed["found"]] == ["broken.gguf", "sub/found.gguf"]
+    assert listed["folder"] == f"{desk.folder}/models"
+    assert "there is no folder" in desk("models", "--models-dir", "none", status=1)
+
+
+def test_show_tells_all_that_is_known(desk: Desk) -> None:
+    assert "here        no; llamaserve pull tiny" in desk("show", "little")
+    assert desk.json("show", "tiny")["header"] is None
+    desk("pull", "tiny")
+    answer = desk("show", "tiny")
+    for row in ("also", "what it is", "licence", "architecture", "layers", "memory", "locked"):
+        assert f"\n{row} " in answer
+    assert "llama, tiny" in answer
+    assert f"commit {COMMIT}" in answer
+    facts = desk.json("show", "tiny")
+    assert (facts["header"]["layers"], facts["header"]["key_value_heads"], facts["problem"]) == (2, 2, None)
+    assert (facts["size"], facts["lock"]["revision"]) == (len(MODEL), COMMIT)
+    assert "chat" in facts["template_abilities"]
+    assert facts["memory"]["total"] > facts["memory"]["weights"] > 0
+    assert "\nproblem  " in desk("show", "broken")
+    assert "no model is called 'none'" in desk("show", "none", status=1)
+
+
+def test_verify_finds_damage_and_names_the_remedy(desk: Desk) -> None:
+    desk("pull", "tiny", "hf:o/r:Q8_0")
+    answer = desk("verify", "tiny")
+    assert "tiny: good" in answer
+    blob = next((desk.folder / "hf").rglob("a-Q4_0.gguf")).resolve()
+    blob.write_bytes(MODEL[:-1] + b"x")
+    (desk.folder / "models/broken.gguf").unlink()
+    answer = desk("verify", status=1)
+    assert "the hub promised" in answer
+    assert "  fix: llamaserve rm --yes tiny && llamaserve pull tiny" in answer
+    assert "hf:o/r:Q8_0: good" in answer
+    assert "sub/found.gguf: good" in answer
+    report = desk.json("verify", status=1)
+    assert report["verified"] == ["tiny", "hf:o/r:Q8_0", "sub/found.gguf"]
+    assert {finding["model"] for finding in report["findings"]} == {"tiny"}
+    desk("rm", "--yes", "tiny")
+    desk("pull", "tiny")
+    desk("verify")
+
+
+def test_rm_deletes_what_is_ours_and_says_what_it_freed(desk: Desk) -> None:
+    desk("pull", "tiny", "hf:o/r:Q8_0")
+    assert "nothing is deleted without asking" in desk("rm", "tiny", status=1)
+    assert next((desk.folder / "hf").rglob("a-Q4_0.gguf")).exists()
+    answer = desk("rm", "little", "sub/found", "--yes")
+    kilobytes = f"{len(MODEL) / 1000:.0f} kB"
+    assert f"tiny: deleted 1 file, which freed {kilobytes}" in answer
+    assert f"sub/found.gguf: deleted 1 file, which freed {kilobytes}" in answer
+    assert not list((desk.folder / "hf").rglob("a-Q4_0.gguf"))
+    assert next((desk.folder / "hf").rglob("a-Q8_0.gguf")).exists()
+    assert "is not on this machine" in desk("rm", "tiny", "--yes", status=1)
+
+
+def test_rm_refuses_a_file_of_ones_own_before_it_deletes_anything(desk: Desk) -> None:
+    mine = desk.folder / "mine.gguf"
+    mine.write_bytes(MODEL)
+    desk("pull", "tiny")
+    for name in ("mine", "./mine.gguf"):
+        answer = desk("rm", "tiny", name, "--yes", status=1)
+        assert f"rm '{mine}'" in answer
+    assert mine.exists()
+    assert next((desk.folder / "hf").rglob("a-Q4_0.gguf")).exists()
+
+
+@pytest.mark.parametrize(("reply", "deleted"), [(b"n\n", False), (b"y\n", True)])
+def test_rm_asks_on_a_terminal(desk: Desk, reply: bytes, deleted: bool) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, reply)
+        done = subprocess.run(
+            [sys.executable, "-m", "llamaserve", "rm", "sub/found.gguf"],
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            cwd=desk.folder,
+            env=settings_for(desk.hub, desk.folder),
+            timeout=60,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "Delete?" in done.stderr
+    assert (done.returncode == 0) is deleted
+    assert (desk.folder / "models/sub/found.gguf").exists() is not deleted
+
+
+def test_a_model_in_parts_is_one_model_for_all_commands(desk: Desk) -> None:
+    paths = split_gguf(desk.folder / "models/sub/found.gguf", desk.folder / "models/parts", "m", 3)
+    name = "parts/m-00001-of-00003.gguf"
+    assert desk.json("show", name)["files"] == [str(path) for path in paths]
+    assert f"{name}: good" in desk("verify", name)
+    paths[1].unlink()
+    assert f"part 2 of 3 is missing: {paths[1]}" in desk("verify", name, status=1)
+    assert f"part 2 of 3 is missing: {paths[1]}" in desk("models")
+    split_gguf(desk.folder / "models/sub/found.gguf", desk.folder / "models/parts", "m", 3)
+    assert f"{name}: deleted 3 files" in desk("rm", "-y", name)
+
+
+def test_a_damaged_lock_is_told_with_its_line(desk: Desk) -> None:
+    (desk.folder / "models.lock").write_text('{\n"version": 1,\n<<<<<<< HEAD\n')
+    for command in ("pull", "show", "verify"):
+        assert f"{desk.folder}/models.lock:3: this is no JSON" in desk(command, "tiny", status=1)
