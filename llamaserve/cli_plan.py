@@ -13,7 +13,7 @@ from rich.table import Table
 from llamaserve.cli_output import models_folder, out, read_registry, read_settings, say, say_json
 from llamaserve.engine.events import Device
 from llamaserve.engine.params import Footprint
-from llamaserve.errors import InsufficientMemory, LlamaserveError
+from llamaserve.errors import LlamaserveError
 from llamaserve.registry.budget import memory_budget
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import resolve, scan
@@ -33,6 +33,11 @@ class _Planned:
     header: GGUFHeader | None = None
     plan: LoadPlan | None = None
     error: LlamaserveError | None = None
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(plan)
 
 
 def plan(
@@ -139,7 +144,7 @@ def _print(
         )
     for each in planned:
         if each.error is not None:
-            say(f"{each.name}: {each.error.message}")
+            say(f"\n{each.error.message}")
 
 
 def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:
@@ -151,8 +156,7 @@ def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:
         table.add_column(heading, no_wrap=True, justify="right")
     for each in planned:
         if each.plan is None:
-            what = "does not fit" if isinstance(each.error, InsufficientMemory) else "can't be loaded"
-            table.add_row(each.name, what)
+            table.add_row(each.name, *["-"] * (len(headings) + 1))
             continue
         parts, params = each.plan.estimate, each.plan.params
         row = [_all(parts.weights), _all(parts.cache), _all(parts.compute), parts.vocabulary, PROCESS.host]

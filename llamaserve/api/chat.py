@@ -86,7 +86,7 @@ async def _prepared(services: Services, model: ServedModel, body: ChatRequest, w
     async def count(prompt: str) -> int:
         if len(prompt) > _LONG * context:
             return len(prompt)
-        async with model.in_use(body.keep_alive) as worker:
+        async with model.in_use() as worker:
             return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
 
     return await services.conversations.prepare(wish, room=room, count=count)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from llamaserve.api.access import admin
 from llamaserve.api.fields import Text
 from llamaserve.api.services import UsesServices
-from llamaserve.errors import ModelNotFound, from_value
+from llamaserve.errors import ModelFileMissing, ModelNotFound, from_value
 from llamaserve.registry.downloads import LONGEST_REFERENCE, Download
 from llamaserve.registry.lock_file import LockFile, lock_path
 
@@ -69,7 +69,10 @@ async def delete_model(body: DeleteRequest, services: UsesServices) -> dict[str,
         name = pool.get(body.model_name).name
     except ModelNotFound:  # it may be an hf: reference
         name = None
-    deleted = await services.downloads.delete(pool.registry, name or body.model_name, pool.folder)
+    try:
+        deleted = await services.downloads.delete(pool.registry, name or body.model_name, pool.folder)
+    except ModelFileMissing as error:
+        raise ModelNotFound(error.message, param="model_name") from error
     if name is not None:
         await pool.unload(name)
     await pool.reload()

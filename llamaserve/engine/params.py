@@ -13,7 +13,7 @@ SplitMode = Literal["none", "layer", "row"]
 NumaStrategy = Literal["off", "distribute", "isolate", "numactl"]
 
 DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
-SCORED_ROWS = 64  # prompt tokens in a step at most of which the logits are wanted, too
+SCORED_ROWS = 16  # prompt tokens in a step at most of which the logits are wanted, too
 
 
 class Footprint(msgspec.Struct, frozen=True, array_like=True):

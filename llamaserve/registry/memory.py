@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -57,8 +57,13 @@ _NO_MATRICES = ("token_embd", "norm", "bias", "ssm_conv1d", "shortconv.conv", "p
 _TOKEN, _UNIGRAM_TOKEN = 157, 528
 _MERGE, _MERGE_OF_MANY, _MANY_MERGES = 172, 112, 262_144
 
-# Measured: graphs, their allocation and threads, and what a tensor adds to the first two.
-_CONTEXT, _CONTEXT_OF_TENSOR = 3 * _MEBIBYTE, 6 * 1024
+# Measured: graphs, their allocation, threads and samplers, and what a tensor adds to the first two.
+_CONTEXT, _CONTEXT_OF_TENSOR = 5 * _MEBIBYTE, 6 * 1024
+
+# Of the buffers for a whole batch. Their pages become resident when they are first written to, and that depends on use:
+# short steps write to little, and a CPU computes no whole batch if that takes long. So this is at most as far off from
+# what is there after a load as from the most that there can be.
+_TOUCHED = 0.5
 _DEVICE_CONTEXT = 320 * _MEBIBYTE  # a GPU's driver and kernels: CUDA's, which has the largest
 
 # Bits a weight of common quantisations, on average over a model, best first.
@@ -274,21 +279,27 @@ class _Estimation:
 
     def _lasting(self, first: int) -> Footprint:
         """Return what the context itself and the logits of the last step take."""
-        step, drafted = self._step, DRAFTED_ROWS // 2 if self._params.speculation else 0
-        logits = min(step.outputs, step.sequences + drafted) * self._model.vocabulary * _FLOAT
+        logits = self._used_outputs() * self._model.vocabulary * _FLOAT
         context = _CONTEXT + _CONTEXT_OF_TENSOR * len(self._header.tensors)
         return Footprint(context + logits, self._devices * _DEVICE_CONTEXT if first <= self._model.blocks else 0)
 
+    def _used_outputs(self) -> int:
+        """Return how many rows of logits are wanted at once: seldom for all tokens that could be guessed or scored."""
+        guessed = DRAFTED_ROWS // 2 if self._params.speculation else 0
+        return min(self._step.outputs, self._step.sequences + guessed)
+
     def _buffers(self, first: int) -> Footprint:
-        """Return what large steps touch of the buffers to compute in. Those of GPUs are there at once."""
+        """Return what is touched of the buffers to compute in. Those of GPUs are there as a whole."""
         model, step = self._model, self._step
-        if first > model.blocks:
-            return Footprint(step_buffer(model, model.layers, step) + self._scratch(model.layers))
         here, there = model.layers[:first], model.layers[first:]
         embedded = step.tokens * model.width * _FLOAT
+        if first > model.blocks:
+            seldom = replace(step, outputs=self._used_outputs())
+            host = step_buffer(model, here, seldom) + self._scratch(here)
+            return Footprint(int(_TOUCHED * host))
         host = step_buffer(model, here, step, logits=False) + self._scratch(here) if here else 0
         device = step_buffer(model, there, step) + embedded
-        return Footprint(max(host, input_bytes(model, step) + embedded), device * self._devices)
+        return Footprint(int(_TOUCHED * max(host, input_bytes(model, step) + embedded)), device * self._devices)
 
     def _scratch(self, layers: Iterable[Layer]) -> int:
         """Return the memory in which a CPU converts what weights or values are multiplied by. Half of it is a byte a

@@ -163,8 +163,7 @@ class ModelPool:
             loaded = [each for each in self._models.values() if each.live_worker is not None]
             model.forgive()
             try:
-                async with model.in_use(keep_alive):
-                    pass
+                await self._bring(model, keep_alive)
             except LlamaserveError:
                 await self._restore(loaded)
                 raise
@@ -175,12 +174,19 @@ class ModelPool:
                 self._retire(old)
             return model
 
+    async def _bring(self, model: ServedModel, keep_alive: float | None = None) -> None:
+        """Have a model loaded."""
+        use = model.use(keep_alive)
+        try:
+            await use.worker()
+        finally:
+            use.leave()
+
     async def _restore(self, models: Sequence[ServedModel]) -> None:
         """Load models again that had to leave in vain."""
         for model in models:
             try:
-                async with model.in_use():
-                    pass
+                await self._bring(model)
             except LlamaserveError as error:
                 logger.warning("%s could not be loaded again: %s", model.name, error.message)
 
@@ -322,13 +328,12 @@ class ModelPool:
         for model in self.named:
             try:
                 if model is self.named[0] or await model.has_room():
-                    async with model.in_use():
-                        pass
+                    await self._bring(model)
                 else:
                     logger.warning("there is no room for %s beside the others; it is loaded on demand", model.name)
             except LlamaserveError as error:
                 self._failures[model.name] = error
-        self._spares.keep = len(self._models) > 1
+        self._spares.keep = len(self.models) > 1
 
     async def aclose(self) -> None:
         """End all processes."""

@@ -43,6 +43,15 @@ _FAILURE_KEPT = 5.0  # seconds for which a header that could not be read is not 
 _SAVING_LIMIT = 10.0  # seconds in which a model that leaves must have written its prefixes
 
 
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+def _stamp(header: GGUFHeader) -> _Stamp:
+    """Return what changes when one of a model's files does."""
+    status = [path.stat() for path in header.paths]
+    return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in status)
+
+
 @dataclass(frozen=True)
 class Facilities:
     """What all models of a server share. ``devices`` is the number of GPUs, known once ``ready`` has been awaited."""
@@ -107,6 +116,7 @@ class ServedModel:
         self.base = base
         self._facilities = facilities
         self._header: GGUFHeader | None = None
+        self._loadable: _Stamp | None = None  # of the header's files when they were last looked at
         self._unreadable_until = 0.0
         self._supervisor = Supervisor(name, self._prepare, self, facilities.spares)
         self._adapters: tuple[Adapter, ...] | None = None  # None: those of the settings
@@ -213,15 +223,20 @@ class ServedModel:
 
     def use(self, keep_alive: float | None = None) -> Use:
         """Take hold of it for a request, which may say how many seconds it is kept after that (-1: for ever)."""
-        self._cancel_timer()
         self._keep_alive = self.spec.keep_alive if keep_alive is None else keep_alive
+        return self._hold()
+
+    def _hold(self) -> Use:
+        self._cancel_timer()
         self._waiting += 1
         return Use(self)
 
     @contextlib.asynccontextmanager
-    async def in_use(self, keep_alive: float | None = None) -> AsyncIterator[WorkerProcess]:
-        """Have its process within a ``with`` block, loading it first if need be."""
-        use = self.use(keep_alive)
+    async def in_use(self) -> AsyncIterator[WorkerProcess]:
+        """Have its process for a moment, within a ``with`` block, loading it first if need be. How long it is kept is
+        for requests to say.
+        """
+        use = self._hold()
         try:
             yield await use.worker()
         finally:
@@ -414,6 +429,7 @@ class ServedModel:
             self._leaving = self._departure = self._farewell = None
             self._facilities.residency.left(self)
             self._gone.set()
+        await self._facilities.residency.return_spill()
         if worker is not None:
             logger.info("%s is unloaded (%s)", self.name, reason)
             self._facilities.events.publish("unloaded", self.name, reason=reason)
@@ -455,8 +471,7 @@ class ServedModel:
         return msgspec.structs.replace(params, saved_prefixes=str(path), prefixes_identity=identity)
 
     def _plan(self, budget: Footprint, devices: int) -> LoadPlan:
-        self._header = header = read_header(self.file())
-        check_loadable(header)
+        header = self._checked_header()
         if header.is_embedding_model or self.spec.task != "generation":
             raise ModelNotCapable(f"{self.name} does not generate text, and this server offers only text generation")
         if self.context < self.spec.context:
@@ -466,6 +481,18 @@ class ServedModel:
             )
         adapters = self._checked(self.adapters)
         return plan_load(self.name, header, load_params(self.spec, header, adapters), budget, devices)
+
+    def _checked_header(self) -> GGUFHeader:
+        """Return the header of a file that llama.cpp may see. One that has not changed since it was looked at is not
+        looked at again, which takes a tenth of a second.
+        """
+        path = self.file()
+        if self._header is None or self._header.path != path or _stamp(self._header) != self._loadable:
+            self._header = header = read_header(path)
+            before = _stamp(header)
+            check_loadable(header)
+            self._loadable = before
+        return self._header
 
     def _checked(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
         for each in adapters:

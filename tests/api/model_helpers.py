@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from api_helpers import ENDLESS
 from running_server import RunningServer, wait_until
 
 INFO = "/v1/internal/model/info"
@@ -18,6 +20,7 @@ LIST = "/v1/internal/model/list"
 LOAD = "/v1/internal/model/load"
 UNLOAD = "/v1/internal/model/unload"
 EVENTS = "/v1/internal/events"
+LONG = {**ENDLESS, "max_tokens": 400, "stream_options": {"include_usage": True}}  # runs for seconds
 SMALL = "context: 1024, parallel: 2, flash_attention: off"  # the exact level, so that greedy answers can be compared
 
 
@@ -74,7 +77,8 @@ class Listener:
         self._thread.join()
 
     def _read(self) -> None:
-        with httpx.stream("GET", self._url, timeout=30) as response:
+        ended = contextlib.suppress(httpx.RemoteProtocolError)  # the server has
+        with ended, httpx.stream("GET", self._url, timeout=30) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             for line in response.iter_lines():
                 if line.startswith("data: {"):
@@ -100,6 +104,13 @@ class Listener:
         """Wait for so many events of a kind, and return the last of them."""
         wait_until(lambda: len(self.of(kind, model)) >= count, limit)
         return self.of(kind, model)[count - 1]
+
+
+def finish(stream: Iterator[Any]) -> None:
+    """Read what is left of a ``LONG`` stream, and check that nothing has disturbed it."""
+    *_, last, usage, done = stream
+    assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+    assert usage["usage"]["completion_tokens"] == LONG["max_tokens"]
 
 
 def text_of(response: httpx.Response) -> str:

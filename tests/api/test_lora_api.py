@@ -34,9 +34,10 @@ def shared(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     random_lora({"blk.0.attn_q.weight": (64, 64)}).write(loras / "of-another.gguf")
     (loras / "text.gguf").write_text("this is no adapter")
     (loras / "model.gguf").symlink_to(starter_model)
+    adapter = "{source: 'file:loras/style-2.gguf', scale: 0.5, name: calm}"
     models: dict[str, Path | str] = {
         MODEL: starter_model,
-        LISTED: f"source: 'file:{starter_model}', lora: [{{source: 'file:loras/style-2.gguf', scale: 0.5, name: calm}}]",
+        LISTED: f"source: 'file:{starter_model}', lora: [{adapter}]",
     }
     path = write_registry(folder / "models.yaml", models, SMALL)
     environment = {"LLAMASERVE_LORAS_DIR": str(loras)}

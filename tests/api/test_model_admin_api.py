@@ -5,14 +5,15 @@ rely on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from api_helpers import CHAT, COMPLETIONS, ENDLESS, TINY, assert_alive, assert_error, streamed
-from model_helpers import INFO, LIST, LOAD, UNLOAD, Listener, loaded, names, text_of, write_registry
+from api_helpers import CHAT, COMPLETIONS, TINY, assert_alive, assert_error, streamed
+from model_helpers import INFO, LIST, LOAD, LONG, UNLOAD, Listener, finish, loaded, names, text_of, write_registry
 from running_server import RunningServer, wait_until
 
 FIRST, SECOND, BAD, NOT_HERE = "smollm2-135m", "model-2", "bad", "not-here"
@@ -28,9 +29,13 @@ def not_loadable(weights: bytes) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def shared(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("admin")
+
+
+@pytest.fixture(scope="module")
+def shared(starter_model: Path, folder: Path) -> Iterator[RunningServer]:
     """Two models of models.yaml, a bad one, one that is not here, and a folder with more."""
-    folder = tmp_path_factory.mktemp("admin")
     (folder / "models" / "sub").mkdir(parents=True)
     for name in ("model-10.gguf", "sub/deep.gguf"):
         (folder / "models" / name).symlink_to(starter_model)
@@ -113,10 +118,17 @@ def test_a_folder_means_its_first_model(server: RunningServer) -> None:
 
 
 def test_a_file_is_found_as_soon_as_it_is_in_the_folder(
-    server: RunningServer, shared: RunningServer, starter_model: Path
+    server: RunningServer, folder: Path, starter_model: Path
 ) -> None:
-    folder = Path(shared.get("/v1/models/model-10.gguf")["id"])
-    assert folder.name == "model-10.gguf"
+    new = folder / "models" / "new.gguf"
+    new.symlink_to(starter_model)
+    try:
+        assert load(server, "new").json() == "OK"
+        assert server.get(INFO)["model_name"] == "new.gguf"
+    finally:
+        new.unlink()
+        load(server)
+    wait_until(lambda: "new.gguf" not in names(server))
 
 
 @pytest.mark.parametrize(
@@ -290,25 +302,23 @@ def test_a_load_that_fails_after_others_had_to_leave_brings_them_back(starter_mo
 
 
 def test_a_stream_goes_on_while_another_model_is_loaded(server: RunningServer) -> None:
-    with streamed(server, COMPLETIONS, ENDLESS) as stream:
+    with streamed(server, COMPLETIONS, LONG) as stream:
         next(stream)
         assert load(server, SECOND).json() == "OK"
         assert server.post(COMPLETIONS, TINY).json()["model"] == SECOND
-        *_, last, done = stream
-        assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+        finish(stream)
     assert sorted(loaded(server)) == sorted([FIRST, SECOND])
 
 
 def test_a_stream_goes_on_while_its_own_model_is_loaded_anew(server: RunningServer) -> None:
     old = server.worker_pid()
-    with streamed(server, COMPLETIONS, ENDLESS) as stream:
+    with streamed(server, COMPLETIONS, LONG) as stream:
         next(stream)
         assert load(server, args={"n_ctx": 512}).json() == "OK"
         assert server.worker_pid() != old
         assert server.get(INFO)["ctx_size"] == 512
         assert_alive(server)
-        *_, last, done = stream
-        assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+        finish(stream)
 
 
 def test_its_status_is_told_while_it_is_loaded(server: RunningServer) -> None:
@@ -353,11 +363,11 @@ def test_one_model_is_unloaded_and_the_other_stays(server: RunningServer) -> Non
 
 
 def test_an_unload_waits_for_the_answers_under_way(server: RunningServer) -> None:
-    with streamed(server, COMPLETIONS, ENDLESS) as stream:
+    with ThreadPoolExecutor(1) as threads, streamed(server, COMPLETIONS, LONG) as stream:
         next(stream)
-        assert server.post(UNLOAD, {}).json() == "OK"
-        *_, last, done = stream
-        assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+        unloading = threads.submit(server.post, UNLOAD, {})
+        finish(stream)
+        assert unloading.result().json() == "OK"
     assert loaded(server) == []
 
 

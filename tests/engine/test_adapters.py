@@ -45,7 +45,7 @@ def _generation(adapters: _Wish = None, *, max_tokens: int = 20, sampling: Sampl
 
 
 def _scored(adapters: _Wish = None) -> Generation:
-    return msgspec.structs.replace(_generation(adapters, max_tokens=8), logprobs=Logprobs(top=5, prompt=True))
+    return msgspec.structs.replace(_generation(adapters, max_tokens=4), logprobs=Logprobs(top=5, prompt=True))
 
 
 def _run(params: LoadParams, generations: Sequence[Generation]) -> list[Answer]:
@@ -173,7 +173,10 @@ def test_on_the_starter_model_as_it_is_a_mixed_batch_equals_single_runs(
     try:
         wishes: list[_Wish] = [(("a", 1.0),), (), (("a", -1.0),), None] * 2
         prompts = ["Once upon a time", "2, 4, 6,"]
-        generations = [_generation(wish, sampling=_SAMPLINGS[n % 3]) for n, wish in enumerate(wishes)]
+        samplings = [_SAMPLINGS[number % 3] for number in range(len(wishes))]
+        generations = [
+            _generation(wish, max_tokens=8, sampling=sampling) for wish, sampling in zip(wishes, samplings, strict=True)
+        ]
         alone = [running.alone(prompts[n % 2], generation)[0] for n, generation in enumerate(generations)]
         running.forget()
         for number, generation in enumerate(generations):

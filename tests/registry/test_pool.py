@@ -67,17 +67,22 @@ class House:
         self.pool = pool
         self.events: list[ModelEvent] = []
 
-    async def say(self, name: str | None, prompt: str = "Once upon a time", tokens: int = 4) -> Finished:
+    async def say(
+        self, name: str | None, prompt: str = "Once upon a time", tokens: int = 4, keep_alive: float | None = None
+    ) -> Finished:
         """Generate a few tokens as a request does."""
         generation = Generation(sampling=Sampling(seed=1, temperature=0.0), max_tokens=tokens)
-        async with self.pool.get(name).in_use() as worker:
-            stream = worker.generate([prompt], generation)
+        use = self.pool.get(name).use(keep_alive)
+        try:
+            stream = (await use.worker()).generate([prompt], generation)
             try:
                 await stream.accepted()
                 (finished,) = [event async for event in stream.events() if isinstance(event, Finished)]
             finally:
                 stream.close()
             return finished
+        finally:
+            use.leave()
 
     @property
     def loaded(self) -> set[str]:
@@ -213,13 +218,11 @@ def test_idle_models_are_unloaded_after_their_time_and_requests_can_say_another(
     path = models_yaml(tmp_path, starter_model, "a", "b", fields=", keep_alive: 1.0")
 
     async def test(house: House) -> None:
-        async with house.pool.get("b").in_use(keep_alive=-1):
-            pass
+        await house.say("b", keep_alive=-1)
         await house.say("a")
         assert house.loaded == {"a", "b"}
         await until(lambda: house.loaded == {"b"})
-        async with house.pool.get("b").in_use(keep_alive=0):
-            pass
+        await house.say("b", keep_alive=0)
         await until(lambda: house.loaded == set())
         reasons = [event.data["reason"] for event in house.events if event.kind == "unloaded"]
         assert reasons == ["idle", "idle"]
