@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,15 +16,18 @@ from llamaserve.cli_output import models_folder, out, read_registry, read_settin
 from llamaserve.engine.events import Device
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError
-from llamaserve.registry.budget import memory_budget
+from llamaserve.registry.adapters import check_adapter
+from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import resolve, scan
 from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import PROCESS, LoadPlan, load_params, plan_load
+from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
+
+_WIDEST = 1000  # columns
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def plan(
     registry = read_registry(settings)
     devices = asyncio.run(_devices())
     budget = memory_budget(settings.memory, settings.gpu_memory)(devices)
-    planned = [_plan(name, spec, registry, budget, len(devices)) for name, spec in _chosen(settings, registry, models)]
+    planned = [_plan(name, spec, registry, budget, devices) for name, spec in _chosen(settings, registry, models)]
     together, left_out = _fitting(planned, budget)
     if as_json:
         say_json(_as_json(planned, together, budget))
@@ -90,15 +95,20 @@ def _is_here(registry: Registry, spec: ModelSpec) -> bool:
         return False
 
 
-def _plan(name: str, spec: ModelSpec, registry: Registry, budget: Footprint, devices: int) -> _Planned:
+def _plan(name: str, spec: ModelSpec, registry: Registry, budget: Footprint, devices: Sequence[Device]) -> _Planned:
     header = None
     try:
         path = locate(registry.source(spec))
         if path is None:
-            raise LlamaserveError(f"{name} is not on this machine", hint=f"llamaserve pull {name}")
+            raise LlamaserveError(f"{name} is not on this machine", hint=shlex.join(("llamaserve", "pull", name)))
         header = read_header(path)
         check_loadable(header)
-        return _Planned(name, header, plan_load(name, header, load_params(spec, header), budget, devices))
+        adapters = configured_adapters(name, spec, registry.path.parent)
+        for each in adapters:
+            check_adapter(read_header(Path(each.path)), header)
+        params = load_params(spec, header, adapters)
+        plan = plan_load(name, header, params, budget, len(devices), unified=is_unified(devices))
+        return _Planned(name, header, plan)
     except LlamaserveError as error:
         return _Planned(name, header, error=error)
 
@@ -126,12 +136,13 @@ def _print(
 ) -> None:
     for device in devices:
         say(f"{device.name} ({device.description}): {_size(device.free)} of {_size(device.total)} free")
-    gpu = f" and {_size(budget.device)} of GPU memory" if devices else ""
-    say(f"models may take {_size(budget.host)} of main memory{gpu} (--memory)\n")
+    say(f"models may take {_both(budget, devices)} (--memory)\n")
     if not planned:
         say("there is no model on this machine; fetch one with: llamaserve pull smollm2-135m")
         return
-    out.print(_table(planned, devices))
+    table = _table(planned, devices)
+    whole = out.measure(table, options=out.options.update(width=_WIDEST)).maximum
+    out.print(table, width=whole, crop=False, soft_wrap=True)
     taken = sum((each.plan.need for each in together if each.plan), Footprint())
     if together:
         say(f"\nfit together: {', '.join(each.name for each in together)} ({_both(taken, devices)})")
@@ -197,7 +208,10 @@ def _all(footprint: Footprint) -> int:
 
 
 def _both(footprint: Footprint, devices: Sequence[Device]) -> str:
-    return _size(footprint.host) + (f" and {_size(footprint.device)} of GPU memory" if devices else "")
+    if is_unified(devices):
+        return f"{_size(footprint.host)} of memory, {_size(footprint.device)} of it for the GPU"
+    gpu = f" and {_size(footprint.device)} of GPU memory" if devices else ""
+    return f"{_size(footprint.host)} of main memory{gpu}"
 
 
 def _size(size: int) -> str:

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from gguf_splitter import split_gguf
 from gguf_writer import tiny_llama
 from local_hub import COMMIT, Hub, running_hub, settings_for
+from running_server import wait_until
 
 MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
 MODELS = """\
@@ -144,6 +146,27 @@ def test_rm_deletes_what_is_ours_and_says_what_it_freed(desk: Desk) -> None:
     assert not list((desk.folder / "hf").rglob("a-Q4_0.gguf"))
     assert next((desk.folder / "hf").rglob("a-Q8_0.gguf")).exists()
     assert "is not on this machine" in desk("rm", "tiny", "--yes", status=1)
+
+
+def test_rm_deletes_what_is_here_of_a_cut_download(desk: Desk) -> None:
+    desk.hub.gate = threading.Event()
+    environment = settings_for(desk.hub, desk.folder)
+    command = [sys.executable, "-m", "llamaserve", "pull", "tiny"]
+    with subprocess.Popen(command, cwd=desk.folder, env=environment) as pull:
+        wait_until(lambda: bool(parts_in(desk)), 30)
+        assert "by another process" in desk("rm", "--yes", "tiny", status=1)
+        pull.kill()
+    desk.hub.gate.set()
+    (part,) = parts_in(desk)
+    answer = desk("rm", "--yes", "tiny")
+    assert str(part) in answer
+    assert "tiny: deleted 1 file" in answer
+    assert parts_in(desk) == []
+    assert "is not on this machine" in desk("rm", "tiny", "--yes", status=1)
+
+
+def parts_in(desk: Desk) -> list[Path]:
+    return [*(desk.folder / "hf").rglob("*.llamaserve-part")]
 
 
 def test_rm_refuses_a_file_of_ones_own_before_it_deletes_anything(desk: Desk) -> None:

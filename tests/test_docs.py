@@ -6,23 +6,27 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.routing import APIRoute
-from running_server import RunningServer
+from local_hub import Hub, running_hub, settings_for
+from lora_files import random_lora, shapes_of
+from running_server import RunningServer, wait_until
 
 from llamaserve import cli
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.fields import names_of
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.presets import Presets
-from llamaserve.app import create_app
+from llamaserve.app import _RESOURCES, create_app
 from llamaserve.chat.instruction_templates import InstructionTemplates
-from llamaserve.engine.params import STAGES
+from llamaserve.engine.params import STAGES, Footprint
 from llamaserve.errors import LlamaserveError, _tree
+from llamaserve.registry.gguf import read_header
 from llamaserve.registry.pool import ModelPool
-from llamaserve.registry.spec import Defaults
+from llamaserve.registry.spec import Defaults, load_registry
 from llamaserve.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,15 +39,65 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page.name, code) for page in PAGES for code in fence.findall(page.read_text())]
 
 
-@pytest.mark.parametrize(("page", "code"), [block for block in blocks("bash") if "curl" in block[1]])
+def examples() -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the examples with curl: those that any server can answer, with their pages, and those that change one."""
+    found = [block for block in blocks("bash") if "curl" in block[1]]
+    changing = re.compile(r"/model/(load|unload|download|delete)|/lora|/events")
+    return [each for each in found if not changing.search(each[1])], [
+        each[1] for each in found if changing.search(each[1])
+    ]
+
+
+def run(code: str, server: RunningServer, *options: str) -> subprocess.CompletedProcess[str]:
+    curl = " ".join(("curl -sS --fail-with-body", *options)) + " "
+    code = code.replace("http://localhost:5000", server.url).replace("curl ", curl)
+    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("page", "code"), examples()[0])
 def test_every_curl_example_is_answered(page: str, code: str, server: RunningServer) -> None:
-    code = code.replace("http://localhost:5000", server.url).replace("curl ", "curl -sS --fail-with-body ")
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+    done = run(code, server)
     assert done.returncode == 0, done.stdout + done.stderr
     if "-N" in code:
         assert done.stdout.endswith("data: [DONE]\n\n")
     else:
         assert json.loads(done.stdout)
+
+
+@pytest.fixture
+def changing_server(starter_model: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    """A server with a hub and an adapter, whose models have the names that the examples use."""
+    weights = tmp_path / "weights.gguf"
+    weights.symlink_to(starter_model)
+    (tmp_path / "loras").mkdir()
+    random_lora(shapes_of(read_header(starter_model).tensors, "attn_q.weight")).write(tmp_path / "loras/style.gguf")
+    models = tmp_path / "models.yaml"
+    models.write_text("models:\n  smollm2-135m: {source: file:weights.gguf}\n  qwen3-0.6b: {source: 'hf:o/r:Q8_0'}\n")
+    with running_hub(Hub({"m-Q8_0.gguf": starter_model.read_bytes()})) as hub:
+        environment = settings_for(hub, tmp_path) | {"LLAMASERVE_LORAS_DIR": str(tmp_path / "loras")}
+        with RunningServer("serve", "--models-file", str(models), environment=environment) as running:
+            yield running
+
+
+def downloads(server: RunningServer) -> list[dict[str, str]]:
+    listed: list[dict[str, str]] = server.get("/v1/internal/model/downloads")["downloads"]
+    return listed
+
+
+def test_every_curl_example_that_changes_the_server_is_answered(changing_server: RunningServer) -> None:
+    server = changing_server
+    for code in examples()[1]:
+        assert server.post("/v1/internal/model/load", {"model_name": "smollm2-135m"}).json() == "OK"
+        assert server.post("/v1/internal/lora/load", {"lora_names": ["style"]}).json() == "OK"
+        if "/events" in code:
+            done = run(code, server, "--max-time 1")
+            assert done.stdout.startswith('data: {"kind":"snapshot"')
+            continue
+        done = run(code, server)
+        assert done.returncode == 0, code + done.stdout + done.stderr
+        answer = json.loads(done.stdout)
+        assert answer not in ([], {"lora_names": []}, {"downloads": []}), code
+        wait_until(lambda: not any(each["state"] == "running" for each in downloads(server)), 30)
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
@@ -56,15 +110,12 @@ def test_every_python_example_runs(page: str, code: str, server: RunningServer) 
 
 def test_every_route_is_documented() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    app = create_app(Settings(), ModelPool([], {}))
-    documented = set(re.findall(r"^## (\w+ \S+)$", text, re.MULTILINE))
-    routes = {
-        f"{method} {re.sub(r'{.*}', '{id}', path)}"
-        for path, methods in app.openapi()["paths"].items()
-        for method in map(str.upper, methods)
-    }
-    assert routes == documented
-    assert not any(isinstance(route, APIRoute) and not route.include_in_schema for route in app.routes)
+    routes = [route for resource in _RESOURCES for route in resource.router.routes if isinstance(route, APIRoute)]
+    offered = {f"{method} {re.sub(r'{.*}', '{id}', route.path)}" for route in routes for method in route.methods or ()}
+    assert offered == set(re.findall(r"^## (\w+ \S+)$", text, re.MULTILINE))
+    pool = ModelPool(load_registry(ROOT / "models.yaml"), budget=lambda _: Footprint())
+    described = create_app(Settings(), pool).openapi()["paths"]
+    assert {route.path.replace(":path", "") for route in routes} == set(described)
 
 
 def _option_rows() -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.chat.preparation import ChatWish, Prepared
 from llamaserve.errors import ChatTemplateError, UnsupportedParameter
-from llamaserve.registry.served import ServedModel
+from llamaserve.registry.served import ServedModel, Use
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter()
@@ -34,10 +34,16 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
     body = with_defaults(body, model.defaults)
-    wish = body.wish(services, model.header)
-    prepared = await _prepare(services, model, body, wish)
-    job = _job(services, model, body, prepared)
-    headers = _headers(services, body, prepared)
+    use = model.use(body.keep_alive)
+    try:
+        wish = body.wish(services, await model.read())
+        prepared = await _prepare(services, model, body, wish, use)
+        job = _job(services, model, body, prepared)
+        headers = _headers(services, body, prepared)
+    except BaseException:
+        use.leave()
+        raise
+    job.use = use
     legacy = wish.toolbox is not None and wish.toolbox.legacy
     style = AnswerStyle(body.thought_fields(services.settings.reasoning_field), legacy, _truncated(prepared))
     if body.stream:
@@ -61,22 +67,26 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
     async def answer() -> Response:
         model = services.pool.get(body.model)
         filled = with_defaults(body, model.defaults)
-        prepared = await _prepare(services, model, filled, filled.wish(services, model.header))
+        use = model.use()
+        try:
+            prepared = await _prepare(services, model, filled, filled.wish(services, await model.read()), use)
+        finally:
+            use.leave()
         found = {"prompt": prepared.prompt, "stop": [*filled.stop, *prepared.stop]} | _truncated(prepared)
         return JSONResponse(found, headers=_headers(services, filled, prepared))
 
     return await unless_client_leaves(request, answer())
 
 
-async def _prepare(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish) -> Prepared:
+async def _prepare(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, use: Use) -> Prepared:
     try:
-        return await _prepared(services, model, body, wish)
+        return await _prepared(services, model, body, wish, use)
     except ChatTemplateError as error:
         error.param = error.param or body.own_template or "messages"
         raise
 
 
-async def _prepared(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish) -> Prepared:
+async def _prepared(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, use: Use) -> Prepared:
     if not body.shortens:
         return await services.conversations.prepare(wish)
     context = min(model.context, body.truncation_length or model.context)
@@ -86,8 +96,8 @@ async def _prepared(services: Services, model: ServedModel, body: ChatRequest, w
     async def count(prompt: str) -> int:
         if len(prompt) > _LONG * context:
             return len(prompt)
-        async with model.in_use() as worker:
-            return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
+        worker = await use.worker()
+        return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
 
     return await services.conversations.prepare(wish, room=room, count=count)
 
@@ -107,7 +117,6 @@ def _job(services: Services, model: ServedModel, body: ChatRequest, prepared: Pr
     )
     job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
     job.tokens_per_second = body.max_tokens_second
-    job.keep_alive = body.keep_alive
     return job
 
 

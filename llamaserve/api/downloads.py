@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from llamaserve.api.access import admin
-from llamaserve.api.fields import Text
+from llamaserve.api.fields import ModelName, StrictFields, Text
 from llamaserve.api.services import UsesServices
 from llamaserve.errors import ModelFileMissing, ModelNotFound, from_value
-from llamaserve.registry.downloads import LONGEST_REFERENCE, Download
+from llamaserve.registry.deleting import needs
+from llamaserve.registry.downloads import LONGEST_REFERENCE, Download, find
 from llamaserve.registry.lock_file import LockFile, lock_path
+from llamaserve.registry.pool import ModelPool
+from llamaserve.registry.spec import ModelSpec
 
 router = APIRouter(tags=["downloads"], dependencies=[Depends(admin)])
 
 
-class DownloadRequest(BaseModel):
+class DownloadRequest(StrictFields):
     """What to fetch."""
 
     model_name: Text = Field(
-        max_length=LONGEST_REFERENCE, description="A model of models.yaml, or hf:OWNER/REPO:QUANT."
+        validation_alias=ModelName,
+        max_length=LONGEST_REFERENCE,
+        description="A model of models.yaml, or hf:OWNER/REPO:QUANT.",
     )
     update: bool = Field(default=False, description="Look for a newer version than models.lock has.")
 
 
-class CancelRequest(BaseModel):
+class CancelRequest(StrictFields):
     """Which download to give up."""
 
     id: Text = Field(max_length=64, description="The id of a download.")
 
 
-class DeleteRequest(BaseModel):
+class DeleteRequest(StrictFields):
     """Which model to delete."""
 
     model_name: Text = Field(
-        max_length=LONGEST_REFERENCE, description="A model of models.yaml or of the models folder."
+        validation_alias=ModelName,
+        max_length=LONGEST_REFERENCE,
+        description="A model of the list, or hf:OWNER/REPO:QUANT.",
     )
 
 
@@ -46,7 +56,8 @@ async def download_model(body: DownloadRequest, services: UsesServices) -> dict[
     """Begin to fetch a model, and answer at once with where the download stands."""
     registry = services.pool.registry
     lock = LockFile(lock_path(registry.path))
-    return describe(services.downloads.start(registry, body.model_name, lock, update=body.update))
+    param = body.called("model_name")
+    return describe(services.downloads.start(registry, body.model_name, lock, update=body.update, param=param))
 
 
 @router.get("/v1/internal/model/downloads", summary="Where do downloads stand?")
@@ -63,20 +74,42 @@ async def cancel_download(body: CancelRequest, services: UsesServices) -> dict[s
 
 @router.post("/v1/internal/model/delete", summary="Delete a model's files")
 async def delete_model(body: DeleteRequest, services: UsesServices) -> dict[str, Any]:
-    """Delete a model's files, only such as were fetched or lie in the models folder, and unload it."""
-    pool = services.pool
+    """Delete a model's files, only such as were fetched or lie in the models folder, once all models that lie in them
+    are unloaded.
+    """
+    pool, downloads = services.pool, services.downloads
+    param = body.called("model_name")
     try:
-        name = pool.get(body.model_name).name
-    except ModelNotFound:  # it may be an hf: reference
-        name = None
+        spec = pool.get(body.model_name).spec
+    except ModelNotFound:
+        spec = await find(pool.registry, body.model_name, pool.folder, param)
     try:
-        deleted = await services.downloads.delete(pool.registry, name or body.model_name, pool.folder)
+        files = await downloads.deletable(pool.registry, spec, pool.folder, param=param)
+        users = await _users(pool, spec, files)
+        await _unload(pool, users)
+        deleted = await downloads.delete(pool.registry, spec, pool.folder, param=param)
     except ModelFileMissing as error:
-        raise ModelNotFound(error.message, param="model_name") from error
-    if name is not None:
-        await pool.unload(name)
-    await pool.reload()
+        raise ModelNotFound(error.message, param=param) from error
+    finally:
+        await pool.reload()
+    await _unload(pool, users)  # requests that came meanwhile may have loaded them again
     return {"status": "OK", "files": [path.name for path in deleted.files], "freed": deleted.freed}
+
+
+async def _users(pool: ModelPool, spec: ModelSpec, files: Sequence[Path]) -> list[str]:
+    """Return the names of the models that lie in these files of a model's."""
+    models = [(model.name, model.spec) for model in pool.models]
+    registry = pool.registry
+    return await asyncio.to_thread(
+        lambda: [name for name, each in models if each.source == spec.source or needs(registry, each, files)]
+    )
+
+
+async def _unload(pool: ModelPool, names: Sequence[str]) -> None:
+    """Unload models, once their requests are answered; some may be gone already."""
+    for name in names:
+        with contextlib.suppress(ModelNotFound):
+            await pool.unload(name)
 
 
 def describe(download: Download) -> dict[str, Any]:

@@ -71,6 +71,15 @@ class RequestFields(BaseModel):
         return copy
 
 
+class StrictFields(RequestFields):
+    """Base of requests that change something as a whole, where a field that is not known is likely misspelt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+ModelName = AliasChoices("model_name", "model")  # text-generation-webui's name for it, and OpenAI's
+
+
 def names_of(model: type[BaseModel], name: str) -> Sequence[str]:
     """Return all names of a field, its own first."""
     field = model.model_fields.get(name)

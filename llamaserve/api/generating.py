@@ -66,11 +66,11 @@ def new_id(prefix: str) -> str:
 
 async def open_generation(services: Services, job: Job) -> GenerationStream:
     """Load the model if need be, and start generating. Raises whatever makes the request impossible."""
-    if job.generation.constraint is not None:
-        await services.grammars.check(job.generation.constraint)
-    job.place = job.model.admission.enter(job.sequences)
-    job.use = job.model.use(job.keep_alive)
     try:
+        if job.generation.constraint is not None:
+            await services.grammars.check(job.generation.constraint)
+        job.place = job.model.admission.enter(job.sequences)
+        job.use = job.use or job.model.use(job.keep_alive)
         worker = await job.worker()
         job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
         services.running[job.id] = stream
@@ -94,6 +94,14 @@ def close_generation(services: Services, job: Job) -> None:
         job.use.leave()
     if job.place is not None:
         job.place.leave()
+
+
+def let_go_when_over(job: Job, stream: GenerationStream) -> None:
+    """Hold the model only until all is generated, however long the client takes to read it. Its process can't be asked
+    anything for this job after that.
+    """
+    assert job.use is not None
+    stream.when_over(job.use.leave)
 
 
 def phase(job: Job) -> str:
@@ -262,7 +270,9 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """Yield server-sent events; those of one step of the engine at once, since every piece costs a system call."""
     stream = await asyncio.shield(opening)
-    for chunk in await chunks.start():
+    start = await chunks.start()
+    let_go_when_over(job, stream)
+    for chunk in start:
         yield event(chunk)
     finished: list[Finished] = []
     pace = _Pace(job)

@@ -23,6 +23,7 @@ from llamaserve.api.fim_prompt import Gaps, Snippet, fim_prompts, fim_tokens
 from llamaserve.api.generating import (
     Job,
     close_generation,
+    let_go_when_over,
     new_id,
     open_early,
     open_generation,
@@ -197,6 +198,7 @@ class _Run:
     async def events(self, opening: asyncio.Task[GenerationStream]) -> AsyncIterator[bytes]:
         """Yield the events of a stream."""
         stream = await asyncio.shield(opening)
+        let_go_when_over(self.job, stream)
         content: list[str] = []
         async with aclosing(self.pieces(stream)) as pieces:
             async for text in pieces:

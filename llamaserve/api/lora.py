@@ -33,12 +33,18 @@ Scale = Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)]
 class AdaptersRequest(BaseModel):
     """All adapters that the model shall have."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     lora_names: list[Annotated[Text, Field(max_length=_MAX_NAME)]] = Field(
         max_length=MAX_ADAPTERS, description="Names of GET /v1/internal/lora/list; others are removed."
     )
     scales: list[Scale] | None = Field(None, description="How strongly each works; null: 1, or what models.yaml says.")
+
+
+class NoFields(BaseModel):
+    """Nothing is to be said."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 @router.get("/v1/internal/lora/list", summary="Which LoRA adapters are there?")
@@ -59,7 +65,7 @@ async def load_adapters(body: AdaptersRequest, services: UsesServices) -> str:
 
 
 @router.post("/v1/internal/lora/unload", summary="Take all LoRA adapters from the current model")
-async def unload_adapters(services: UsesServices) -> str:
+async def unload_adapters(services: UsesServices, _: NoFields | None = None) -> str:
     """Leave the current model without adapters. Answers ``"OK"``, also when it had none."""
     if services.pool.current is not None:
         await services.pool.current.set_adapters([])

@@ -11,10 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from llamaserve.api.access import admin
-from llamaserve.api.fields import RequestFields, Text
+from llamaserve.api.fields import ModelName, RequestFields, StrictFields, Text
 from llamaserve.api.options import KeepAlive, header_words, ignored_header
 from llamaserve.api.request_defaults import RequestDefaults, check_names, read_settings
 from llamaserve.api.services import Services, UsesServices
@@ -32,7 +32,11 @@ _TEMPLATES = ("instruction_template", "instruction_template_str")
 class LoadRequest(RequestFields):
     """Which model to load, and how."""
 
-    model_name: Text = Field(max_length=_MAX_NAME, description="A name of GET /v1/internal/model/list, or an alias.")
+    model_name: Text = Field(
+        validation_alias=ModelName,
+        max_length=_MAX_NAME,
+        description="A name of GET /v1/internal/model/list, or an alias.",
+    )
     args: dict[str, Any] = Field({}, description="How it is run: settings of models.yaml, or of text-generation-webui.")
     settings: dict[str, Any] = Field({}, description="Fields that its requests have where they do not give them.")
     instruction_template: Text | None = Field(
@@ -45,10 +49,12 @@ class LoadRequest(RequestFields):
     verbose: bool = Field(default=False, description="Answer with what is in force instead of OK.")
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(StrictFields):
     """Which model to unload."""
 
-    model_name: Text | None = Field(None, max_length=_MAX_NAME, description="Null: all that are loaded.")
+    model_name: Text | None = Field(
+        None, validation_alias=ModelName, max_length=_MAX_NAME, description="Null: all that are loaded."
+    )
 
 
 @router.get("/v1/internal/model/list", summary="Which models can be loaded?")
@@ -62,9 +68,10 @@ async def load_model(body: LoadRequest, services: UsesServices) -> Response:
     """Load a model, and answer ``"OK"`` when that is done. When it fails, all is as before."""
     args = translate(body.args)
     defaults = _defaults(body, services)
-    name = await known_name(services.pool, body.model_name)
+    name = await known_name(services.pool, body.model_name, body.called("model_name"))
     apply(services.pool.get(name).listed, args.overrides, args.keys)  # so that mistakes have the client's words
-    model = await services.pool.load(name, args.overrides, body.keep_alive)
+    keep_alive = {} if body.keep_alive is None else {"keep_alive": body.keep_alive}
+    model = await services.pool.load(name, args.overrides | keep_alive)
     model.defaults = defaults.values
     ignored = _ignored(body, args, defaults)
     if not body.verbose:
@@ -82,8 +89,10 @@ async def load_model(body: LoadRequest, services: UsesServices) -> Response:
 @router.post("/v1/internal/model/unload", summary="Unload models")
 async def unload_model(services: UsesServices, body: UnloadRequest | None = None) -> str:
     """Unload a model, or all, once their requests are answered. Answers ``"OK"``, also when nothing was loaded."""
-    wanted = body.model_name if body is not None else None
-    await services.pool.unload(None if wanted is None else await known_name(services.pool, wanted))
+    if body is None or body.model_name is None:
+        await services.pool.unload()
+    else:
+        await services.pool.unload(await known_name(services.pool, body.model_name, body.called("model_name")))
     return "OK"
 
 

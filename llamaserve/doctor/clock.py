@@ -61,10 +61,9 @@ def _set_clock(machine: Machine) -> str:
 
 def _hub(case: Case, ask: Callable[[str], str | None], now: float) -> Iterator[Finding]:
     environment = case.machine.environment
-    endpoint = environment.get("HF_ENDPOINT") or _HUB
-    shown = _without_password(endpoint)
-    if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
-        yield problem("hub", f"HF_ENDPOINT={shown} is no address", "unset HF_ENDPOINT")
+    endpoint = _without_password(environment.get("HF_ENDPOINT") or _HUB)
+    if endpoint is None:
+        yield problem("hub", "HF_ENDPOINT is no address", "unset HF_ENDPOINT")
         return
     if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         yield note("hub", "HF_HUB_OFFLINE is set: models of the hub can't be fetched", "unset HF_HUB_OFFLINE")
@@ -72,9 +71,9 @@ def _hub(case: Case, ask: Callable[[str], str | None], now: float) -> Iterator[F
     try:
         date = ask(endpoint)
     except OSError as error:
-        yield _unreachable(case.machine, shown, error)
+        yield _unreachable(case.machine, endpoint, error)
         return
-    yield ok("hub", f"{shown} answers; {_token(case.machine)}")
+    yield ok("hub", f"{endpoint} answers; {_token(case.machine)}")
     yield from _skew(case.machine, date, now)
 
 
@@ -117,6 +116,16 @@ def _token(machine: Machine) -> str:
     return "a token is stored" if file.is_file() else "no token is set, which only gated models need"
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def _without_password(url: str) -> str | None:
+    """Return an address without the user's name and password in it; None for what is no address of a server, which is
+    not shown anywhere, since nobody knows what in it is secret.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # which is looked at only now
+    except ValueError:
+        return None
+    place = parts.netloc.rpartition("@")[2]
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or "@" in parts.path:
+        return None
+    return parts._replace(netloc=place, query="", fragment="").geturl()

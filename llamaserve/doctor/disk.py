@@ -108,9 +108,16 @@ def _writable(machine: Machine, folder: _Folder, there: Path) -> Iterator[Findin
         message = f"{folder.path}: the file system is read-only, so nothing can be fetched"
         yield problem(folder.purpose, message, _elsewhere(folder))
     else:
-        user = machine.environment.get("USER", str(os.getuid()))
         message = f"{there} can't be written by this user, so nothing can be fetched"
-        yield problem(folder.purpose, message, machine.as_root(command("chown", "-R", user, there)))
+        yield problem(folder.purpose, message, machine.as_root(_made_ours(machine, folder.path, there)))
+
+
+def _made_ours(machine: Machine, folder: Path, there: Path) -> str:
+    """Return the command that gives this user the folder, and nothing around it."""
+    user = machine.environment.get("USER", str(os.getuid()))
+    if there == folder:
+        return command("chown", user, folder)
+    return command("install", "-d", "-o", user, folder)
 
 
 def _kind(folder: _Folder, kind: str) -> Iterator[Finding]:

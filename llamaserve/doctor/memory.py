@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from llamaserve.doctor.case import Case
-from llamaserve.doctor.findings import Finding, gigabytes, note, ok, one_after_the_other, problem, warning
+from llamaserve.doctor.disk import space
+from llamaserve.doctor.findings import Finding, command, gigabytes, note, ok, one_after_the_other, problem, warning
 from llamaserve.doctor.machine import Machine
 from llamaserve.registry.hardware import available_memory, total_memory
 
@@ -18,6 +19,7 @@ _LITTLE = 0.1  # of the memory
 _LEAST = 500_000_000  # bytes that the smallest models and the server take
 _PRESSED, _STALLED = 10.0, 5.0  # percent of the time that some, or all, programs wait for memory
 _FILES = 1024  # open files: each client, and each model's process, takes some
+_SWAP_FILE = "/swapfile"
 _PROFILE = "/etc/security/limits.d/llamaserve.conf"
 
 
@@ -42,10 +44,7 @@ def _swap(machine: Machine, total: int) -> Iterator[Finding]:
         return  # macOS makes its own; a container has no say in it
     swap = psutil.swap_memory()
     if swap.total == 0:
-        size = 4 if total < 16e9 else 8
-        make = (f"fallocate -l {size}G /swapfile", "chmod 600 /swapfile", "mkswap /swapfile", "swapon /swapfile")
-        message = "there is none: when memory runs out, the system ends a program at once"
-        yield note("swap", message, one_after_the_other(*map(machine.as_root, make)))
+        yield _no_swap(machine, 4 if total < 16e9 else 8)
     elif swap.used > 0.5 * swap.total and swap.used < available_memory() - _LEAST:
         message = f"{gigabytes(swap.used)} of {gigabytes(swap.total)} are in use, and would fit into memory"
         fix = one_after_the_other(machine.as_root("swapoff -a"), machine.as_root("swapon -a"))
@@ -55,6 +54,20 @@ def _swap(machine: Machine, total: int) -> Iterator[Finding]:
         yield warning("swap", message, "ps -eo rss,pid,comm --sort=-rss | head")
     else:
         yield ok("swap", f"{gigabytes(swap.used)} of {gigabytes(swap.total)} are in use")
+
+
+def _no_swap(machine: Machine, size: int) -> Finding:
+    """Propose a file of so many GiB to swap to, or the one that is there; none where it would fill the disk."""
+    message = "there is none: when memory runs out, the system ends a program at once"
+    if machine.exists(_SWAP_FILE.lstrip("/")):
+        use = machine.as_root(f"swapon {_SWAP_FILE}")
+        return note("swap", f"{message}; {_SWAP_FILE} is there, and not in use", use)
+    free = space(machine.root).free
+    if free < 2 * (size << 30):
+        told = f"{message}; with {gigabytes(free)} free on the disk, there is no room for a file to swap to"
+        return note("swap", told, f"{command('du', '-xh', machine.root)} | sort -rh | head -n 20")
+    make = (f"fallocate -l {size}G {_SWAP_FILE}", f"chmod 600 {_SWAP_FILE}", f"mkswap {_SWAP_FILE}")
+    return note("swap", message, one_after_the_other(*map(machine.as_root, (*make, f"swapon {_SWAP_FILE}"))))
 
 
 def _pressure(machine: Machine) -> Iterator[Finding]:

@@ -26,13 +26,20 @@ from llamaserve.doctor.findings import (
 from llamaserve.doctor.llama import Build, NoAnswer, read_build, read_vocabulary
 from llamaserve.doctor.template_lint import lint
 from llamaserve.engine.events import Device
-from llamaserve.errors import ChecksumMismatch, InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
+from llamaserve.errors import (
+    ChecksumMismatch,
+    InsufficientMemory,
+    LlamaserveError,
+    ModelFileMissing,
+    ModelNotFound,
+    RegistryError,
+)
 from llamaserve.registry import folder
-from llamaserve.registry.budget import memory_budget
+from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import load_params, plan_load
+from llamaserve.registry.load_plan import configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.sources import FileSource
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
@@ -200,7 +207,12 @@ def _fit(
     gpus = devices()
     budget = memory_budget(case.settings.memory, case.settings.gpu_memory)(gpus)
     try:
-        plan = plan_load(model.name, header, load_params(model.spec, header), budget, len(gpus))
+        adapters = configured_adapters(model.name, model.spec, registry.path.parent)
+        params = load_params(model.spec, header, adapters)
+        plan = plan_load(model.name, header, params, budget, len(gpus), unified=is_unified(gpus))
+    except ModelFileMissing as error:
+        yield problem(model.name, error.message, case.installation.command("pull", model.name))
+        return
     except InsufficientMemory as error:
         listed = model.name in registry.models or model.name in registry.aliases
         fix = f"{EDITOR} {command(registry.path)}" if listed else case.installation.command("models")

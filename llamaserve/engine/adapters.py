@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,22 @@ _SHOWN = 100  # characters of a name
 
 
 @dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What is in a file, and by what can be told that it has not changed."""
+
+    value: str
+    stamp: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Named:
     """What a name stands for: the file's digest, and the scale for requests that say nothing."""
 
     digest: str
     scale: float
+
+
+_NONE: Mapping[str, FileDigest] = {}
 
 
 class Adapters:
@@ -47,9 +59,10 @@ class Adapters:
         self.unwanted: frozenset[str] = frozenset()  # digests of those that no request to come will use
         context.use_adapters([])
 
-    def replace(self, wanted: Sequence[Adapter]) -> None:
+    def replace(self, wanted: Sequence[Adapter], digests: Mapping[str, FileDigest] = _NONE) -> None:
         """Have these adapters, and no others for requests that come. Those that are missing are loaded; the others stay
-        loaded until ``free``. Raises ``ModelLoadFailed``, and nothing has changed then.
+        loaded until ``free``. Files whose ``digests`` are known by path are not read for that again, if they have not
+        changed. Raises ``ModelLoadFailed``, and nothing has changed then.
         """
         if len(wanted) > MAX_ADAPTERS:
             raise ModelLoadFailed(f"there are {len(wanted)} LoRA adapters; a model has {MAX_ADAPTERS} at most")
@@ -63,10 +76,14 @@ class Adapters:
                     raise ModelLoadFailed(
                         f"LoRA adapter {_shown(adapter.name)} has the scale {adapter.scale}; {_RANGE}"
                     )
-                digest = _digest(adapter.path)
+                digest = _digest(adapter.path, digests.get(adapter.path)).value
                 if digest not in self._loaded and digest not in loaded:
                     loaded[digest] = self._model.load_adapter(adapter.path)
                 named[adapter.name] = _Named(digest, adapter.scale)
+            if excess := _excess((each.digest, each.scale) for each in named.values()):
+                raise ModelLoadFailed(
+                    f"LoRA adapters that are the same file have the scale {excess} together; {_RANGE}"
+                )
         except ModelLoadFailed:
             for weights in loaded.values():
                 weights.close()
@@ -92,6 +109,10 @@ class Adapters:
             if not _possible(scale):
                 raise InvalidRequest(f"the LoRA adapter {_shown(name)} has the scale {scale}; {_RANGE}", param=_PARAM)
             names.add(name)
+        if excess := _excess((named[name].digest, scale) for name, scale in wanted):
+            raise InvalidRequest(
+                f"LoRA adapters that are the same file have the scale {excess} together; {_RANGE}", param=_PARAM
+            )
         return _key((named[name].digest, scale) for name, scale in wanted)
 
     def use(self, adapters: AdapterKey) -> None:
@@ -118,14 +139,30 @@ def _key(adapters: Iterable[tuple[str, float]]) -> AdapterKey:
     return tuple(sorted((digest, scale) for digest, scale in scales.items() if scale))
 
 
+def _excess(adapters: Iterable[tuple[str, float]]) -> float | None:
+    """Return a scale with which an adapter would work and must not."""
+    return next((scale for _, scale in _key(adapters) if not _possible(scale)), None)
+
+
 def _possible(scale: float) -> bool:
     return math.isfinite(scale) and abs(scale) <= MAX_SCALE
 
 
-def _digest(path: str) -> str:
+def digests_of(adapters: Iterable[Adapter]) -> dict[str, FileDigest]:
+    """Read adapters' files, and return their digests by path. Raises ``ModelLoadFailed``. Thread-safe."""
+    return {path: _digest(path) for path in {adapter.path for adapter in adapters}}
+
+
+def _digest(path: str, known: FileDigest | None = None) -> FileDigest:
+    """Return a file's digest: the known one if it has not changed since."""
     try:
         with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            status = os.fstat(file.fileno())
+            stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if known is not None and known.stamp == stamp:
+                return known
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return FileDigest(digest.hexdigest(), stamp)
     except (OSError, ValueError) as error:
         raise ModelLoadFailed(f"the LoRA adapter {path} can't be read: {error}") from error
 

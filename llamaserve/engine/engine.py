@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence as TokenSequence
+from collections.abc import Callable, Mapping, Sequence as TokenSequence
 from pathlib import Path
 
 import msgspec
 import psutil
 
 from llamaserve.engine import heap
-from llamaserve.engine.adapters import Adapters
+from llamaserve.engine.adapters import Adapters, FileDigest, digests_of
 from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import (
     Delta,
@@ -36,7 +36,7 @@ from llamaserve.engine.prefix_cache import SPARE, PrefixCache
 from llamaserve.engine.runner import LlamaRunner, Runner
 from llamaserve.engine.sampling import SamplerFactory
 from llamaserve.engine.scheduler import Chunk, Scheduler
-from llamaserve.engine.sequence import Sequence, State
+from llamaserve.engine.sequence import AdapterKey, Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
 from llamaserve.engine.spill import Spill
 from llamaserve.engine.threads import ThreadController
@@ -58,6 +58,7 @@ _PROGRESS_INTERVAL = 0.5  # seconds
 _PLAIN = Generation(sampling=Sampling(seed=0))
 _MAX_SHOWN = 64  # names of control tokens
 _MAX_NAME = 256  # characters
+_UNREAD: Mapping[str, FileDigest] = {}
 _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
@@ -108,6 +109,9 @@ class Engine:
         self._next_deadline = math.inf
         self._begun: set[int] = set()  # requests of which some token was sampled
         self._evaluating: frozenset[int] = frozenset()  # requests whose prompts are in the step under way
+        self._unchecked = (
+            False  # whether a step with LoRA adapters was given up, of which nobody knows what it has left
+        )
 
     @property
     def idle(self) -> bool:
@@ -218,11 +222,17 @@ class Engine:
             piece = self.vocab.piece(first, special=True)
             sequence.prompt_logprobs = [TokenLogprobs(TokenLogprob(first, piece, 0.0))]
 
-    def set_adapters(self, wanted: TokenSequence[Adapter]) -> None:
+    def read_adapters(self, wanted: TokenSequence[Adapter]) -> dict[str, FileDigest]:
+        """Return what ``set_adapters`` has to know of these adapters' files, which takes long for large ones.
+        Thread-safe. Raises ``ModelLoadFailed``.
+        """
+        return digests_of(wanted)
+
+    def set_adapters(self, wanted: TokenSequence[Adapter], digests: Mapping[str, FileDigest] = _UNREAD) -> None:
         """Have these LoRA adapters, and no others, for the requests that come after; those before go on with what they
         started with. Raises ``ModelLoadFailed``, and nothing has changed then.
         """
-        self._adapters.replace(wanted)
+        self._adapters.replace(wanted, digests)
         self._free_adapters()
 
     def _free_adapters(self) -> None:
@@ -263,15 +273,14 @@ class Engine:
             self._take_note(chunks, self._clock() - start)
         except Interrupted:
             for chunk in chunks:
-                sequence = chunk.sequence
-                self._cache.rewind(sequence, sequence.evaluated)
-                if not sequence.generated:
-                    sequence.cached = min(sequence.cached or 0, sequence.evaluated)
+                self._cache.rewind(chunk.sequence, chunk.sequence.evaluated)
+                _count_cached(chunk.sequence)
+                self._unchecked |= bool(chunk.sequence.adapters)
             return []
         except OutOfCells as error:
-            return [] if chunks and self._scheduler.shed(chunks) else self._fail_running(error)
+            return [] if chunks and self._scheduler.shed(chunks) else self._fail(chunks, error)
         except EngineError as error:
-            return self._fail_running(error)
+            return [] if self._pardon() else self._fail(chunks, error)
         finally:
             self._evaluating = frozenset()
         events: list[EngineEvent] = []
@@ -335,7 +344,7 @@ class Engine:
 
     def save_prefixes(self, path: Path, size: int) -> tuple[int, int]:
         """Write the prefixes to a file of at most so many bytes, those used last first. Returns how many tokens and
-        bytes it has; without tokens there is no file. Raises ``EngineError``.
+        bytes were written; see ``PrefixCache.export``. Raises ``EngineError``.
         """
         return self._cache.export(path, self._identity, size)
 
@@ -448,13 +457,30 @@ class Engine:
         self._next_deadline = min((each.deadline for each in self._scheduler.sequences), default=math.inf)
         return events
 
-    def _fail_running(self, error: LlamaserveError) -> list[EngineEvent]:
-        """End all requests that have a running sequence; nothing that the cache holds is trusted any more."""
-        self._cache.forget_all()
-        requests = dict.fromkeys(sequence.request for sequence in self._scheduler.running)
+    def _pardon(self) -> bool:
+        """Let all begin again after a step that failed for what may be others' fault; False when it can't be."""
+        pardoned = self._unchecked
+        if pardoned:
+            self._begin_again()
+        return pardoned
+
+    def _fail(self, chunks: list[Chunk], error: LlamaserveError) -> list[EngineEvent]:
+        """End the requests that run with the LoRA adapters of a step that failed. Those with others begin again, since
+        nothing that the cache holds is trusted any more.
+        """
+        running = self._scheduler.running
+        adapters = (chunks[0].sequence if chunks else running[0]).adapters
+        self._begin_again(adapters)
+        requests = dict.fromkeys(sequence.request for sequence in running if sequence.adapters == adapters)
         for request in requests:
             self.cancel(request)
         return [Failed(request, to_value(error)) for request in requests]
+
+    def _begin_again(self, bad: AdapterKey = ()) -> None:
+        self._cache.forget_all(bad)
+        self._unchecked = False
+        for sequence in self._scheduler.running:
+            _count_cached(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence)
@@ -575,6 +601,12 @@ class LoadedEngine(ContextEngine):
         for sequence in self._of(None) if hasattr(self, "_scheduler") else ():
             self._drop(sequence)
         close_all(self._native, self._model)
+
+
+def _count_cached(sequence: Sequence) -> None:
+    """Take note of what a sequence has left of the prompt tokens that it had found."""
+    if not sequence.generated:
+        sequence.cached = min(sequence.cached or 0, sequence.evaluated)
 
 
 def _warm_up(context: Context, vocab: Vocab) -> tuple[int, int]:

@@ -15,12 +15,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class Device(msgspec.Struct, frozen=True, array_like=True):
-    """A GPU that llama.cpp can use; its memory in bytes."""
+    """A GPU that llama.cpp can use; its memory in bytes. Without one of its own (``integrated``) it uses the main
+    memory, of which it tells a part as its own. ``id`` is its place on the bus, empty where it is not known.
+    """
 
     name: str
     description: str
     free: int
     total: int
+    kind: Literal["gpu", "integrated"] = "gpu"
+    id: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -119,7 +119,7 @@ def model_params(params: LoadParams) -> Any:
     """Return the ``llama_model_params`` for these settings, without a progress callback."""
     native = lib.llama_model_default_params()
     native.n_gpu_layers = gpu_layer_count(params.gpu_layers)
-    native.load_mode = _LOAD_MODES[params.mmap, params.mlock]
+    native.load_mode = _LOAD_MODES[params.mmap is not False, params.mlock]
     native.split_mode = _SPLIT_MODES[params.split_mode]
     if params.tensor_split:
         native.tensor_split = _shares(params.tensor_split)  # which the structure keeps alive

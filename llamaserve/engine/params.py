@@ -13,7 +13,7 @@ SplitMode = Literal["none", "layer", "row"]
 NumaStrategy = Literal["off", "distribute", "isolate", "numactl"]
 
 DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
-SCORED_ROWS = 16  # prompt tokens in a step at most of which the logits are wanted, too
+SCORED_ROWS = 64  # prompt tokens in a step at most of which the logits are wanted, too
 
 
 class Footprint(msgspec.Struct, frozen=True, array_like=True):
@@ -54,13 +54,13 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     evaluate guessed tokens beforehand.
 
     ``micro_batch`` is how many of a step's tokens are computed at once (None: all of them), and ``batch_threads`` the
-    threads for more than one token (None: as many as for one). ``mmap`` maps the file instead of reading it, ``mlock``
-    keeps it from being swapped out. ``gpu_cache`` puts the cache of layers on a GPU there, too; ``tensor_split`` are
-    the shares of several GPUs and ``split_mode`` says what is divided among them. ``rope_freq_base`` and
-    ``rope_freq_scale`` replace the model's own (0: they don't). ``full_window`` keeps the cells behind a sliding
-    window, so that beginnings can be reused. ``adapters`` are loaded with the model, and ``saved_prefixes`` is a file
-    from which prefixes of an earlier life are taken, if it is good and was written under the same
-    ``prefixes_identity``.
+    threads for more than one token (None: as many as for one). ``mmap`` maps the file instead of reading it (None: it
+    is mapped unless somebody decides otherwise), ``mlock`` keeps it from being swapped out. ``gpu_cache`` puts the
+    cache of layers on a GPU there, too; ``tensor_split`` are the shares of several GPUs and ``split_mode`` says what is
+    divided among them. ``rope_freq_base`` and ``rope_freq_scale`` replace the model's own (0: they don't).
+    ``full_window`` keeps the cells behind a sliding window, so that beginnings can be reused. ``adapters`` are loaded
+    with the model, and ``saved_prefixes`` is a file from which prefixes of an earlier life are taken, if it is good and
+    was written under the same ``prefixes_identity``.
     """
 
     path: str
@@ -80,7 +80,7 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     speculation: bool
     micro_batch: int | None = None
     batch_threads: int | None = None
-    mmap: bool = True
+    mmap: bool | None = None
     mlock: bool = False
     numa: NumaStrategy = "off"
     gpu_cache: bool = True

@@ -224,10 +224,12 @@ class PrefixCache:
         self._drop_cells(slot, kept)
         sequence.evaluated = kept
 
-    def forget_all(self) -> None:
-        """Drop all that the cache holds, because it may be wrong. Running sequences begin again."""
+    def forget_all(self, bad: AdapterKey = ()) -> None:
+        """Drop all that the cache holds, because it may be wrong. Running sequences begin again. What lies in a file
+        was there before, and stays; except what was evaluated with some ``bad`` adapters.
+        """
         self._memory.clear()
-        self._spill.clear()
+        self._spill.clear(bad)
         self.used_cells = 0
         for prefix in self._prefixes:
             prefix.idle_tokens = []
@@ -263,7 +265,8 @@ class PrefixCache:
 
     def export(self, path: Path, identity: str, room: int) -> tuple[int, int]:
         """Write the prefixes that are worth it to a file of at most ``room`` bytes, those used last first. Returns how
-        many tokens and bytes it has; without tokens there is no file. Raises ``EngineError``.
+        many tokens and bytes it has; none when there is nothing to keep, and no file then, or when the disk is so full
+        that the former file stays as it is. Raises ``EngineError``.
 
         The file that was adopted is extended, unless less than half of it is still wanted, or there is no room.
         """
@@ -275,7 +278,8 @@ class PrefixCache:
         with PrefixWriter(path, identity, block=self._spill.block, room=room, extends=former) as writer:
             self._write_all(writer)
             if not writer.full or writer.extends is None:
-                return writer.tokens, writer.finish()
+                size = writer.finish()
+                return writer.tokens if size else 0, size
         return self.export(path, identity, room)
 
     def make_room(self, cells: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Sequence as TokenSequence
 from typing import Protocol
@@ -76,6 +77,8 @@ class LlamaRunner:
     def _evaluate(self, chunks: TokenSequence[Chunk]) -> list[list[int]]:
         batch = self._batch
         batch.clear()
+        adapted = bool(chunks[0].sequence.adapters)
+        last: list[int] = []
         scored: list[tuple[Chunk, int]] = []
         completed: list[tuple[Chunk, int]] = []
         for chunk in chunks:
@@ -83,7 +86,8 @@ class LlamaRunner:
             assert sequence.slot is not None
             start = sequence.evaluated
             tokens = sequence.tokens[start : start + chunk.length]
-            row = batch.add([*tokens, *chunk.draft], start, sequence.slot, logits=chunk.outputs)
+            row = batch.add([*tokens, *chunk.draft], start, sequence.slot, logits=max(chunk.outputs, adapted))
+            last.append(row)
             if sequence.scoring:
                 scored.append((chunk, row + 1 - chunk.length))
             if chunk.completes:
@@ -91,6 +95,8 @@ class LlamaRunner:
                 if sequence.sampler is not None:
                     sequence.sampler.prepare()
         self._context.evaluate(batch, interruptible=self._interruptible and any(chunk.length > 1 for chunk in chunks))
+        if adapted:
+            self._check(last)
         for chunk, row in scored:
             self._score(chunk, row)
         return [self._sample(chunk, row) for chunk, row in completed]
@@ -98,6 +104,16 @@ class LlamaRunner:
     def interrupt(self) -> None:
         """See ``Runner``."""
         self._context.interrupt()
+
+    def _check(self, rows: list[int]) -> None:
+        """Refuse what LoRA adapters have made of the model if it is not numbers. The last row of each sequence sees all
+        before it, so nothing of that kind stays in the cache unnoticed, where it would spoil others' next steps.
+        """
+        if not all(math.isfinite(self._context.logits(row).max()) for row in rows):
+            raise EngineError(
+                "with the LoRA adapters of this request the model computed logits that are not numbers: they are too "
+                "strong together, or damaged. Try smaller scales"
+            )
 
     def _score(self, chunk: Chunk, row: int) -> None:
         """Take note of the log-probabilities of the prompt's tokens that follow those of the chunk."""

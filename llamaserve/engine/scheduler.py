@@ -3,10 +3,10 @@
 A step takes the next token of every decoding sequence first, with the tokens that are guessed to follow it, then prompt
 tokens of the others, oldest first, as many as the running streams can bear. All of its sequences have the same LoRA
 adapters; where there are several such sets, they take turns. Sequences wait in order of arrival, but none for another
-set's as long as that has more of them running; one whose prompt begins like another's that is being evaluated waits for
-that and copies it. When cells run short, idle prefixes go first, then the newest running sequence goes back to the
-queue: it keeps its tokens and sampler and is evaluated again later. This module decides only; it knows nothing of
-llama.cpp, of tokens' meaning or of clients.
+set's as long as that has more of them running, and each set's oldest lets only a few pass; one whose prompt begins like
+another's that is being evaluated waits for that and copies it. When cells run short, idle prefixes go first, then the
+newest running sequence goes back to the queue: it keeps its tokens and sampler and is evaluated again later. This
+module decides only; it knows nothing of llama.cpp, of tokens' meaning or of clients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llamaserve.engine.sequence import AdapterKey, Sequence, State, common_prefi
 from llamaserve.errors import OutOfCells
 
 _WORTH_WAITING = 16  # tokens that a sequence need not evaluate if it waits for another's prompt
+_MOST_PASSES = 4  # by sequences of other sets of adapters that came later, before the oldest of a set has its turn
 _TURN = 0.05  # seconds for a set of adapters while others wait, or a step: a change costs some milliseconds
 
 
@@ -101,6 +102,9 @@ class Scheduler:
         self._clock = clock
         self._turns: list[AdapterKey] = []  # the sets of adapters of those that run; the first one's turn it is
         self._turn_ends = -math.inf
+        self._passes: dict[
+            AdapterKey, int
+        ] = {}  # how often the oldest of a set that waits was passed, or one before it
 
     @property
     def idle(self) -> bool:
@@ -194,6 +198,7 @@ class Scheduler:
             if self._running and committed > self._cache.cells:
                 break
             self._waiting.remove(sequence)
+            self._count_passes(sequence)
             self._start(sequence)
             started += 1
 
@@ -209,16 +214,29 @@ class Scheduler:
 
     def _in_order_of_admission(self) -> list[Sequence]:
         """Return those who wait in the order in which they will get a slot. Of several sets of adapters it is the one
-        with the fewest running sequences that gets the next one.
+        with the fewest running sequences that gets the next one, unless others have let enough pass.
         """
-        if len({sequence.adapters for sequence in self._waiting}) < 2:
+        oldest = self._oldest_waiting()
+        if len(oldest) < 2:
             return list(self._waiting)
         before = Counter(sequence.adapters for sequence in self._running)
         ranks: list[int] = []
         for sequence in self._waiting:
-            ranks.append(before[sequence.adapters])
+            passed = self._passes.get(sequence.adapters, 0) if oldest[sequence.adapters] is sequence else 0
+            ranks.append(before[sequence.adapters] if passed < _MOST_PASSES else -1)
             before[sequence.adapters] += 1
         return [sequence for _, _, sequence in sorted(zip(ranks, count(), self._waiting, strict=False))]
+
+    def _oldest_waiting(self) -> dict[AdapterKey, Sequence]:
+        return {sequence.adapters: sequence for sequence in reversed(self._waiting)}
+
+    def _count_passes(self, starting: Sequence) -> None:
+        """Take note of whom a sequence that starts has passed. Its own set has had its turn."""
+        self._passes = {
+            adapters: self._passes.get(adapters, 0) + (oldest.arrival < starting.arrival)
+            for adapters, oldest in self._oldest_waiting().items()
+            if adapters != starting.adapters
+        }
 
     def _follows(self, sequence: Sequence) -> bool:
         """Whether a running sequence is evaluating what this one would otherwise evaluate once more."""

@@ -149,9 +149,14 @@ class Spill:
             for each in [block, *_below(block)][::-1]:
                 self._drop(each)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._roots.clear()
+    def clear(self, bad: AdapterKey = ()) -> None:
+        """Forget what is in memory, and of what is in a file that which was evaluated with some ``bad`` adapters."""
+        if bad:
+            self._roots.pop(bad, None)
+        for root in self._roots.values():
+            for block in [root, *_below(root)]:
+                block.children = {tokens: child for tokens, child in block.children.items() if not child.size}
+        self._roots = {adapters: root for adapters, root in self._roots.items() if root.children}
         self.size = 0
 
     def forget(self, adapter: str) -> None:

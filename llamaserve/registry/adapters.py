@@ -8,6 +8,7 @@ only; such a file is refused, too. This module reads headers, never weights, and
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,13 @@ _ACTIVATED = "adapter.alora.invocation_tokens"
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
 _TYPES = ("F32", "F16", "BF16", "Q8_0")  # in which adapters are written
+_MOST_ALPHA = 100.0  # for each of the rank: 0.5 to 4 are usual, and with much more the numbers leave their range
+# Weights that llama.cpp does not multiply by in the way that heeds adapters: of attention that is compressed (MLA), of
+# recurrent layers, convolutions, and what RWKV mixes by.
+_UNHEEDED = re.compile(
+    r"(?:.*\.)?(?:attn_[kv]_b|ssm_[fg]_[ab]|ssm_beta|ssm_conv1d(?:_[qkv])?|shortconv\.conv|time_mix_(?:decay_)?[wavg][12])"
+    r"\.weight"
+)
 _REMEMBERED = 1024  # files
 _SHOWN = 100  # characters of a name
 
@@ -100,10 +108,13 @@ def check_adapter(adapter: GGUFHeader, model: GGUFHeader) -> None:
             _refuse(adapter, f"{model.path.name} has no tensor {name!r}: the adapter was made for another model")
         if _dimensions(base)[1] == 1:
             _refuse(adapter, f"it changes {name!r}, which is no matrix: llama.cpp would leave that out")
+        if _UNHEEDED.fullmatch(name):
+            _refuse(adapter, f"it changes {name!r}, which llama.cpp would leave out")
         if name == _EMBEDDING:
             _check_embedding(adapter, down, up, base, tied=_OUTPUT not in bases)
         else:
             _check_shapes(adapter, down, up, base)
+        _check_strength(adapter, up)
 
 
 def _check_kind(adapter: GGUFHeader, model: GGUFHeader) -> None:
@@ -162,6 +173,13 @@ def _check_embedding(adapter: GGUFHeader, down: TensorInfo, up: TensorInfo, base
     rank = _dimensions(down)[0]
     if _dimensions(down) != (rank, tokens, 1, 1) or _dimensions(up) != (rank, width, 1, 1):
         _refuse_shapes(adapter, down, up, base)
+
+
+def _check_strength(adapter: GGUFHeader, up: TensorInfo) -> None:
+    """A change is multiplied by alpha / rank, beside the scale of a request."""
+    alpha, rank = adapter.metadata.get(_ALPHA), up.shape[0]
+    if isinstance(alpha, float) and abs(alpha) > _MOST_ALPHA * rank:
+        _refuse(adapter, f"its {_ALPHA} is {alpha:g}; for the rank {rank} at most {_MOST_ALPHA * rank:g} are possible")
 
 
 def _dimensions(tensor: TensorInfo) -> _Shape:

@@ -16,13 +16,20 @@ DEVICE_SHARE: Final = 0.9  # of the GPU memory that is free; drivers and screens
 
 def memory_budget(memory: str | None, gpu_memory: str | None) -> Callable[[Sequence[Device]], Footprint]:
     """Return how to find the budget once the GPUs are known. A share is one of all that the machine has; None stands
-    for the safe share of what is free.
+    for the safe share of what is free. Where GPUs use the main memory, the budget for them is within that for it.
     """
 
     def budget(devices: Sequence[Device]) -> Footprint:
         host = parse_size(memory)(total_memory()) if memory else int(HOST_SHARE * available_memory())
-        free, total = sum(device.free for device in devices), sum(device.total for device in devices)
-        device = parse_size(gpu_memory)(total) if gpu_memory else int(DEVICE_SHARE * free)
-        return Footprint(host, device if devices else 0)
+        if not devices:
+            return Footprint(host)
+        together = max if is_unified(devices) else sum
+        free, total = together(device.free for device in devices), together(device.total for device in devices)
+        return Footprint(host, parse_size(gpu_memory)(total) if gpu_memory else int(DEVICE_SHARE * free))
 
     return budget
+
+
+def is_unified(devices: Sequence[Device]) -> bool:
+    """Tell whether the GPUs that are used, if any, have no memory of their own but use the main memory."""
+    return any(device.kind == "integrated" for device in devices)

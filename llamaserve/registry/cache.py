@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import platformdirs
@@ -23,6 +24,9 @@ import platformdirs
 from llamaserve import errors
 
 log = logging.getLogger(__name__)
+
+_POLL_SECONDS: Final = 0.1  # between two looks at a lock that another has
+_CHUNK: Final = 1024 * 1024
 
 
 def cache_folder() -> Path:
@@ -50,27 +54,48 @@ class _Stamp(msgspec.Struct, frozen=True):
     sha256: str
 
 
-def verify(path: Path, sha256: str) -> None:
-    """Check a file's SHA-256. The sum is remembered, so that an unchanged file is read only once.
+def carry_on() -> None:
+    """Give nothing up: what is called ``meanwhile`` where nobody can."""
+
+
+def refuse_to_wait() -> None:
+    """Give up at once, ``meanwhile`` another process holds a lock."""
+    raise errors.InvalidRequest("it is just being fetched by another process", hint="End that first, or wait for it")
+
+
+def verify(path: Path, sha256: str, meanwhile: Callable[[], None] = carry_on) -> None:
+    """Check a file's SHA-256. The sum is remembered, so that an unchanged file is read only once. ``meanwhile`` is
+    called again and again, and may raise to give up.
 
     Raises:
         ChecksumMismatch: the file is another one.
     """
-    actual = checksum(path)
+    actual = checksum(path, meanwhile=meanwhile)
     if actual != sha256.lower():
         raise mismatch(path, sha256, actual)
 
 
-def checksum(path: Path, *, anew: bool = False) -> str:
-    """Return a file's SHA-256: the remembered one of an unchanged file, unless it shall be read ``anew``."""
+def checksum(path: Path, *, anew: bool = False, meanwhile: Callable[[], None] = carry_on) -> str:
+    """Return a file's SHA-256: the remembered one of an unchanged file, unless it shall be read ``anew``. ``meanwhile``
+    is as in ``verify``.
+    """
     status = path.stat()
     known = None if anew else known_checksum(path)
     if known is not None:
         return known
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = digest(path, meanwhile)
     stamp(path, status, actual)
     return actual
+
+
+def digest(path: Path, meanwhile: Callable[[], None] = carry_on) -> str:
+    """Read a file and return its SHA-256; ``meanwhile`` is as in ``verify``."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            meanwhile()
+            hashed.update(chunk)
+    return hashed.hexdigest()
 
 
 def known_checksum(path: Path) -> str | None:
@@ -131,14 +156,26 @@ def require_space(folder: Path, size: int | None) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; it ends with the process that holds it, however that ends."""
+def locked(path: Path, meanwhile: Callable[[], None] = carry_on) -> Iterator[None]:
+    """Hold a lock between processes; it ends with the process that holds it, however that ends. While another has it,
+    ``meanwhile`` is called again and again, and may raise to give up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _taken(file.fileno()):
+            meanwhile()
+            time.sleep(_POLL_SECONDS)
         yield
 
 
-def lock(name: str) -> AbstractContextManager[None]:
-    """Hold the lock of this name, for what lies outside the cache folder."""
-    return locked(_record("locks", name).with_suffix(".lock"))
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock(name: str, meanwhile: Callable[[], None] = carry_on) -> AbstractContextManager[None]:
+    """Hold the lock of this name, for what lies outside the cache folder; see ``locked``."""
+    return locked(_record("locks", name).with_suffix(".lock"), meanwhile)

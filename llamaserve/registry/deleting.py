@@ -7,6 +7,7 @@ has a file open or mapped keeps it until it ends. This module knows sources and 
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,28 +32,43 @@ class Deleted:
 
 
 def deletable(source: Source, folder: Path | None) -> tuple[Path, ...]:
-    """Return the files that ``delete`` would delete first. ``folder`` is the models folder.
+    """Return the files that ``delete`` would delete first, what is here of a cut download too. ``folder`` is the models
+    folder.
 
     Raises ``ModelFileMissing`` when there is none, and ``InvalidRequest`` when they are not ours to delete.
     """
     path = locate(source)
-    if path is None:
+    files = () if path is None else part_paths(path)
+    if isinstance(source, HubSource):
+        files += hub.cut_downloads(source)
+    if not files:
         raise errors.ModelFileMissing(f"{source} is not on this machine, so there is nothing to delete")
     match source:
         case FileSource():
             allowed = folder.expanduser() if folder is not None else None
-            if allowed is None or not _is_inside(path, allowed):
+            if allowed is None or not _is_inside(files[0], allowed):
                 raise errors.InvalidRequest(
-                    f"{path} lies outside the models folder and the caches, where nothing is deleted",
-                    hint=f"rm '{path}'",
+                    f"{files[0]} lies outside the models folder and the caches, where nothing is deleted",
+                    hint=f"rm '{files[0]}'",
                 )
         case HubSource():
             allowed = hub.cache_root()
         case WheelSource():
             allowed = cache_folder() / "models"
-    if not _is_inside(path, allowed):
-        raise errors.InvalidRequest(f"{path} leads out of {allowed}; nothing is deleted", hint=f"rm '{path}'")
-    return part_paths(path)
+    for file in files:
+        if not _is_inside(file, allowed):
+            raise errors.InvalidRequest(f"{file} leads out of {allowed}; nothing is deleted", hint=f"rm '{file}'")
+    return files
+
+
+def needs(registry: Registry, spec: ModelSpec, files: Iterable[Path]) -> bool:
+    """Whether a model lies in one of these files, whatever its source is called."""
+    try:
+        path = locate(registry.source(spec))
+    except errors.LlamaserveError:
+        return False
+    places = {_place(file) for file in files}
+    return path is not None and any(_place(part) in places for part in part_paths(path))
 
 
 def delete(source: Source, folder: Path | None) -> Deleted:
@@ -96,7 +112,12 @@ def own_adapters(registry: Registry, spec: ModelSpec) -> list[Source]:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file's own place, links in the way followed, is in a folder."""
-    return path.parent.resolve().is_relative_to(folder.resolve())
+    return _place(path).is_relative_to(folder.resolve())
+
+
+def _place(path: Path) -> Path:
+    """Return where a file lies, links in the way followed; of a link, where that itself lies."""
+    return path.parent.resolve() / path.name
 
 
 def _delete(source: Source, paths: tuple[Path, ...]) -> int:

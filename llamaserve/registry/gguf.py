@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import stat
 import struct
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,13 @@ _CODES = {
 }
 _LAYOUTS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
 _U32, _U64 = _LAYOUTS[ValueType.UINT32], _LAYOUTS[ValueType.UINT64]
+
+# What parts say of themselves. llama.cpp reads no other types, and of one it ends the process.
+_SPLIT_TYPES = {
+    "split.no": ValueType.UINT16,
+    "split.count": ValueType.UINT16,
+    "split.tensors.count": ValueType.INT32,
+}
 
 # ggml type number: name, elements in a block, bytes of a block (type traits in ggml.c).
 _TENSOR_TYPES = {
@@ -258,10 +266,11 @@ class FimTokens:
 
 @dataclass(frozen=True, slots=True)
 class GGUFPart:
-    """A further file of a model that was split: its path and its size in bytes."""
+    """A further file of a model that was split: its path, its size in bytes, and how many tensors are in it."""
 
     path: Path
     size: int
+    tensors: int
 
 
 @dataclass(frozen=True)
@@ -283,6 +292,13 @@ class GGUFHeader:
     def paths(self) -> tuple[Path, ...]:
         """Return all files of the model."""
         return (self.path, *(part.path for part in self.others))
+
+    @property
+    def tensors_by_file(self) -> list[tuple[TensorInfo, ...]]:
+        """Return the tensors of each file."""
+        counts = [part.tensors for part in self.others]
+        rest = iter(self.tensors)
+        return [tuple(islice(rest, count)) for count in (len(self.tensors) - sum(counts), *counts)]
 
     def text(self, key: str) -> str | None:
         """Return a string value; None when the key is absent or no string."""
@@ -471,7 +487,9 @@ def _open(path: Path) -> tuple[int, int]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelFileMissing(f"{path} does not exist", hint="fetch it with `llamaserve pull <model>`") from error
     except PermissionError as error:
-        raise GGUFError(f"{path} cannot be read: permission denied", hint=f"chmod u+r '{path}'") from error
+        raise GGUFError(
+            f"{path} cannot be read: permission denied", hint=f"chmod u+r {shlex.quote(str(path))}"
+        ) from error
     except (OSError, ValueError) as error:
         raise GGUFError(f"{path} cannot be read: {error}") from error
     status = os.fstat(descriptor)
@@ -616,16 +634,18 @@ def _with_parts(first: GGUFHeader) -> GGUFHeader:
             f"their names, which end in -00001-of-{count:05d}.gguf and so on",
             hint="give all parts the names that they had where they came from",
         )
-    paths = [first.path.with_name(part.sibling(number)) for number in range(2, count + 1)]
-    others = [_read_part(path, first, number) for number, path in enumerate(paths, 2)]
-    tensors: dict[str, TensorInfo] = {}
-    for header in (first, *others):
+    _check_split_types(first)
+    others: list[GGUFPart] = []
+    tensors = {tensor.name: tensor for tensor in first.tensors}
+    for number in range(2, count + 1):
+        header = _read_part(first.path.with_name(part.sibling(number)), first, number)
         for tensor in header.tensors:
             if tensor.name in tensors:
                 raise GGUFError(f"{header.path} holds the tensor {tensor.name!r}, which is in another part, too")
             tensors[tensor.name] = tensor
         if len(tensors) > MAX_TENSORS:
             raise GGUFError(f"{first.path} and its other parts hold more than {MAX_TENSORS} tensors")
+        others.append(GGUFPart(header.path, header.file_size, len(header.tensors)))
     announced = first.integer("split.tensors.count")
     if announced != len(tensors):
         raise GGUFError(
@@ -635,10 +655,20 @@ def _with_parts(first: GGUFHeader) -> GGUFHeader:
         )
     return replace(
         first,
-        file_size=sum(header.file_size for header in (first, *others)),
+        file_size=first.file_size + sum(part.size for part in others),
         tensors=tuple(tensors.values()),
-        others=tuple(GGUFPart(header.path, header.file_size) for header in others),
+        others=tuple(others),
     )
+
+
+def _check_split_types(header: GGUFHeader) -> None:
+    for key, kind in _SPLIT_TYPES.items():
+        found = header.types.get(key, kind)
+        if found is not kind:
+            raise GGUFError(
+                f"{header.path} is damaged: {key} has the type {found.name}; in a part of a model it is {kind.name}",
+                hint=_FETCH_AGAIN,
+            )
 
 
 def _read_part(path: Path, first: GGUFHeader, number: int) -> GGUFHeader:
@@ -648,6 +678,7 @@ def _read_part(path: Path, first: GGUFHeader, number: int) -> GGUFHeader:
         header = _read_file(path)
     except ModelFileMissing:
         raise ModelFileMissing(f"part {number} of {count} is missing: {path}", hint=_FETCH_AGAIN) from None
+    _check_split_types(header)
     said = header.integer("split.no")
     if said is None or header.split_count != count:
         what = f"part {said + 1} of {header.split_count}" if said is not None else "no part of anything"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self, cast
@@ -22,13 +23,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from llamaserve import errors
-from llamaserve.registry.cache import is_file, lock, recall, remember, require_space, verify
+from llamaserve.registry.cache import is_file, lock, recall, refuse_to_wait, remember, require_space, verify
 from llamaserve.registry.sources import WEIGHTS, HubSource, Progress
 from llamaserve.registry.split import part_names, part_of
 
 # What a repository is asked for when no quantisation is named: first the best compromise, then what runs fast on a CPU.
 PREFERRED_QUANTS: Final = ("Q4_K_M", "Q4_0", "Q8_0")
 _DEFAULT_REVISION: Final = "main"
+_PART: Final = ".llamaserve-part"  # ends the name of a blob that grows
 _NAME_ONE: Final = "Name the file: hf:OWNER/REPO/FILE.gguf"
 
 
@@ -38,6 +40,13 @@ class _Choice(msgspec.Struct, frozen=True):
     source: str
     file: str
     revision: str | None = None
+
+
+class _Growing(msgspec.Struct, frozen=True):
+    """Which file of its repository a growing blob becomes, and for which source it was begun."""
+
+    file: str
+    source: str
 
 
 class _Bar:
@@ -147,8 +156,7 @@ def pick(files: Sequence[str], source: HubSource) -> str:
     weights = [file for file in files if file.lower().endswith(".gguf") and not _is_companion(file)]
     models = _without_later_parts(weights)
     for quant in (source.quant,) if source.quant else PREFERRED_QUANTS:
-        word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])", re.IGNORECASE)
-        named = [file for file in models if word.search(PurePosixPath(file).name)]
+        named = [file for file in models if _is_of(quant, file)]
         named = [file for file in named if not part_of(file)] or named
         if len(named) == 1:
             return _complete(source, named[0], weights)
@@ -159,6 +167,12 @@ def pick(files: Sequence[str], source: HubSource) -> str:
     wanted = source.quant or " or ".join(PREFERRED_QUANTS)
     listed = f"it has {', '.join(models)}" if models else "it has no GGUF file at all"
     raise errors.SourceError(f"{source.repo} has no file for {wanted}; {listed}", hint=_NAME_ONE)
+
+
+def _is_of(quant: str, file: str) -> bool:
+    """Whether a file's name has a quantisation's name as a word."""
+    word = rf"(?<![A-Za-z0-9]){re.escape(quant)}(?![A-Za-z0-9_])"
+    return re.search(word, PurePosixPath(file).name, re.IGNORECASE) is not None
 
 
 def _without_later_parts(weights: Sequence[str]) -> list[str]:
@@ -189,13 +203,14 @@ def fetch_file(source: HubSource, progress: Progress, *, newest: bool = False) -
     path = None if newest else _cached(named, file)
     if path is None:
         with _hub_errors(named):
-            path = _download(named, file, progress)
+            path = _download(named, file, progress, str(source))
     choose(source, path)
     return path
 
 
-def _download(source: HubSource, file: str, progress: Progress) -> Path:
+def _download(source: HubSource, file: str, progress: Progress, wanted: str) -> Path:
     """Put the file and its other parts into huggingface_hub's cache, all of the same commit, and return the first.
+    ``wanted`` is what the source was called.
 
     ``hf_hub_download`` starts again from nothing in every process, so the bytes are fetched here, with its own function
     for that, into a file that the next attempt continues. It then finds the blob and links it into the snapshot.
@@ -211,7 +226,12 @@ def _download(source: HubSource, file: str, progress: Progress) -> Path:
             abouts.append(get_hf_file_metadata(hf_hub_url(source.repo, other, revision=commit)))
     blobs = _folder(source.repo) / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
-    _download_blobs([(about, blobs / about.etag) for about in abouts if about.etag is not None], progress)
+    growing: list[tuple[Any, Path]] = []
+    for name, about in zip((file, *others), abouts, strict=True):
+        if about.etag is not None:
+            growing.append((about, blob := blobs / about.etag))
+            remember("growing", str(blob), _Growing(name, wanted))
+    _download_blobs(growing, progress)
     first, *_ = [Path(hf_hub_download(source.repo, name, revision=commit)) for name in (file, *others)]
     _remember_commit(source, commit)
     return first
@@ -225,14 +245,20 @@ def _download_blobs(wanted: Sequence[tuple[Any, Path]], progress: Progress) -> N
         require_space(wanted[0][1].parent, total - sum(_size_here(blob) for _, blob in wanted))
     before = 0
     for about, blob in wanted:
-        with lock(f"hub {blob}"):
+        report = _after(before, total, progress)
+        with lock(f"hub {blob}", functools.partial(_report_growth, blob, report)):
             if about.size is not None and not blob.exists():
-                _download_blob(about, blob, _after(before, total, progress))
+                _download_blob(about, blob, report)
         before += about.size or 0
 
 
 def _after(before: int, total: int | None, progress: Progress) -> Progress:
     return lambda done, _: progress(before + done, total)
+
+
+def _report_growth(blob: Path, progress: Progress) -> None:
+    """Report how far another process is that fetches the blob."""
+    progress(_size_here(blob), None)
 
 
 def _size_here(blob: Path) -> int:
@@ -244,7 +270,7 @@ def _size_here(blob: Path) -> int:
 
 def _part(blob: Path) -> Path:
     """Return where a blob grows."""
-    return blob.with_name(blob.name + ".llamaserve-part")
+    return blob.with_name(blob.name + _PART)
 
 
 def _remember_commit(source: HubSource, commit: str | None) -> None:
@@ -288,26 +314,60 @@ def _download_blob(about: Any, blob: Path, progress: Progress) -> None:
         output.flush()
         os.fsync(output.fileno())
     try:
-        _check_sum(part, blob.name)
+        _check_sum(part, blob.name, functools.partial(progress, about.size, about.size))
     except errors.ChecksumMismatch:
         part.unlink()
         raise
     part.replace(blob)
 
 
-def _check_sum(path: Path, etag: str) -> None:
+def _check_sum(path: Path, etag: str, meanwhile: Callable[[], None]) -> None:
     """Check a download against the sum that the hub promised for it: a large file's ETag is its SHA-256.
 
     huggingface_hub itself compares no more than the size when it downloads over plain HTTP.
     """
     if re.fullmatch(r"[0-9a-f]{64}", etag):
-        verify(path, etag)
+        verify(path, etag, meanwhile)
+
+
+def cut_downloads(source: HubSource) -> tuple[Path, ...]:
+    """Return what is here of files of a source that were not fetched to the end."""
+    choice = recall("choices", str(source), _Choice)
+    file = source.file or (choice.file if choice else None)
+    names = part_names(file) if file is not None else []
+
+    def belongs(part: Path) -> bool:
+        grows = recall("growing", str(part.with_name(part.name.removesuffix(_PART))), _Growing)
+        if grows is None:
+            return False
+        of_quant = source.quant is not None and _is_of(source.quant, grows.file)
+        return of_quant or grows.source == str(source) or grows.file in names
+
+    return tuple(part for part in sorted((_folder(source.repo) / "blobs").glob(f"*{_PART}")) if belongs(part))
 
 
 def delete_files(paths: Sequence[Path]) -> int:
-    """Delete files of the cache that are of one commit, and return the bytes that this freed. What another commit or
-    another name needs, too, stays; nothing outside the cache is touched.
+    """Delete files of the cache that are of one commit, and cut downloads; return the bytes that this freed. What
+    another commit or another name needs, too, stays; nothing outside the cache is touched.
+
+    Raises ``InvalidRequest`` while one of them is being fetched.
     """
+    cut = [path for path in paths if path.name.endswith(_PART)]
+    whole = [path for path in paths if path not in cut]
+    freed = sum(_delete_part(path) for path in cut)
+    return freed + (_delete_whole(whole) if whole else 0)
+
+
+def _delete_part(part: Path) -> int:
+    blob = part.with_name(part.name.removesuffix(_PART))
+    with lock(f"hub {blob}", refuse_to_wait), contextlib.suppress(FileNotFoundError):  # it was fetched to the end
+        size = part.stat().st_size
+        part.unlink()
+        return size
+    return 0
+
+
+def _delete_whole(paths: Sequence[Path]) -> int:
     place = origin(paths[0])
     if place is None or place.revision is None:
         raise errors.SourceError(f"{paths[0]} is not in huggingface_hub's cache {cache_root()}")
@@ -315,7 +375,8 @@ def delete_files(paths: Sequence[Path]) -> int:
     snapshot = folder / "snapshots" / place.revision
     snapshots = folder / "snapshots"
     inside = [path for path in snapshot.rglob("*") if path.is_symlink() or not path.is_dir()]
-    if set(inside) <= set(paths) and (freed := _delete_revision(place.revision)) is not None:
+    growing = any((folder / "blobs").glob(f"*{_PART}"))  # huggingface_hub would delete it with the last commit
+    if not growing and set(inside) <= set(paths) and (freed := _delete_revision(place.revision)) is not None:
         return freed
     kept = {path.resolve() for path in snapshots.rglob("*") if path not in paths and path.is_symlink()}
     blobs = {path.resolve() for path in paths} - kept

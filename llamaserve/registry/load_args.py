@@ -115,7 +115,7 @@ def effective(params: LoadParams) -> dict[str, object]:
         "batch_size": params.batch,
         "ubatch_size": values["micro_batch"],
         "threads_batch": values["batch_threads"],
-        "no_mmap": not params.mmap,
+        "no_mmap": params.mmap is False,
         "no_kv_offload": not params.gpu_cache,
         "streaming_llm": params.full_window,
     }

@@ -7,22 +7,28 @@ in memory.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, LoadParams
+from llamaserve.errors import ModelFileMissing
+from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.hardware import performance_cores
-from llamaserve.registry.measurements import corrected
-from llamaserve.registry.memory import Estimate, estimate, insufficient, most_gpu_layers
+from llamaserve.registry.measurements import correction
+from llamaserve.registry.memory import Estimate, Estimation, claimed, insufficient
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 MEBIBYTE = 1024 * 1024
+_MAPPED_MAY_TAKE = 1.05  # of what a file that is read takes; mapped, it is loaded sooner
 
 # What a child takes before it has loaded anything: the interpreter and the libraries (60 MiB are resident, measured).
 PROCESS: Final = Footprint(64 * MEBIBYTE)
@@ -30,13 +36,15 @@ PROCESS: Final = Footprint(64 * MEBIBYTE)
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How a model is loaded, and what it takes: ``need`` in any case, child included, and up to ``spill`` bytes more of
-    main memory if they are there.
+    """How a model is loaded, and what it takes: ``need`` in any case, of which ``fixed`` is not the model itself but
+    its child and the spill that the settings name, and up to ``spill`` bytes more of main memory if they are there.
+    Where GPUs use the main memory, what is for them is in both parts of ``need``.
     """
 
     params: LoadParams
     estimate: Estimate
     need: Footprint
+    fixed: Footprint
     spill: int
 
 
@@ -49,7 +57,7 @@ def context_of(spec: ModelSpec, header: GGUFHeader) -> int:
 
 
 def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter] = ()) -> LoadParams:
-    """Return how a model is loaded. ``gpu_layers`` and ``spill`` may still be to be decided.
+    """Return how a model is loaded. ``gpu_layers``, ``mmap`` and ``spill`` may still be to be decided.
 
     Sequences share all cells of the cache, so that prefixes can be shared without copying. With flash attention that
     costs little: a step of eight sequences of 600 tokens takes 55 ms, and 53 with cells for each. Idle prefixes would
@@ -78,7 +86,7 @@ def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter]
         speculation=spec.speculation,
         micro_batch=None if spec.micro_batch is None else min(spec.micro_batch, batch),
         batch_threads=spec.batch_threads,
-        mmap=spec.mmap,
+        mmap=None if spec.mmap == "auto" else spec.mmap,
         mlock=spec.mlock,
         numa=spec.numa,
         gpu_cache=spec.gpu_cache,
@@ -91,22 +99,59 @@ def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter]
     )
 
 
-def plan_load(name: str, header: GGUFHeader, params: LoadParams, budget: Footprint, devices: int) -> LoadPlan:
-    """Decide what is still to be decided, for so many GPUs, and return what the load takes. Raises
-    ``InsufficientMemory`` when that is more than the whole budget.
+def configured_adapters(name: str, spec: ModelSpec, base: Path) -> list[Adapter]:
+    """Return the LoRA adapters that a model's settings name; relative paths begin at ``base``. Raises
+    ``ModelFileMissing`` when one is not here.
+    """
+    adapters = []
+    for each in spec.lora:
+        source = parse_source(each.source, base)
+        path = locate(source)
+        if path is None:
+            raise ModelFileMissing(
+                f"the LoRA adapter {each.source} of {name} is not on this machine",
+                hint=shlex.join(("llamaserve", "pull", name)),
+            )
+        adapters.append(Adapter(each.name or source.name, str(path), each.scale))
+    return adapters
+
+
+def plan_load(
+    name: str, header: GGUFHeader, params: LoadParams, budget: Footprint, devices: int, *, unified: bool = False
+) -> LoadPlan:
+    """Decide what is still to be decided, for so many GPUs, and return what the load takes. ``unified`` tells that they
+    use the main memory. If several are not to share a model, it has the first, which is believed to be like the others.
+    Raises ``InsufficientMemory`` when it takes more than the whole budget.
     """
     fixed = PROCESS + Footprint(params.spill or 0)
+    if params.split_mode == "none" and devices > 1:
+        budget, devices = Footprint(budget.host, budget.device // devices), 1
     room = budget - fixed
-    layers = _gpu_layers(header, params, room, devices)
-    params = msgspec.structs.replace(params, gpu_layers=layers)
-    parts = estimate(header, params, layers, max(1, devices))
-    total = corrected(header, params, parts.total)
-    if not total.fits(room):
-        raise insufficient(name, header, params, total + fixed, budget)
+    estimation, correct = Estimation(header, params, max(1, devices)), correction(header)
+    for layers in _gpu_layers(header, params, devices):
+        decided, parts = _mapped_or_read(msgspec.structs.replace(params, gpu_layers=layers), estimation)
+        total = correct(decided, parts)
+        if claimed(total, unified=unified).fits(room):
+            break
+    else:
+        raise insufficient(name, header, decided, total + fixed, budget, max(1, devices), unified=unified)
     wish = 0
     if params.spill is None:
         wish = parts.cache.host if params.prefix_cache and params.kv_unified and not layers else 0
-    return LoadPlan(params, parts, total + fixed, wish)
+    return LoadPlan(decided, parts, claimed(total, unified=unified) + fixed, fixed, wish)
+
+
+def _mapped_or_read(params: LoadParams, estimation: Estimation) -> tuple[LoadParams, Estimate]:
+    """Decide between a mapped file and one that is read: mapped, unless that takes more memory. Weights that ggml puts
+    into another order stay in memory twice then (Q4_0 and Q4_K on most CPUs).
+    """
+    layers = params.gpu_layers
+    assert isinstance(layers, int)
+    if params.mmap is not None:
+        return params, estimation.estimate(layers)
+    mapped, read = (estimation.estimate(layers, mmap=mmap) for mmap in (True, False))
+    is_larger = mapped.weights.host > _MAPPED_MAY_TAKE * read.weights.host
+    return msgspec.structs.replace(params, mmap=not is_larger), read if is_larger else mapped
 
 
 def _configured_spill(spec: ModelSpec) -> int | None:
@@ -115,13 +160,15 @@ def _configured_spill(spec: ModelSpec) -> int | None:
     return None if spec.spill == "auto" else spec.spill * MEBIBYTE
 
 
-def _gpu_layers(header: GGUFHeader, params: LoadParams, room: Footprint, devices: int) -> int:
-    match params.gpu_layers:
+def _gpu_layers(header: GGUFHeader, params: LoadParams, devices: int) -> Sequence[int]:
+    """Return how many layers may be on GPUs, the output counted as one, the best first."""
+    most = (header.block_count or 0) + 1
+    match params.gpu_layers if devices else "none":
         case "auto":
-            return most_gpu_layers(header, params, room, devices) if devices else 0
+            return range(most, -1, -1)
         case "all":
-            return (header.block_count or 0) + 1 if devices else 0
+            return (most,)
         case "none":
-            return 0
-        case number:
-            return min(number, (header.block_count or 0) + 1) if devices else 0
+            return (0,)
+        case int(number):
+            return (min(number, most),)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,7 +115,8 @@ class LockFile:
                     self._write({**entries, source: entry})
         except OSError as error:
             raise errors.RegistryError(
-                f"{self.path} cannot be written: {error.strerror or error}", hint=f"chmod u+w '{self.path.parent}'"
+                f"{self.path} cannot be written: {error.strerror or error}",
+                hint=f"chmod u+w {shlex.quote(str(self.path.parent))}",
             ) from error
 
     def _write(self, entries: Mapping[str, LockEntry]) -> None:
@@ -194,7 +196,7 @@ class _Reader:
     def _refuse(self, line: int, what: str) -> NoReturn:
         raise errors.RegistryError(
             f"{self._path}:{line}: {what}",
-            hint=f"Correct it, or delete it and fetch the models again: rm '{self._path}'",
+            hint=f"Correct it, or delete it and fetch the models again: rm {shlex.quote(str(self._path))}",
         )
 
 

@@ -1,21 +1,22 @@
 """How much memory a model takes once it is loaded and used, and what to do when that is more than there is.
 
 ``estimate`` follows how the llama.cpp in llama-cpp-python 0.3.36 lays out weights, cache and buffers; the few numbers
-that could only be measured say so. Everything comes from the header; of LoRA adapters the files' sizes are looked up.
+that could only be measured say so. Everything comes from the header, and from those of LoRA adapters.
 Prefixes kept beside the cache (``spill``) are not part of it. Knows nothing of what else is in memory.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
 import msgspec
 
 from llamaserve.engine.params import DRAFTED_ROWS, SCORED_ROWS, Footprint, KVType, LoadParams
-from llamaserve.errors import InsufficientMemory
-from llamaserve.registry.gguf import GGUFArray, GGUFHeader, TensorInfo
+from llamaserve.errors import InsufficientMemory, ModelError
+from llamaserve.registry.gguf import GGUFArray, GGUFHeader, TensorInfo, read_header
 from llamaserve.registry.hardware import cpu_features
 from llamaserve.registry.layers import Layer, ModelLayers, layer_of, read_layers
 from llamaserve.registry.step_memory import Step, input_bytes, step_buffer
@@ -58,7 +59,11 @@ _TOKEN, _UNIGRAM_TOKEN = 157, 528
 _MERGE, _MERGE_OF_MANY, _MANY_MERGES = 172, 112, 262_144
 
 # Measured: graphs, their allocation, threads and samplers, and what a tensor adds to the first two.
-_CONTEXT, _CONTEXT_OF_TENSOR = 5 * _MEBIBYTE, 6 * 1024
+_CONTEXT, _CONTEXT_OF_TENSOR = 4 * _MEBIBYTE, 6 * 1024
+
+# Measured: what a change of a LoRA adapter, two tensors, adds to graphs and lists, whatever its size.
+_PAIR = 16 * 1024
+_REMEMBERED_ADAPTERS = 1024  # files
 
 # Of the buffers for a whole batch. Their pages become resident when they are first written to, and that depends on use:
 # short steps write to little, and a CPU computes no whole batch if that takes long. So this is at most as far off from
@@ -90,7 +95,7 @@ class Estimate:
     cache: Footprint
     compute: Footprint
     vocabulary: int
-    later: Footprint = Footprint()
+    later: Footprint
 
     @property
     def total(self) -> Footprint:
@@ -107,18 +112,24 @@ def estimate(header: GGUFHeader, params: LoadParams, gpu_layers: int = 0, device
     """Return what loading a model and ordinary use add to its process's resident memory, and to that of GPUs. The last
     of ``gpu_layers`` is the output, as llama.cpp counts them. Raises ``GGUFError`` when the file has changed.
     """
-    return _Estimation(header, params, devices).estimate(gpu_layers)
+    return Estimation(header, params, devices).estimate(gpu_layers)
 
 
-def most_gpu_layers(header: GGUFHeader, params: LoadParams, room: Footprint, devices: int = 1) -> int:
-    """Return the most layers, the output counted as one, that can be on GPUs with both parts in the room; 0 if none."""
-    estimation = _Estimation(header, params, devices)
-    counts = range((header.block_count or 0) + 1, 0, -1)
-    return next((count for count in counts if estimation.estimate(count).total.fits(room)), 0)
+def claimed(taken: Footprint, *, unified: bool) -> Footprint:
+    """Return what counts as taken. Where GPUs use the main memory (``unified``), what is for them counts there, too;
+    and on their side still, since a driver gives them a part of it only.
+    """
+    return Footprint(taken.host + taken.device, taken.device) if unified else taken
 
 
 def largest_context(
-    header: GGUFHeader, params: LoadParams, room: Footprint, gpu_layers: int = 0, devices: int = 1
+    header: GGUFHeader,
+    params: LoadParams,
+    room: Footprint,
+    gpu_layers: int = 0,
+    devices: int = 1,
+    *,
+    unified: bool = False,
 ) -> int | None:
     """Return the largest context, a multiple of 256 up to the configured one, with which a model would fit; None when
     not even the smallest does. The cache is as large as one context then, or one for each sequence if it is split.
@@ -126,7 +137,7 @@ def largest_context(
 
     def fits(steps: int) -> bool:
         smaller = _with_context(params, steps * _CELLS)
-        return estimate(header, smaller, gpu_layers, devices).total.fits(room)
+        return claimed(estimate(header, smaller, gpu_layers, devices).total, unified=unified).fits(room)
 
     low, high = 0, params.context // _CELLS
     while low < high:
@@ -136,24 +147,34 @@ def largest_context(
 
 
 def insufficient(
-    name: str, header: GGUFHeader, params: LoadParams, estimate_total: Footprint, room: Footprint
+    name: str,
+    header: GGUFHeader,
+    params: LoadParams,
+    estimate_total: Footprint,
+    room: Footprint,
+    devices: int = 1,
+    *,
+    unified: bool = False,
 ) -> InsufficientMemory:
     """Return the refusal of a model that is larger than all the memory that may be used. It names the numbers and what
     would fit instead: a smaller context, or else a smaller quantisation.
     """
     layers = params.gpu_layers if isinstance(params.gpu_layers, int) else 0
-    parts = estimate(header, params, layers)
+    parts = estimate(header, params, layers, devices)
     rest = estimate_total - parts.total
+    others = estimate_total - parts.weights - parts.cache - parts.compute
     numbers = f"weights {_size(parts.weights)}, cache {_size(parts.cache)}, buffers {_size(parts.compute)}"
+    numbers += f", vocabulary and process {_size(others)}"
     message = f"{name} needs {_size(estimate_total)} ({numbers}), and models may use {_size(room)}"
-    context = largest_context(header, params, room - rest, layers)
+    context = largest_context(header, params, room - rest, layers, devices, unified=unified)
     if context is not None:
         return InsufficientMemory(
             f"{message}. It would fit with a context of {context} tokens instead of {params.context}",
             hint=f"set `context: {context}` for {name} in models.yaml, or give models more with --memory",
         )
-    smallest = estimate(header, _with_context(params, _CELLS), layers)
-    weights = room.host + room.device - _sum(smallest.total + rest - smallest.weights)
+    smallest = estimate(header, _with_context(params, _CELLS), layers, devices)
+    places = room.host if unified else room.host + room.device
+    weights = places - _sum(smallest.total + rest - smallest.weights)
     quantisation = _fitting_quantisation(header, weights)
     if quantisation is None:
         return InsufficientMemory(
@@ -196,12 +217,13 @@ def _size(footprint: Footprint) -> str:
 
 
 def _rounded(size: int) -> str:
-    mebibytes = size / _MEBIBYTE
-    return f"{mebibytes / 1024:.1f} GiB" if mebibytes >= 1024 else f"{mebibytes:.0f} MiB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-class _Estimation:
-    """What is the same for every division between main memory and GPUs."""
+class Estimation:
+    """Estimates for one model and its settings, whatever the division between main memory and GPUs, and whether or not
+    the file is mapped.
+    """
 
     def __init__(self, header: GGUFHeader, params: LoadParams, devices: int) -> None:
         self._header = header
@@ -211,17 +233,20 @@ class _Estimation:
         self._features = cpu_features()
         self._step = _largest_step(self._model, params)
 
-    def estimate(self, gpu_layers: int) -> Estimate:
-        """Return the estimate with so many layers on GPUs."""
+    def estimate(self, gpu_layers: int, *, mmap: bool | None = None) -> Estimate:
+        """Return the estimate with so many layers on GPUs. Without ``mmap`` the settings say whether it is mapped, and
+        where they say nothing it is.
+        """
+        mapped = self._params.mmap is not False if mmap is None else mmap
         first = max(0, self._model.blocks + 1 - gpu_layers)  # of the layers there; the output is the last
         adapters = _adapters(self._params, gpu_layers / (self._model.blocks + 1))
         lasting = self._lasting(first)
         buffers = self._buffers(first)
         later = Footprint(buffers.host)
         compute, vocabulary = lasting + buffers, _vocabulary(self._header)
-        return Estimate(self._weights(first) + adapters, self._cache(first), compute, vocabulary, later)
+        return Estimate(self._weights(first, mapped) + adapters, self._cache(first), compute, vocabulary, later)
 
-    def _weights(self, first: int) -> Footprint:
+    def _weights(self, first: int, mapped: bool) -> Footprint:
         host: list[TensorInfo] = []
         device = 0
         tied = not any(tensor.name == "output.weight" for tensor in self._header.tensors)
@@ -236,9 +261,9 @@ class _Estimation:
                 host.append(tensor)
             if tied and tensor.name == "token_embd.weight" and output_there:
                 device += tensor.size  # once more, to multiply by
-        return Footprint(self._host_weights(host, tied and not output_there), device)
+        return Footprint(self._host_weights(host, tied and not output_there, mapped), device)
 
-    def _host_weights(self, tensors: list[TensorInfo], tied: bool) -> int:
+    def _host_weights(self, tensors: list[TensorInfo], tied: bool, mapped: bool) -> int:
         """Return what stays resident. What is mapped does from the first to the last tensor that is used in place, so
         that repacked ones in between are there twice.
         """
@@ -247,12 +272,15 @@ class _Estimation:
         if tied:
             copies += sum(tensor.size for tensor in tensors if self._is_repacked_output(tensor))
         in_place = {tensor.name for tensor in tensors} - {tensor.name for tensor in repacked}
-        if not self._params.mmap:
+        if not mapped:
             return copies + sum(tensor.size for tensor in tensors if tensor.name in in_place)
-        return copies + sum(_mapped(part, in_place) for part in _files(self._header.tensors))
+        return copies + sum(_mapped(part, in_place) for part in self._header.tensors_by_file)
 
     def _is_repacked(self, tensor: TensorInfo) -> bool:
-        return not any(part in tensor.name for part in _NO_MATRICES) and self._has_order(tensor)
+        """Whether ggml copies it: matrices, and those of experts, one behind the other."""
+        if any(part in tensor.name for part in _NO_MATRICES):
+            return False
+        return (len(tensor.shape) == 2 or "_exps." in tensor.name) and self._has_order(tensor)
 
     def _is_repacked_output(self, tensor: TensorInfo) -> bool:
         return tensor.name == "token_embd.weight" and self._has_order(tensor)
@@ -357,17 +385,7 @@ def _largest_step(model: ModelLayers, params: LoadParams) -> Step:
     )
 
 
-def _files(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
-    """Return the tensors of each file: where offsets begin anew, another one does."""
-    files: list[list[TensorInfo]] = []
-    for tensor in tensors:
-        if not files or tensor.offset < files[-1][-1].offset:
-            files.append([])
-        files[-1].append(tensor)
-    return files
-
-
-def _mapped(tensors: list[TensorInfo], in_place: set[str]) -> int:
+def _mapped(tensors: Iterable[TensorInfo], in_place: set[str]) -> int:
     used = [tensor for tensor in tensors if tensor.name in in_place]
     start = min((tensor.offset for tensor in used), default=0)
     return max((tensor.offset + tensor.size for tensor in used), default=0) - start
@@ -375,14 +393,22 @@ def _mapped(tensors: list[TensorInfo], in_place: set[str]) -> int:
 
 def _adapters(params: LoadParams, share: float) -> Footprint:
     """Return the memory of LoRA adapters, which lie where the layers do that they change."""
-    size = 0
+    size = pairs = 0
     for adapter in params.adapters:
+        path = Path(adapter.path)
         try:
-            size += os.stat(adapter.path).st_size
-        except OSError:  # the load will say so
+            status = path.stat()
+            size += status.st_size
+            pairs += _adapter_tensors(path, status.st_size, status.st_mtime_ns) // 2
+        except (OSError, ModelError):  # the load will say so
             continue
     there = int(size * min(1.0, share))
-    return Footprint(size - there, there)
+    return Footprint(size - there + pairs * _PAIR, there)
+
+
+@lru_cache(_REMEMBERED_ADAPTERS)
+def _adapter_tensors(path: Path, size: int, changed: int) -> int:  # noqa: ARG001  (of another size, it is another file)
+    return len(read_header(path).tensors)
 
 
 def _vocabulary(header: GGUFHeader) -> int:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_COMPARED = 1000  # names that may be meant by one that is unknown; comparing them takes time
+
 # What matters to requests only. A change of these needs no new load.
 _LIGHT = frozenset({"queue", "time_limit", "keep_alive", "size", "licence", "description"})
 
@@ -56,6 +58,7 @@ class ModelPool:
         self.events = ModelEvents()
         self.registry = registry
         self.registry_problem: str | None = None  # why the last edit of models.yaml does not count
+        self.reloads = 0  # how often models.yaml was read again
         self.folder = folder
         self._budget = budget
         self._devices: int | None = None
@@ -65,13 +68,13 @@ class ModelPool:
         self._named = dict(resolve(registry, folder, reference) for reference in references)
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
-        self._retired: set[ServedModel] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._begun = asyncio.Event()  # set when the models named at the start are being loaded
         self._preloading: asyncio.Task[None] | None = None
-        self._begun = asyncio.Event()
         self._failures: dict[str, LlamaserveError] = {}
-        self._changing = asyncio.Lock()
+        self._reloading = asyncio.Lock()
+        self._commands: dict[str, asyncio.Lock] = {}  # of loads and unloads by command, for each name
+        self._found: list[FoundModel] = []
         self._current = next(iter(self._named), None)
         self._take_over(self._look_into_folder(), self._pulled())
         self._here = self._all_here(list(self._models.values()))
@@ -81,7 +84,7 @@ class ModelPool:
     @property
     def models(self) -> list[ServedModel]:
         """The models that are on this machine: the current one first, then other loaded ones."""
-        here = [model for model in self._models.values() if self._offers(model)]
+        here = [model for model in list(self._models.values()) if self._offers(model)]  # maybe in another thread
         return sorted(here, key=lambda model: (model.name != self._current, model.live_worker is None))
 
     @property
@@ -97,7 +100,7 @@ class ModelPool:
     @property
     def occupancy(self) -> Occupancy:
         """How busy all models are together."""
-        workers = [model.live_worker for model in (*self._models.values(), *self._retired)]
+        workers = [model.live_worker for model in self._facilities.alive]
         each = [worker.occupancy for worker in workers if worker is not None]
         return Occupancy(sum(o.running for o in each), sum(o.waiting for o in each), sum(o.cells for o in each))
 
@@ -141,38 +144,50 @@ class ModelPool:
             )
         names = [model.name for model in self.models]
         names += [alias for alias, target in self._aliases.items() if target in self._here]
-        close = difflib.get_close_matches(name[:200], names, n=3) or names[:3]
+        close = difflib.get_close_matches(name[:200], names[:_COMPARED], n=3) or names[:3]
         there = f"there is {', '.join(close)}" if close else "there is no model at all"
         return ModelNotFound(f"no model {name[:200]!r} is served here; {there}", param="model")
 
     # ---- by command ----------------------------------------------------------------------------------------------
 
-    async def load(
-        self, name: str, overrides: Mapping[str, Any] | None = None, keep_alive: float | None = None
-    ) -> ServedModel:
+    async def load(self, name: str, overrides: Mapping[str, Any] | None = None) -> ServedModel:
         """Load a model with some settings other than models.yaml's, and make it the current one. When that fails, all
         is as before: the same models are loaded, with the same settings. A caller that gives up does not stop it.
         """
-        return await asyncio.shield(self._background(self._load(name, overrides or {}, keep_alive)))
+        return await asyncio.shield(self._background(self._load(name, overrides or {})))
 
-    async def _load(self, name: str, overrides: Mapping[str, Any], keep_alive: float | None) -> ServedModel:
-        async with self._changing:
+    async def _load(self, name: str, overrides: Mapping[str, Any]) -> ServedModel:
+        async with self._command(self.get(name).name):
             old = self.get(name)
             spec = apply(old.listed, overrides)
-            model = old if spec == old.spec else self._served(old.name, spec, old.listed, overrides)
+            new = _differ(spec, old.spec, but=_LIGHT)
+            model = self._served(old.name, spec, old.listed, overrides) if new else old
             loaded = [each for each in self._models.values() if each.live_worker is not None]
             model.forgive()
             try:
-                await self._bring(model, keep_alive)
-            except LlamaserveError:
+                await self._bring(model, spec.keep_alive)
+            except BaseException:
                 await self._restore(loaded)
                 raise
-            self._models[model.name] = model
+            if new:
+                self._replace(model, old.listed)
+            else:
+                model.adopt(old.listed, spec, overrides)
             self._current = model.name
-            if model is not old:
-                model.defaults = dict(old.defaults)
-                self._retire(old)
             return model
+
+    def _replace(self, model: ServedModel, listed: ModelSpec) -> None:
+        """Let a model that has been loaded have its name. What models.yaml says of it may have changed meanwhile."""
+        old = self._models.get(model.name)
+        if old is None or old.listed != listed:
+            model.retire(old)
+            raise ModelNotFound(f"models.yaml has changed while {model.name} was loaded", param="model_name")
+        model.defaults = dict(old.defaults)
+        self._models[model.name] = model
+        old.retire(model)
+
+    def _command(self, name: str) -> asyncio.Lock:
+        return self._commands.setdefault(name, asyncio.Lock())
 
     async def _bring(self, model: ServedModel, keep_alive: float | None = None) -> None:
         """Have a model loaded."""
@@ -183,10 +198,14 @@ class ModelPool:
             use.leave()
 
     async def _restore(self, models: Sequence[ServedModel]) -> None:
-        """Load models again that had to leave in vain."""
-        for model in models:
+        """Load those of some models again that had to leave in vain, those unused longest first, so that none of them
+        has to leave for another.
+        """
+        for model in sorted(models, key=lambda each: each.last_used):
             try:
-                await self._bring(model)
+                if model.live_worker is None and not self._facilities.closing:
+                    async with model.in_use():
+                        pass
             except LlamaserveError as error:
                 logger.warning("%s could not be loaded again: %s", model.name, error.message)
 
@@ -194,22 +213,26 @@ class ModelPool:
         """Unload a model, or all for None, once what runs there is done. Without a current model, requests must name
         theirs.
         """
-        async with self._changing:
-            models = [self.get(name)] if name is not None else list(self._models.values())
-            if any(model.name == self._current for model in models):
-                self._current = None
-            await asyncio.gather(*(model.unload_when_done("requested") for model in models))
+        models = [self.get(name)] if name is not None else list(self._models.values())
+        if any(model.name == self._current for model in models):
+            self._current = None
+        await asyncio.gather(*(self._unload(model) for model in models))
+
+    async def _unload(self, model: ServedModel) -> None:
+        async with self._command(model.name):
+            await model.unload_when_done("requested")
 
     def stop_all(self) -> None:
         """End all running requests with a normal finish."""
-        for model in (*self._models.values(), *self._retired):
+        for model in self._facilities.alive:
             model.stop_all()
 
     # ---- changes of what is on offer -----------------------------------------------------------------------------
 
     async def reload(self) -> None:
         """Read models.yaml and look into the models folder again. A models.yaml with mistakes changes nothing."""
-        async with self._changing:
+        async with self._reloading:
+            self.reloads += 1
             try:
                 self.registry = await asyncio.to_thread(load_registry, self.registry.path)
                 self.registry_problem = None
@@ -222,6 +245,9 @@ class ModelPool:
             pulled = await asyncio.to_thread(self._pulled)
             changed = self._take_over(found, pulled)
             self._here = await asyncio.to_thread(self._all_here, list(self._models.values()))
+            for model in self._models.values():
+                model.retry()
+            self._spares.keep = len(self.models) > 1
             if changed:
                 logger.info("the list of models has changed: %s", ", ".join(changed))
                 self.events.publish("registry_reloaded", changed=changed)
@@ -237,7 +263,7 @@ class ModelPool:
         specs, self._aliases = self._listing(found, pulled)
         changed = sorted(self._models.keys() - specs.keys())
         for name in changed:
-            self._retire(self._models.pop(name))
+            self._models.pop(name).retire(None)
         for name, spec in specs.items():
             model = self._models.get(name)
             if model is not None and model.listed == spec:
@@ -246,10 +272,10 @@ class ModelPool:
             if model is None:
                 self._models[name] = self._served(name, spec, spec)
             elif not _differ(model.listed, spec, but=_LIGHT):
-                model.adopt(spec, apply(spec, model.overrides))
+                model.adopt(spec, apply(spec, model.overrides), model.overrides)
             else:
                 self._models[name] = self._served(name, spec, spec)
-                self._retire(model)
+                model.retire(self._models[name])
         return changed
 
     def _listing(
@@ -276,10 +302,10 @@ class ModelPool:
 
     def _look_into_folder(self) -> list[FoundModel]:
         try:
-            return scan(self.folder) if self.folder is not None else []
-        except RegistryError as error:  # it was taken away meanwhile
+            self._found = scan(self.folder) if self.folder is not None else []
+        except RegistryError as error:  # it can't be looked into just now; a disk may be missing for a moment
             logger.warning("%s", error.message)
-            return []
+        return self._found
 
     def _pulled(self) -> list[Source]:
         """Return what has been fetched without being in models.yaml: sources in models.lock."""
@@ -301,11 +327,6 @@ class ModelPool:
         base = self.registry.path.parent
         return ServedModel(name, spec, base, self._facilities, listed=listed, overrides=overrides)
 
-    def _retire(self, model: ServedModel) -> None:
-        """Let a model that is offered no longer go when it is done."""
-        self._retired.add(model)
-        self._background(model.retire()).add_done_callback(lambda _: self._retired.discard(model))
-
     # ---- the server's life ---------------------------------------------------------------------------------------
 
     def start_loading(self) -> None:
@@ -314,11 +335,9 @@ class ModelPool:
         """
         self._preloading = self._background(self._preload())
         self._begun.set()
-        self._begun.set()
 
     async def preloaded(self) -> dict[str, LlamaserveError]:
         """Wait until the models that were named at the start are loaded, and return why some are not."""
-        await self._begun.wait()
         await self._begun.wait()
         assert self._preloading is not None
         await asyncio.shield(self._preloading)
@@ -336,14 +355,15 @@ class ModelPool:
         self._spares.keep = len(self.models) > 1
 
     async def aclose(self) -> None:
-        """End all processes."""
-        if self._preloading is not None:
-            self._preloading.cancel()
+        """End all processes; what was evaluated is saved."""
+        self._facilities.closing = True
+        for task in self._tasks:
+            task.cancel()
         self.stop_all()
-        models = (*self._models.values(), *self._retired)
-        await asyncio.gather(*(model.unload("shutdown") for model in models))
-        await self._spares.aclose()
+        while self._facilities.alive:
+            await asyncio.gather(*(model.unload("shutdown") for model in list(self._facilities.alive)))
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._spares.aclose()
 
     def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run work that nobody may cancel, until the pool ends."""

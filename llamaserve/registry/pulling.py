@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from llamaserve import errors
 from llamaserve.registry import hub
-from llamaserve.registry.cache import checksum
-from llamaserve.registry.fetching import fetch
+from llamaserve.registry.cache import carry_on, checksum
+from llamaserve.registry.fetching import fetch, while_checked
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile, pinned
 from llamaserve.registry.sources import FileSource, HubSource, Progress, Source, parse_source
@@ -66,15 +67,16 @@ def _pull(
     path = fetch(wanted, sha256, progress, newest=update)
     if isinstance(source, HubSource) and wanted != source:
         hub.choose(source, path)
+    meanwhile = while_checked(path, progress)
     if entry is not None:
-        for problem in differences(entry, path):
+        for problem in differences(entry, path, meanwhile=meanwhile):
             raise errors.ChecksumMismatch(
                 problem,
                 hint="Delete the file and fetch it again (llamaserve rm, llamaserve pull), or accept what is here: "
                 "llamaserve pull --update",
             )
     elif record_files or not isinstance(source, FileSource):
-        _note(lock, text, describe(source, path))
+        _note(lock, text, describe(source, path, meanwhile))
     return path
 
 
@@ -86,12 +88,17 @@ def _note(lock: LockFile, text: str, entry: LockEntry) -> None:
         log.warning("%s", error.message)
 
 
-def describe(source: Source, path: Path) -> LockEntry:
-    """Return the entry for a source whose (first) file lies here. Reads the files, unless their sums are known."""
+def describe(source: Source, path: Path, meanwhile: Callable[[], None] = carry_on) -> LockEntry:
+    """Return the entry for a source whose (first) file lies here. Reads the files, unless their sums are known;
+    ``meanwhile`` may raise to give that up.
+    """
     parts = part_paths(path)
     places = [hub.origin(part) for part in parts] if isinstance(source, HubSource) else []
     names = [place.file or "" for place in places if place] or [part.name for part in parts]
-    files = [LockedFile(name, part.stat().st_size, checksum(part)) for name, part in zip(names, parts, strict=True)]
+    files = [
+        LockedFile(name, part.stat().st_size, checksum(part, meanwhile=meanwhile))
+        for name, part in zip(names, parts, strict=True)
+    ]
     today = datetime.now(UTC).date().isoformat()
     revision = places[0].revision if places and places[0] else None
     return LockEntry(tuple(files), revision, template_sum(path), today)
@@ -108,9 +115,11 @@ def hash_of_template(header: GGUFHeader) -> str | None:
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
-def differences(entry: LockEntry, path: Path, *, anew: bool = False) -> list[str]:
+def differences(
+    entry: LockEntry, path: Path, *, anew: bool = False, meanwhile: Callable[[], None] = carry_on
+) -> list[str]:
     """Return in words what is different between an entry and the files that are here. Unless they are to be read
-    ``anew``, a remembered sum of an unchanged file is enough.
+    ``anew``, a remembered sum of an unchanged file is enough. ``meanwhile`` may raise to give up.
     """
     parts = part_paths(path)
     if len(parts) != len(entry.files):
@@ -120,6 +129,6 @@ def differences(entry: LockEntry, path: Path, *, anew: bool = False) -> list[str
         size = part.stat().st_size
         if size != file.size:
             found.append(f"{part} has {size} bytes, and models.lock says {file.size}")
-        elif (actual := checksum(part, anew=anew)) != file.sha256:
+        elif (actual := checksum(part, anew=anew, meanwhile=meanwhile)) != file.sha256:
             found.append(f"{part} has the SHA-256 {actual}, and models.lock says {file.sha256}")
     return found

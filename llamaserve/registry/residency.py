@@ -37,7 +37,7 @@ class Occupant(Protocol):
         """When it was last used, on any clock."""
 
     async def vacate(self) -> None:
-        """Give all memory back."""
+        """Give all memory back, and say so with ``left``."""
 
     async def limit_spill(self, size: int) -> None:
         """Keep at most so many bytes of prefixes in main memory."""
@@ -65,6 +65,7 @@ class Residency:
         self._queue: list[Occupant] = []
         self._draining: set[Occupant] = set()
         self._change = asyncio.Event()
+        self._returning: asyncio.Task[None] | None = None
 
     @property
     def claimed(self) -> Footprint:
@@ -116,6 +117,7 @@ class Residency:
         """
         self._queue.append(occupant)
         try:
+            await asyncio.sleep(0)
             while self._queue[0] is not occupant:
                 await self._change.wait()
         finally:
@@ -128,19 +130,22 @@ class Residency:
         if claim is None:
             return
         claim.need = need
-        for victim in [occupant, *self._idle(but=occupant)]:
-            if self._sum().fits(self.budget):
-                return
-            if victim is occupant:
-                await self._shrink_spills(Footprint())
-            else:
-                await self._evict(victim)
+        await self._shrink_spills(Footprint())
+        while not self._sum().fits(self.budget) and (idle := self._idle(but=occupant)):
+            await self._evict(idle[0])
+
+    def spill_of(self, occupant: Occupant) -> int:
+        """Return how many bytes of spill a model may have now."""
+        claim = self._claims.get(occupant)
+        return claim.spill if claim else 0
 
     def left(self, occupant: Occupant) -> None:
         """Take note that a model takes no memory any more."""
         if self._claims.pop(occupant, None) is not None:
             self._draining.discard(occupant)
             self.wake()
+            if self._returning is None or self._returning.done():
+                self._returning = asyncio.create_task(self.return_spill())
 
     def wake(self) -> None:
         """Have those in the queue look again, because a model is not used any more."""
@@ -148,7 +153,10 @@ class Residency:
         self._change = asyncio.Event()
 
     async def return_spill(self) -> None:
-        """Let models in memory have the spill that others have left room for, those used last first."""
+        """Let models in memory have the spill that others have left room for, those used last first. What waits in the
+        queue comes before that.
+        """
+        await asyncio.sleep(0)
         for occupant in sorted(self._claims, key=lambda each: -each.last_used):
             claim = self._claims.get(occupant)
             if claim is None or self._queue:
@@ -197,8 +205,9 @@ class Residency:
         self._draining.add(victim)  # for those who ask for it meanwhile
         try:
             await victim.vacate()
-        finally:
-            self.left(victim)
+        except BaseException:
+            self._draining.discard(victim)
+            raise
 
     async def _shrink_spills(self, need: Footprint) -> None:
         """Take spill from models in memory until there is room, from those unused longest first."""

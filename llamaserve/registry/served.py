@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,38 @@ def _stamp(header: GGUFHeader) -> _Stamp:
     return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in status)
 
 
-@dataclass(frozen=True)
 class Facilities:
-    """What all models of a server share. ``devices`` is the number of GPUs, known once ``ready`` has been awaited."""
+    """What all models of a server share. ``devices`` is the number of GPUs, known once ``ready`` has been awaited.
+    ``alive`` are the models that are in memory, or on their way in or out.
+    """
 
-    residency: Residency
-    events: ModelEvents = field(default_factory=ModelEvents)
-    spares: Spares | None = None
-    saved: SavedPrefixes | None = None
-    ready: Callable[[], Awaitable[int]] | None = None
+    def __init__(
+        self,
+        residency: Residency,
+        events: ModelEvents,
+        spares: Spares | None = None,
+        saved: SavedPrefixes | None = None,
+        ready: Callable[[], Awaitable[int]] | None = None,
+    ) -> None:
+        self.residency = residency
+        self.events = events
+        self.spares = spares
+        self.saved = saved
+        self.alive: set[ServedModel] = set()
+        self.closing = False
+        self._ready = ready
 
     async def devices(self) -> int:
         """Return the number of GPUs; from then on the budget is known."""
-        return await self.ready() if self.ready else 0
+        return await self._ready() if self._ready else 0
+
+
+class _Replaced(Exception):
+    """Another model has taken this one's name, and this one is not in memory any more."""
+
+    def __init__(self, successor: ServedModel) -> None:
+        super().__init__()
+        self.successor = successor
 
 
 class Use:
@@ -75,11 +94,18 @@ class Use:
         self._worker: WorkerProcess | None = None
 
     async def worker(self) -> WorkerProcess:
-        """Return the process that runs the model, loading it first if need be; the same one each time."""
-        if self._model is None:
-            raise Unavailable("the request is over")
-        if self._worker is None:
-            self._worker = await self._model.attach()
+        """Return the process that runs the model, loading it first if need be; the same one each time. If the model is
+        replaced while it waits, that is the process of the one that has its name now.
+        """
+        while self._worker is None:
+            if self._model is None:
+                raise Unavailable("the request is over")
+            try:
+                self._worker = await self._model.attach()
+            except _Replaced as replaced:
+                self._model.detach(attached=False)
+                self._model = replaced.successor
+                self._model.hold()
         return self._worker
 
     def leave(self) -> None:
@@ -127,10 +153,11 @@ class ServedModel:
         self._active = 0  # uses with one
         self._leaving: asyncio.Task[None] | None = None
         self._departure: str | None = None  # why it leaves once what runs is done; nothing new begins until then
-        self._farewell: str | None = None  # why it leaves once nobody uses it or waits for it
         self._gone = asyncio.Event()  # cleared while it leaves, or is about to
         self._gone.set()
-        self._settled = True  # whether what the last load took is taken note of
+        self._successor: ServedModel | None = None  # that has taken its name
+        self._retired = False  # whether it is offered no longer, and leaves for good once nobody uses it
+        self._settling: asyncio.Task[None] | None = None  # what is done between the end of a load and the first use
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
@@ -138,16 +165,17 @@ class ServedModel:
     def header(self) -> GGUFHeader:
         """What the GGUF file says of itself; read once it is needed. Raises ``ModelError``."""
         if self._header is None:
-            self._header = read_header(self.file())
+            self._header = read_header(self._located(self.spec.sha256))
         return self._header
 
     @property
     def known_header(self) -> GGUFHeader | None:
         """The header, or None when the file is missing or bad."""
-        if self._header is None and time.monotonic() < self._unreadable_until:
-            return None
+        if self._header is not None or time.monotonic() < self._unreadable_until:
+            return self._header
         try:
-            return self.header
+            self._header = read_header(self._located())
+            return self._header
         except ModelError as error:
             logger.info("%s: %s", self.name, error.message)
             self._unreadable_until = time.monotonic() + _FAILURE_KEPT
@@ -190,9 +218,13 @@ class ServedModel:
         """Whether it has been loaded and may be unloaded: nobody uses it."""
         return self.live_worker is not None and not self.busy
 
-    def file(self) -> Path:
-        """Return its file, checked against its sum if it has one. Raises ``ModelFileMissing``."""
-        path = locate(parse_source(self.spec.source, self.base), self.spec.sha256)
+    async def read(self) -> GGUFHeader:
+        """Return the header, read in a thread if it is not known yet. Raises ``ModelError``."""
+        return self._header if self._header is not None else await asyncio.to_thread(lambda: self.header)
+
+    def _located(self, sha256: str | None = None) -> Path:
+        """Return its file, checked against a sum if there is one. Raises ``ModelFileMissing``."""
+        path = locate(parse_source(self.spec.source, self.base), sha256)
         if path is None:
             raise ModelFileMissing(
                 f"the weights of {self.name} are not on this machine", hint=f"llamaserve pull {self.name}"
@@ -224,30 +256,36 @@ class ServedModel:
     def use(self, keep_alive: float | None = None) -> Use:
         """Take hold of it for a request, which may say how many seconds it is kept after that (-1: for ever)."""
         self._keep_alive = self.spec.keep_alive if keep_alive is None else keep_alive
-        return self._hold()
+        self.hold()
+        return Use(self)
 
-    def _hold(self) -> Use:
+    def hold(self) -> None:
+        """Begin a ``Use``."""
         self._cancel_timer()
         self._waiting += 1
-        return Use(self)
 
     @contextlib.asynccontextmanager
     async def in_use(self) -> AsyncIterator[WorkerProcess]:
         """Have its process for a moment, within a ``with`` block, loading it first if need be. How long it is kept is
         for requests to say.
         """
-        use = self._hold()
+        self.hold()
+        use = Use(self)
         try:
             yield await use.worker()
         finally:
             use.leave()
 
     async def attach(self) -> WorkerProcess:
-        """Return its process to a ``Use``, loading it first if need be."""
+        """Return its process to a ``Use``, loading it first if need be. Raises ``_Replaced``."""
         while True:
+            if self._facilities.closing:
+                raise Unavailable("the server is being shut down")
             if self._leaving is not None or self._departure is not None:
                 await self._gone.wait()
             elif self.live_worker is None:
+                if self._successor is not None and not self._arriving:
+                    raise _Replaced(self._successor)
                 worker = await self._arrive()
                 break
             elif self._facilities.residency.admits(self):
@@ -263,7 +301,8 @@ class ServedModel:
         self._arriving += 1
         try:
             worker = await self._supervisor.worker()
-            await self._settle()
+            if self._settling is not None:
+                await asyncio.shield(self._settling)
             return worker
         finally:
             self._arriving -= 1
@@ -278,7 +317,7 @@ class ServedModel:
         self._facilities.residency.wake()
         if self._departure is not None and not self._active and not self._arriving:
             self._begin_to_leave(self._departure)
-        if not self._active and not self._waiting:
+        if self._unused:
             self._rest()
 
     def stop_all(self) -> None:
@@ -290,9 +329,9 @@ class ServedModel:
         them does not fit the model.
         """
         checked = await asyncio.to_thread(self._checked, adapters)
-        if (worker := self.live_worker) is not None:
+        if (worker := self.live_worker) is not None and self._leaving is None:
             await worker.set_adapters(list(checked))
-        self._adapters = checked
+        self._adapters = checked  # a load under way takes note of them at its end
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
@@ -300,6 +339,10 @@ class ServedModel:
     def busy(self) -> bool:
         """Whether somebody uses it, or it is being loaded for somebody."""
         return self._active > 0 or self._arriving > 0 or self._supervisor.status is Status.LOADING
+
+    @property
+    def _unused(self) -> bool:
+        return not self._active and not self._waiting
 
     @property
     def wanted(self) -> bool:
@@ -331,14 +374,13 @@ class ServedModel:
         self._gone.clear()
         await self._gone.wait()
 
-    async def retire(self) -> None:
-        """Leave memory as soon as nobody uses it any more or waits for it, since another has taken its name."""
-        if not self._active and not self._waiting:
-            await self.unload("replaced")
-            return
-        self._farewell = "replaced"
-        self._gone.clear()
-        await self._gone.wait()
+    def retire(self, successor: ServedModel | None) -> None:
+        """Leave memory for good as soon as nobody uses it, since another has taken its name, or it is not offered any
+        more. Those that wait for it without need go over to the successor.
+        """
+        self._retired, self._successor = True, successor
+        if self._unused:
+            self._begin_to_leave("replaced")
 
     async def limit_spill(self, size: int) -> None:
         """Keep at most so many bytes of prefixes in main memory."""
@@ -346,14 +388,22 @@ class ServedModel:
             with contextlib.suppress(LlamaserveError):  # it has just ended
                 await worker.limit_spill(size)
 
-    def adopt(self, listed: ModelSpec, spec: ModelSpec) -> None:
+    def adopt(self, listed: ModelSpec, spec: ModelSpec, overrides: Mapping[str, Any]) -> None:
         """Take settings that differ in what matters to requests only, not to how it is loaded."""
-        self.listed, self.spec = listed, spec
+        if self._keep_alive == self.spec.keep_alive:  # no request has said otherwise
+            self._keep_alive = spec.keep_alive
+        self.listed, self.spec, self.overrides = listed, spec, dict(overrides)
         self.admission.limit(spec.parallel, spec.queue)
+        if self.sparable and self._unused:
+            self._rest()
 
     def forgive(self) -> None:
         """Forget crashes and failures, because somebody wants it tried again now."""
         self._supervisor.forgive()
+
+    def retry(self) -> None:
+        """Forget that a load has failed, because its reason may be gone."""
+        self._supervisor.retry()
 
     def loading(self, fraction: float) -> None:
         """See ``Listener``."""
@@ -361,42 +411,54 @@ class ServedModel:
 
     def loaded(self, worker: WorkerProcess, seconds: float) -> None:
         """See ``Listener``."""
-        assert self.plan is not None
-        assert self._header is not None
         self.measured = worker.memory
-        record(self._header, self.plan.params, self.plan.estimate.total, worker.memory)
         where = {"gpu": worker.gpu, "pid": worker.pid, "seconds": round(seconds, 3)}
         self._facilities.events.publish("loaded", self.name, **where)
         self.last_used = time.monotonic()
-        self._settled = False
-        if not self.wanted:  # those who wanted it have given up
-            self._facilities.residency.wake()
-            self._rest()
+        self._settling = asyncio.create_task(self._settle(worker))
 
     def failed(self, error: LlamaserveError) -> None:
         """See ``Listener``."""
-        self._facilities.residency.left(self)
+        self._forget()
         self._facilities.events.publish("load_failed", self.name, **error.body())
 
     def crashed(self, error: LlamaserveError, *, quarantined: bool) -> None:
         """See ``Listener``."""
-        self._facilities.residency.left(self)
+        self._forget()
         self._facilities.events.publish("crashed", self.name, quarantined=quarantined, **error.body())
 
-    async def _settle(self) -> None:
-        """Have others make room when the last load has taken more than was planned."""
-        if self._settled or self.plan is None or self.measured is None:
-            return
-        self._settled = True
-        taken, planned = self.measured + PROCESS + Footprint(self.plan.params.spill or 0), self.plan.need
-        need = Footprint(max(taken.host, planned.host), max(taken.device, planned.device))
-        await self._facilities.residency.settle(self, need)
+    def _forget(self) -> None:
+        """Take note that it takes no memory."""
+        self._facilities.alive.discard(self)
+        self._facilities.residency.left(self)
+
+    async def _settle(self, worker: WorkerProcess) -> None:
+        """Do what a finished load leaves to do: take note of what it took, have others make room if that is more than
+        was planned, and tell the child what has changed meanwhile.
+        """
+        plan, header, residency = self.plan, self._header, self._facilities.residency
+        assert plan is not None
+        assert header is not None
+        try:
+            await asyncio.to_thread(record, header, plan.params, plan.estimate.total, worker.memory)
+            taken = worker.memory + plan.fixed
+            need = Footprint(max(taken.host, plan.need.host), max(taken.device, plan.need.device))
+            await residency.settle(self, need)
+            if plan.params.spill != plan.fixed.host - PROCESS.host + residency.spill_of(self):
+                await self.limit_spill(residency.spill_of(self))
+            if self._adapters is not None and self._adapters != plan.params.adapters:
+                await worker.set_adapters(list(self._adapters))
+        except LlamaserveError as error:  # it has ended just now, which others notice
+            logger.warning("%s: %s", self.name, error.message)
+        if self._unused:  # those who wanted it have given up
+            residency.wake()
+            self._rest()
 
     def _rest(self) -> None:
         """Leave now or later, since nobody uses it."""
         self._cancel_timer()
-        if self._farewell is not None:
-            self._begin_to_leave(self._farewell)
+        if self._retired:
+            self._begin_to_leave("replaced")
         elif self._keep_alive == 0:
             self._begin_to_leave("idle")
         elif self._keep_alive > 0:
@@ -420,19 +482,20 @@ class ServedModel:
 
     async def _leave(self, reason: str) -> None:
         worker = self.live_worker
+        here = self._supervisor.status in (Status.LOADED, Status.LOADING)
         try:
             if worker is not None:
                 self._facilities.events.publish("unloading", self.name, reason=reason)
                 await self._save(worker)
             await self._supervisor.aclose()
         finally:
-            self._leaving = self._departure = self._farewell = None
-            self._facilities.residency.left(self)
+            if here:
+                logger.info("%s is unloaded (%s)", self.name, reason)
+                self._facilities.events.publish("unloaded", self.name, reason=reason)
+            self._leaving = self._departure = None
+            self._keep_alive = self.spec.keep_alive
+            self._forget()
             self._gone.set()
-        await self._facilities.residency.return_spill()
-        if worker is not None:
-            logger.info("%s is unloaded (%s)", self.name, reason)
-            self._facilities.events.publish("unloaded", self.name, reason=reason)
 
     async def _save(self, worker: WorkerProcess) -> None:
         saved, plan = self._facilities.saved, self.plan
@@ -450,6 +513,7 @@ class ServedModel:
     async def _prepare(self) -> LoadParams:
         """Check the file anew, since it may have changed since the last load, and wait for room."""
         facilities = self._facilities
+        facilities.alive.add(self)
         devices = await facilities.devices()
         facilities.events.publish("loading", self.name)
         self.plan = plan = await asyncio.to_thread(self._plan, facilities.residency.budget, devices)
@@ -459,7 +523,7 @@ class ServedModel:
             params = msgspec.structs.replace(params, spill=spill)
         if facilities.saved is not None and params.prefix_cache:
             params = await asyncio.to_thread(self._with_saved_prefixes, facilities.saved, params)
-        self.plan = LoadPlan(params, plan.estimate, plan.need, plan.spill)
+        self.plan = replace(plan, params=params)
         return params
 
     def _with_saved_prefixes(self, saved: SavedPrefixes, params: LoadParams) -> LoadParams:
@@ -486,7 +550,7 @@ class ServedModel:
         """Return the header of a file that llama.cpp may see. One that has not changed since it was looked at is not
         looked at again, which takes a tenth of a second.
         """
-        path = self.file()
+        path = self._located(self.spec.sha256)
         if self._header is None or self._header.path != path or _stamp(self._header) != self._loadable:
             self._header = header = read_header(path)
             before = _stamp(header)

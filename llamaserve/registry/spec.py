@@ -85,6 +85,12 @@ def parse_duration(value: object) -> object:
     return -1.0 if seconds < 0 else seconds
 
 
+def _truth_or_auto(value: object) -> object:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"should be auto, true or false, not {_shown(value)}")
+
+
 def _on_off(value: object) -> object:
     """YAML 1.1 reads a bare ``on`` or ``off`` as a truth value."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -125,7 +131,7 @@ class RunOptions(BaseModel):
     keep_alive: Annotated[float, BeforeValidator(parse_duration)] = 900.0
     micro_batch: Annotated[int, Field(strict=True, ge=32, le=1 << 20)] | None = None
     batch_threads: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
-    mmap: Annotated[bool, Field(strict=True)] = True
+    mmap: Annotated[bool | Literal["auto"], BeforeValidator(_truth_or_auto)] = "auto"
     mlock: Annotated[bool, Field(strict=True)] = False
     numa: Annotated[NumaStrategy, BeforeValidator(_on_off)] = "off"
     gpu_cache: Annotated[bool, Field(strict=True)] = True

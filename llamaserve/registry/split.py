@@ -44,7 +44,7 @@ def part_names(name: str) -> tuple[str, ...]:
 
 def part_paths(path: Path) -> tuple[Path, ...]:
     """Return all files of the model with this first part, which lie in one folder."""
-    return tuple(path.with_name(name) for name in part_names(path.name))
+    return tuple(path.with_name(name) for name in part_names(path.name)) if path.name else (path,)
 
 
 def stem(name: str) -> str:

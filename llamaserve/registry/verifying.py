@@ -5,6 +5,7 @@ Nothing is fetched, changed or loaded. This module knows files and promises, and
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,21 +55,22 @@ def _file_findings(name: str, source: Source, sha256: str | None, entry: LockEnt
         for part, actual in sums.items():
             promised = hub.promised_sum(part)
             if promised is not None and promised != actual:
-                yield Finding(name, f"{part} has the SHA-256 {actual}, and the hub promised {promised}", again)
+                problem = f"{part} has the SHA-256 {actual}, and the hub promised {promised}"
+                yield Finding(name, problem + _caution(source), again)
         if entry is not None:
             for problem in differences(entry, path):
-                yield Finding(name, problem, again)
+                yield Finding(name, problem + _caution(source), again)
         check_sum(path, sha256)
         if entry is not None and (template := template_sum(path)) != entry.template:
             shown = template or "none", entry.template or "none"
             problem = "{} has the chat template {}, and models.lock says {}".format(path, *shown)
-            yield Finding(name, problem, f"llamaserve pull {name} --update")
+            yield Finding(name, problem, _command("llamaserve", "pull", name, "--update"))
     except errors.ChecksumMismatch as error:
-        yield Finding(name, error.message, again)
+        yield Finding(name, error.message + _caution(source), again)
     except errors.LlamaserveError as error:
-        yield Finding(name, error.message, error.hint or again)
+        yield _finding(name, source, error)
     except OSError as error:
-        yield Finding(name, f"{path} cannot be read: {error.strerror or error}", f"chmod u+r '{path}'")
+        yield Finding(name, f"{path} cannot be read: {error.strerror or error}", _command("chmod", "u+r", path))
 
 
 def _model_findings(name: str, path: Path, source: Source) -> Iterator[Finding]:
@@ -77,7 +79,7 @@ def _model_findings(name: str, path: Path, source: Source) -> Iterator[Finding]:
     try:
         check_loadable(read_header(path))
     except errors.LlamaserveError as error:
-        yield Finding(name, error.message, error.hint or _fetch_again(name, source))
+        yield _finding(name, source, error)
 
 
 def _absent(name: str, source: Source) -> Finding:
@@ -85,12 +87,30 @@ def _absent(name: str, source: Source) -> Finding:
         try:
             fetch(source)
         except errors.ModelFileMissing as error:
-            return Finding(name, error.message, error.hint or f"llamaserve show {name}")
-    return Finding(name, "it is not on this machine", f"llamaserve pull {name}")
+            return Finding(name, error.message, error.hint or _command("llamaserve", "show", name))
+    return Finding(name, "it is not on this machine", _command("llamaserve", "pull", name))
+
+
+def _finding(name: str, source: Source, error: errors.LlamaserveError) -> Finding:
+    if error.hint:
+        return Finding(name, error.message, error.hint)
+    return Finding(name, error.message + _caution(source), _fetch_again(name, source))
+
+
+def _caution(source: Source) -> str:
+    """Return what to know before files are replaced."""
+    if isinstance(source, FileSource):
+        return ""
+    return " (the command deletes the files before it fetches them again: use it where they can be reached)"
 
 
 def _fetch_again(name: str, source: Source) -> str:
     """Return the command that replaces the files; for a user's own, the one that accepts them as they are."""
     if isinstance(source, FileSource):
-        return f"llamaserve pull {name} --update"
-    return f"llamaserve rm --yes {name} && llamaserve pull {name}"
+        return _command("llamaserve", "pull", name, "--update")
+    return f"{_command('llamaserve', 'rm', '--yes', name)} && {_command('llamaserve', 'pull', name)}"
+
+
+def _command(*words: str | Path) -> str:
+    """Return a command with its words quoted for a shell."""
+    return shlex.join(str(word) for word in words)

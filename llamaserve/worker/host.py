@@ -1,8 +1,9 @@
 """The child process: says that it is up, loads one model, takes commands from the API process and reports events back.
 
 The main thread owns llama.cpp's context and runs the engine. A second thread reads commands. A third does whatever only
-needs the vocabulary (tokenising, checking a prompt), without waiting for a step, and without holding up a cancel. The
-process ends when the socket closes, so it never outlives the API process. Knows nothing of HTTP.
+needs the vocabulary (tokenising, checking a prompt) or the files of adapters, without waiting for a step, and without
+holding up a cancel. The process ends when the socket closes, so it never outlives the API process. Knows nothing of
+HTTP.
 
 Run as ``python -m llamaserve.worker.host FD`` with a connected socket at that file descriptor.
 """
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from llamaserve.engine.adapters import FileDigest
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
 from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
@@ -61,9 +63,10 @@ _FRAME = 0.012
 # process. This is address space, not memory, and enough for ``MAX_TEXT``.
 _VOCABULARY_STACK = 512 << 20
 
-# What reaches the engine's thread: a request whose prompts are encoded and whether it was stopped meanwhile, or a
-# command about requests.
-_Job = tuple[Generate, list[list[int]], bool] | Cancel | Stop | SetAdapters | LimitSpill | SavePrefixes
+# What reaches the engine's thread: a request whose prompts are encoded and whether it was stopped meanwhile, adapters
+# whose files were read, or a command about requests.
+_Digests = dict[str, FileDigest]
+_Job = tuple[Generate, list[list[int]], bool] | tuple[SetAdapters, _Digests] | Cancel | Stop | LimitSpill | SavePrefixes
 _VocabularyJob = Generate | Tokenize | Detokenize | SetAdapters
 
 
@@ -149,8 +152,8 @@ class Host:
                 engine.cancel(request)
             case Stop(target):
                 return list(engine.stop(target))
-            case SetAdapters(request, adapters):
-                engine.set_adapters(adapters)
+            case (SetAdapters(request, adapters), digests):
+                engine.set_adapters(adapters, digests)
                 return [Done(request)]
             case LimitSpill(request, size):
                 engine.limit_spill(size)
@@ -206,8 +209,8 @@ class Host:
                 self._send([Tokens(request, tokens)])
             case Detokenize(request, tokens, special):
                 self._send([Text(request, engine.detokenize(tokens, special=special))])
-            case SetAdapters():
-                self._jobs.put(job)  # behind the requests that came before it and may still have been encoded
+            case SetAdapters(_, adapters):  # behind the requests that came before it and may still have been encoded
+                self._jobs.put((job, engine.read_adapters(adapters)))
 
     def _start(self, engine: Engine, command: Generate, whole: list[list[int]]) -> None:
         """Hand an encoded request to the engine, with what came for it meanwhile."""

@@ -59,13 +59,27 @@ class _Inbox:
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._finished = 0
+        self._over: tuple[int, Callable[[], None]] | None = None
         self.progress: Progress | None = None  # the latest, which wakes nobody
 
     def put(self, event: Event) -> None:
         """Add an event and wake the taker."""
         self._events.append(event)
+        self._finished += isinstance(event, Finished)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        self._look_whether_over()
+
+    def when_over(self, sequences: int, call: Callable[[], None]) -> None:
+        """Make a call once so many sequences have finished or the request has failed, taken or not."""
+        self._over = (sequences, call)
+        self._look_whether_over()
+
+    def _look_whether_over(self) -> None:
+        if self._over is not None and (self._finished >= self._over[0] or self.failed):
+            (_, call), self._over = self._over, None
+            call()
 
     @property
     def failed(self) -> bool:
@@ -91,7 +105,7 @@ class GenerationStream:
     def __init__(self, worker: WorkerProcess, prompts: list[Prompt], generation: Generation) -> None:
         self._worker = worker
         self._request = worker.next_request()
-        self._open = len(prompts) * generation.choices
+        self._sequences = self._open = len(prompts) * generation.choices
         frame = encode_command(Generate(self._request, prompts, generation))
         self._inbox = worker.open_request(self._request, frame)
 
@@ -125,6 +139,10 @@ class GenerationStream:
         while events := await self.arrived():
             for event in events:
                 yield event
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Make a call once there is nothing more to come, even if what has come is not taken yet."""
+        self._inbox.when_over(self._sequences, call)
 
     def stop(self) -> None:
         """End the request with a normal finish and the text so far."""
@@ -221,6 +239,11 @@ class WorkerProcess:
         if self._dispatcher is not None:
             await asyncio.shield(self._dispatcher)
 
+    @property
+    def _is_gone(self) -> bool:
+        """Whether nothing can be sent any more: it has ended, or has been told to."""
+        return self._closing or self.ended.is_set()
+
     # What follows is for GenerationStream.
 
     def next_request(self) -> int:
@@ -229,7 +252,7 @@ class WorkerProcess:
 
     def open_request(self, request: int, frame: bytes) -> _Inbox:
         """Send a request's command, and return the place to which its events come."""
-        if self.ended.is_set():
+        if self._is_gone:
             raise self.crash()
         self._child.write(frame)
         inbox = self._requests[request] = _Inbox()
@@ -241,7 +264,7 @@ class WorkerProcess:
 
     def send_soon(self, command: Command) -> None:
         """Queue a command; one to a child that has ended is dropped, since its requests fail anyway."""
-        if not self.ended.is_set():
+        if not self._is_gone:
             self._child.write(encode_command(command))
 
     async def _ask(self, command: Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes) -> Event:

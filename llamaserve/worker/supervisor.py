@@ -138,6 +138,10 @@ class Supervisor:
         self._crashes.clear()
         self._failure = None
 
+    def retry(self) -> None:
+        """Forget that a load has failed, because its reason may be gone."""
+        self._failure = None
+
     async def aclose(self) -> None:
         """End the child, whatever it is doing; the model can be loaded again after that."""
         if self._loading:
@@ -192,7 +196,8 @@ class Supervisor:
             raise
         except Exception:
             if self._listener:
-                self._listener.failed(LlamaserveError(f"the server failed to load {self._name}; its log has the details"))
+                message = f"the server failed to load {self._name}; its log has the details"
+                self._listener.failed(LlamaserveError(message))
             raise
         finally:
             self._loading = None

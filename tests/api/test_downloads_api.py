@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +75,7 @@ def test_a_model_is_fetched_and_then_answers(server: RunningServer, hub: Hub, tm
         assert (download["model_name"], download["source"], download["state"]) == (HUBBED, "hf:o/r:Q4_1", "running")
         assert fetch(server, HUBBED)["id"] == download["id"]  # whoever asks for it, it is fetched once
         size = len(hub.files["starter-Q4_1.gguf"])
-        wait_until(lambda: (where(server, download["id"])["percent"] or 0) > 30)
+        wait_until(lambda: where(server, download["id"])["total"] == size)
         with Listener(server) as late:
             assert [each["id"] for each in late.events[0]["data"]["downloads"]] == [download["id"]]
         hub.gate.set()
@@ -93,13 +97,15 @@ def test_a_reference_to_the_hub_is_fetched(server: RunningServer) -> None:
     download = fetch(server, "hf:o/r:F32")
     wait_until(lambda: where(server, download["id"])["state"] == "done", 30)
     assert where(server, download["id"])["file"] == "tiny-F32.gguf"
+    wait_until(lambda: download["model_name"] in names(server))
 
 
 def test_a_download_is_given_up(server: RunningServer, hub: Hub) -> None:
     hub.gate = threading.Event()
     with Listener(server) as listener:
         download = fetch(server, HUBBED)
-        wait_until(lambda: (where(server, download["id"])["percent"] or 0) > 30)
+        size = len(hub.files["starter-Q4_1.gguf"])
+        wait_until(lambda: where(server, download["id"])["total"] == size)
         assert_error(server.post(DELETE, {"model_name": HUBBED}), 400, None, "model_name")
         assert server.post(CANCEL, {"id": download["id"]}).status_code == 200
         hub.gate.set()
@@ -155,6 +161,88 @@ def test_a_fetched_model_is_deleted_and_unloaded(server: RunningServer) -> None:
     assert (loaded(server), HUBBED in names(server)) == ([], False)
     assert_error(server.post(COMPLETIONS, {**TINY, "model": HUBBED}), 404, "model_not_found", "model")
     assert_error(server.post(DELETE, {"model_name": HUBBED}), 404, "model_not_found", "model_name")
+
+
+def fetched(server: RunningServer, reference: str) -> None:
+    """Fetch a model, and wait until it is offered."""
+    before = names(server)
+    download = fetch(server, reference)
+    wait_until(lambda: where(server, download["id"])["state"] == "done" and names(server) != before, 30)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_model_that_only_the_hub_lists_is_deleted_by_its_name_and_by_its_source(
+    server: RunningServer, hub: Hub, by_name: bool
+) -> None:
+    before = names(server)
+    hub.files["other-Q8_0.gguf"] = hub.files["starter-Q4_1.gguf"] + b"."
+    fetched(server, "hf:o/r:Q8_0")
+    (name,) = {*names(server)} - {*before}
+    assert server.post(LOAD, {"model_name": name}).json() == "OK"
+    answer = server.post(DELETE, {"model": name if by_name else "hf:o/r:Q8_0"}).json()
+    assert answer["files"] == ["other-Q8_0.gguf"]
+    assert (loaded(server), names(server)) == ([], before)
+    assert_error(server.post(DELETE, {"model": name}), 400, None, "model")
+    assert_error(server.post(DELETE, {"model": "hf:o/r:Q8_0"}), 404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize("deleted", ["one", "two", "three"])
+def test_all_models_that_lie_in_a_file_are_unloaded_before_it_is_deleted(
+    hub: Hub, starter_model: Path, tmp_path: Path, deleted: str
+) -> None:
+    (tmp_path / "mine.gguf").write_bytes(starter_model.read_bytes())
+    models: dict[str, Path | str] = {
+        "one": "source: 'hf:o/r:Q4_1'",
+        "two": "source: 'hf:o/r:Q4_1', context: 512",
+        "three": "source: 'hf:o/r/starter-Q4_1.gguf'",
+        MINE: tmp_path / "mine.gguf",
+    }
+    path = write_registry(tmp_path / "models.yaml", models, SMALL)
+    with RunningServer("serve", "--models-file", str(path), environment=settings_for(hub, tmp_path)) as server:
+        fetched(server, "one")
+        for name in models:
+            assert server.post(LOAD, {"model_name": name}).json() == "OK"
+        assert set(loaded(server)) == {*models}
+        assert_error(server.post(DELETE, {"model_name": MINE}), 400, None, "model_name")
+        assert set(loaded(server)) == {*models}
+        assert server.post(DELETE, {"model_name": deleted}).status_code == 200
+        assert (loaded(server), names(server)) == ([MINE], [MINE])
+
+
+@pytest.mark.parametrize("path", [DOWNLOAD, DELETE])
+def test_fields_that_are_not_known_are_refused(server: RunningServer, hub: Hub, path: str) -> None:
+    for field, value in (("modle", HUBBED), ("updaet", True), ("model", MINE)):
+        assert_error(server.post(path, {"model_name": HUBBED, field: value}), 400, None, field)
+    assert_error(server.post(path, {"model": "nope"}), 400, None, "model")
+    assert_error(server.post(CANCEL, {"id": "download-1", "model": HUBBED}), 400, None, "model")
+    assert (server.get(DOWNLOADS), hub.asked) == ({"downloads": []}, [])
+
+
+@pytest.mark.parametrize("waits_for", ["a lock", "the hub"])
+def test_a_server_ends_soon_whatever_its_downloads_wait_for(
+    server: RunningServer, hub: Hub, tmp_path: Path, waits_for: str
+) -> None:
+    hub.gate = threading.Event()
+    with contextlib.ExitStack() as stack:
+        if waits_for == "a lock":
+            stack.enter_context(fetching_elsewhere(hub, tmp_path))
+        download = fetch(server, "hf:o/r:Q4_1")
+        wait_until(lambda: where(server, download["id"])["total"] is not None)
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < (3 if waits_for == "a lock" else 6)
+
+
+@contextlib.contextmanager
+def fetching_elsewhere(hub: Hub, folder: Path) -> Iterator[None]:
+    """Have another process hold the lock of the file that is fetched."""
+    command = [sys.executable, "-m", "llamaserve", "pull", "hf:o/r:Q4_1"]
+    with subprocess.Popen(command, env=settings_for(hub, folder), cwd=folder, stdout=subprocess.DEVNULL) as pull:
+        wait_until(lambda: any((folder / "hf").rglob("*.llamaserve-part")), 30)
+        try:
+            yield
+        finally:
+            pull.kill()
 
 
 def test_what_lies_in_the_models_folder_is_deleted(server: RunningServer, starter_model: Path, tmp_path: Path) -> None:

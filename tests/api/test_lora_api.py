@@ -181,6 +181,7 @@ def test_they_are_still_there_after_an_unload(server: RunningServer, plain: str)
         ({"lora_names": "style-2"}, "lora_names"),
         ({"lora_names": [5]}, "lora_names[0]"),
         ({}, "lora_names"),
+        ({"lora_names": [], "scale": [1]}, "scale"),
     ],
     ids=str,
 )
@@ -192,6 +193,14 @@ def test_adapters_that_cannot_be_had_are_refused_and_nothing_changes(
     assert_error(server.post(LORA + "/load", body), 400, None, param)
     assert server.get(INFO)["lora_names"] == ["style-10"]
     assert said(server) == changed
+
+
+def test_an_unload_of_adapters_takes_all_and_says_so(server: RunningServer) -> None:
+    give(server, "style-2")
+    assert_error(server.post(LORA + "/unload", {"lora_names": ["style-10"]}), 400, None, "lora_names")
+    assert server.get(INFO)["lora_names"] == ["style-2"]
+    assert server.post(LORA + "/unload", {}).json() == "OK"
+    assert server.get(INFO)["lora_names"] == []
 
 
 def test_a_request_for_an_adapter_that_the_model_lacks_is_refused(server: RunningServer) -> None:

@@ -276,7 +276,7 @@ def test_a_model_too_large_for_the_memory_is_refused_with_the_numbers(server: Ru
     response = load(server, SECOND, args={"n_ctx": 8192, "parallel": 64})
     message = assert_error(response, 507, "insufficient_memory")
     assert SECOND in message
-    assert "GiB" in message
+    assert "and models may use 1.00 GB" in message
     assert "would fit with a context of" in message
     assert state(server) == before
     assert_alive(server)
@@ -355,6 +355,34 @@ def test_unloading_nothing_is_ok(server: RunningServer) -> None:
     assert_error(server.post(UNLOAD, {"model_name": "nope"}), 404, "model_not_found", "model_name")
 
 
+def test_a_model_is_loaded_and_unloaded_by_the_other_name_of_the_field(server: RunningServer) -> None:
+    assert server.post(LOAD, {"model": SECOND}).json() == "OK"
+    assert server.get(INFO)["model_name"] == SECOND
+    assert server.post(UNLOAD, {"model": SECOND}).json() == "OK"
+    assert loaded(server) == [FIRST]
+    for path in (LOAD, UNLOAD):
+        assert_error(server.post(path, {"model": "nope"}), 404, "model_not_found", "model")
+        assert_error(server.post(path, {"model": 5}), 400, None, "model")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"modle": SECOND}, "modle"),
+        ({"name": SECOND}, "name"),
+        ({"model_name": SECOND, "model": FIRST}, "model"),
+        ({"model_name": SECOND, "force": True}, "force"),
+    ],
+    ids=str,
+)
+def test_an_unload_with_a_field_that_is_not_known_unloads_nothing(
+    server: RunningServer, body: dict[str, Any], param: str
+) -> None:
+    load(server, SECOND)
+    assert_error(server.post(UNLOAD, body), 400, None, param)
+    assert loaded(server) == [SECOND, FIRST]
+
+
 def test_one_model_is_unloaded_and_the_other_stays(server: RunningServer) -> None:
     load(server, SECOND)
     assert server.post(UNLOAD, {"model_name": FIRST}).json() == "OK"
@@ -384,9 +412,18 @@ def test_keep_alive_of_a_request_ends_with_the_model(server: RunningServer) -> N
     assert loaded(server) == [FIRST]
 
 
-def test_keep_alive_of_a_load_ends_with_the_model(server: RunningServer) -> None:
-    assert load(server, SECOND, keep_alive="500ms").json() == "OK"
-    assert server.get(INFO)["model_name"] == SECOND
+def test_keep_alive_of_a_load_holds_until_the_next_load(server: RunningServer) -> None:
+    for fields in ({"keep_alive": "500ms"}, {"args": {"keep_alive": 0.5}}):
+        assert load(server, SECOND, **fields).json() == "OK"
+        assert server.get(INFO)["model_name"] == SECOND
+        wait_until(lambda: loaded(server) == [FIRST])
+        assert server.post(COMPLETIONS, TINY).json()["model"] == SECOND
+        wait_until(lambda: loaded(server) == [FIRST])
+    assert load(server, SECOND).json() == "OK"
+    pid = server.worker_pid()
+    assert load(server, SECOND, keep_alive="1h", args={"time_limit": 20}).json() == "OK"
+    assert server.worker_pid() == pid  # neither is a reason to load it again
+    assert load(server, SECOND, keep_alive=0).json() == "OK"
     wait_until(lambda: loaded(server) == [FIRST])
 
 

@@ -23,14 +23,15 @@ from running_server import RunningServer, wait_until
 
 NAMES = ("one", "two", "three")
 LONGEST = 60  # seconds for one answer
-SLOW: dict[str, Any] = {**ENDLESS, "max_tokens": 900, "max_tokens_second": 20}  # its client gets it over many seconds
+SETTINGS = "context: 8192, parallel: 2, speculation: false"
+LONG: dict[str, Any] = {**ENDLESS, "max_tokens": 8000}  # generates for half a minute or more, unless it is stopped
 
 
 @pytest.fixture(scope="module")
 def models_file(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models.yaml with the starter model three times."""
     path = tmp_path_factory.mktemp("three") / "models.yaml"
-    return write_registry(path, dict.fromkeys(NAMES, starter_model))
+    return write_registry(path, dict.fromkeys(NAMES, starter_model), SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_client_that_gives_up_does_not_stop_the_load_of_others(server: Running
 
 
 def test_one_that_generates_is_never_unloaded(server: RunningServer) -> None:
-    with Listener(server) as listener, streamed(server, COMPLETIONS, {**SLOW, "model": "one"}) as stream:
+    with Listener(server) as listener, streamed(server, COMPLETIONS, {**LONG, "model": "one"}) as stream:
         next(stream)
         for name in ("two", "three", "two", "three"):
             assert ask(server, name) == " Paris."
@@ -120,11 +121,25 @@ def test_one_that_generates_is_never_unloaded(server: RunningServer) -> None:
         assert {event["model"] for event in listener.of("unloaded")} == {"two", "three"}
 
 
+def test_a_client_that_is_slow_to_read_keeps_no_model_in_memory(server: RunningServer) -> None:
+    """What it has not taken yet is there already."""
+    body = {**LONG, "model": "one", "max_tokens": 60, "max_tokens_second": 3, "stream_options": {"include_usage": True}}
+    with streamed(server, COMPLETIONS, body) as stream:
+        next(stream)
+        wait_until(lambda: server.running == 0)
+        assert server.post("/v1/internal/model/unload", {"model_name": "one"}).json() == "OK"
+        assert loaded(server) == []
+        assert [ask(server, name) for name in ("two", "three")] == [" Paris."] * 2
+        *_, last, usage, done = stream
+        assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+        assert usage["usage"]["completion_tokens"] == 60
+
+
 def test_a_request_for_which_there_is_no_room_says_what_it_waits_for(server: RunningServer) -> None:
     """Both models in memory are generating; who used them last does not matter, one of them has to come to an end."""
     with (
-        streamed(server, COMPLETIONS, {**SLOW, "model": "one"}) as one,
-        streamed(server, COMPLETIONS, {**SLOW, "model": "two"}) as two,
+        streamed(server, COMPLETIONS, {**LONG, "model": "one"}) as one,
+        streamed(server, COMPLETIONS, {**LONG, "model": "two"}) as two,
         Listener(server) as listener,
     ):
         first = next(one)
@@ -148,10 +163,8 @@ def test_a_request_for_which_there_is_no_room_says_what_it_waits_for(server: Run
 def test_a_stream_that_waits_for_a_load_says_how_much_is_loaded(server: RunningServer) -> None:
     assert ask(server, "one") == " Paris."
     wait_until(lambda: len(children(server)) == 2)  # the next model's process is there already, and is held up
-    (one,) = [model["pid"] for model in [server.get("/v1/internal/model/info")] if "pid" in model] or [0]
-    spare = [pid for pid in children(server) if pid != one and not is_loaded(pid, server)]
-    for pid in spare:
-        os.kill(pid, signal.SIGSTOP)
+    (spare,) = [pid for pid in children(server) if not any(f"(process {pid})" in line for line in server.lines)]
+    os.kill(spare, signal.SIGSTOP)
     body = {**TINY, "model": "two", "stream": True}
     try:
         with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=LONGEST) as stream:
@@ -160,19 +173,17 @@ def test_a_stream_that_waits_for_a_load_says_how_much_is_loaded(server: RunningS
             models = {model["id"]: model["status"] for model in server.get("/v1/models")["data"]}
             assert models["two"] == {"value": "loading", "progress": 0.0}
             assert server.get("/v1/internal/health")["models"]["two"] == "loading"
-            for pid in spare:
-                os.kill(pid, signal.SIGCONT)
+            os.kill(spare, signal.SIGCONT)
             assert [*lines][-2] == "data: [DONE]"
     finally:
-        for pid in spare:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(spare, signal.SIGCONT)
 
 
 def test_a_model_too_large_is_refused_at_once_and_disturbs_nobody(
     starter_model: Path, tmp_path: Path, need: int
 ) -> None:
-    large = f"source: 'file:{starter_model}', context: 8192, parallel: 64"
-    path = write_registry(tmp_path / "models.yaml", {"one": starter_model, "large": large})
+    large = f"source: 'file:{starter_model}', kv_cells: 262144"
+    path = write_registry(tmp_path / "models.yaml", {"one": starter_model, "large": large}, SETTINGS)
     environment = {"LLAMASERVE_MEMORY": str(2 * need)}
     with RunningServer("serve", "one", "--models-file", str(path), environment=environment) as server:
         pid = server.worker_pid()
@@ -187,11 +198,8 @@ def test_a_model_too_large_is_refused_at_once_and_disturbs_nobody(
         assert server.worker_pid() == pid
 
 
-def test_what_a_model_has_evaluated_is_there_when_it_comes_back(
-    starter_model: Path, tmp_path: Path, need: int
-) -> None:
-    models = {"one": starter_model, "two": starter_model}
-    path = write_registry(tmp_path / "models.yaml", models, "context: 1024, parallel: 2")
+def test_what_a_model_has_evaluated_is_there_when_it_comes_back(starter_model: Path, tmp_path: Path, need: int) -> None:
+    path = write_registry(tmp_path / "models.yaml", {"one": starter_model, "two": starter_model}, SETTINGS)
     environment = {
         "LLAMASERVE_MEMORY": str(int(1.5 * need)),  # for one at a time
         "LLAMASERVE_SAVED_PREFIXES": "1GB",
@@ -216,10 +224,6 @@ def test_what_a_model_has_evaluated_is_there_when_it_comes_back(
             file.write_bytes(b"damaged" * 1000)
         assert cached(server, "two") == 0
         assert any("two" in line and "prefixes" in line for line in server.lines)
-
-
-def is_loaded(pid: int, server: RunningServer) -> bool:
-    return any(f"(process {pid})" in line for line in server.lines)
 
 
 def test_every_pair_of_requests_finds_its_model(server: RunningServer) -> None:

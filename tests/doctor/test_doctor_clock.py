@@ -90,6 +90,32 @@ def test_the_endpoint_and_the_token_are_told_without_their_secrets(tmp_path: Pat
     assert "a token is stored" in one(findings(tmp_path, date(NOW)), "hub").message
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "https://user:s3cret@127.0.0.1:1",
+        "https://s3cret@127.0.0.1:1/hub?token=s3cret#s3cret",
+        "https://user:s3cret@127.0.0.1:port",
+        "https://user:s3cret/x@127.0.0.1",
+        "https://user:1/s3cret@127.0.0.1",
+        "https://user:s3cret@[::1",
+        "s3cret",
+    ],
+)
+def test_no_secret_of_the_endpoint_is_told_whatever_fails(endpoint: str, tmp_path: Path) -> None:
+    machine = described(tmp_path, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    found = checked(clock(case_of(machine), ask_date, NOW))
+    assert bad(found)
+    assert "s3cret" not in repr(found)
+
+
+def test_the_endpoint_is_asked_without_its_password(tmp_path: Path) -> None:
+    asked: list[str] = []
+    machine = described(tmp_path, HF_ENDPOINT="https://user:s3cret@mirror.example:8443/hf", HF_HOME=str(tmp_path))
+    checked(clock(case_of(machine), asked.append, NOW))
+    assert asked == ["https://mirror.example:8443/hf"]
+
+
 def test_settings_that_keep_the_hub_away(tmp_path: Path) -> None:
     assert one(findings(tmp_path, HF_HUB_OFFLINE="1"), "hub").fix == "unset HF_HUB_OFFLINE"
     assert one(findings(tmp_path, HF_ENDPOINT="file:///etc/passwd"), "hub").fix == "unset HF_ENDPOINT"

@@ -96,7 +96,18 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     finding = one(findings(machine_at(tmp_path)), "cache")
     assert finding.level is Level.PROBLEM
-    assert finding.fix == f"sudo chown -R ann '{tmp_path}/cache of mine'"
+    assert finding.fix == f"sudo chown ann '{tmp_path}/cache of mine'"
+
+
+def test_a_folder_that_cannot_be_made_is_made_without_touching_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("LLAMASERVE_CACHE", "/there is/none")
+    found = findings(machine_at(tmp_path), Settings(models_dir=tmp_path / "a" / "b"))
+    assert one(found, "cache").fix == "sudo install -d -o ann '/there is/none'"
+    assert one(found, "models folder").fix == f"sudo install -d -o ann {tmp_path}/a/b"
+    assert not any("-R" in (finding.fix or "") for finding in found)
 
 
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from doctor_machine import about, bad, case_of, checked, described, one
 
 from llamaserve.doctor import memory as examined
 from llamaserve.doctor.case import Case
+from llamaserve.doctor.disk import Space
 from llamaserve.doctor.findings import Finding, Level
 from llamaserve.doctor.machine import Machine
 from llamaserve.doctor.memory import memory
@@ -57,6 +58,7 @@ def test_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_swap_that_is_missing_or_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_memory(monkeypatch, swap=0)
+    monkeypatch.setattr(examined, "space", lambda folder: Space(100 * GB, None))
     fix = one(findings(described(tmp_path, superuser=True)), "swap").fix
     assert fix == "fallocate -l 8G /swapfile && chmod 600 /swapfile && mkswap /swapfile && swapon /swapfile"
     assert not about(findings(described(tmp_path / "container", {".dockerenv": ""})), "swap")
@@ -64,6 +66,16 @@ def test_swap_that_is_missing_or_full(tmp_path: Path, monkeypatch: pytest.Monkey
     assert one(findings(described(tmp_path)), "swap").fix == "sudo swapoff -a && sudo swapon -a"
     set_memory(monkeypatch, used=3, free=3)
     assert one(findings(described(tmp_path)), "swap").level is Level.WARNING
+
+
+def test_no_file_to_swap_to_where_there_is_one_or_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_memory(monkeypatch, swap=0)
+    monkeypatch.setattr(examined, "space", lambda folder: Space(16 * GB, None))
+    finding = one(findings(described(tmp_path)), "swap")
+    assert finding.fix is not None
+    assert finding.fix.startswith("du -xh ")
+    assert "16.0 GB free" in finding.message
+    assert one(findings(described(tmp_path, {"swapfile": ""})), "swap").fix == "sudo swapon /swapfile"
 
 
 @pytest.mark.parametrize(("some", "full", "level"), [(12, 1, Level.WARNING), (30, 20, Level.PROBLEM), (5, 1, None)])

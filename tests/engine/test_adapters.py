@@ -6,12 +6,14 @@ tiny model (``loud_model``), where a wrong token or a wrong adapter moves a logi
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,6 +28,7 @@ from running_engine import Answer, RunningEngine
 
 from llamaserve.engine.adapters import MAX_ADAPTERS
 from llamaserve.engine.engine import LoadedEngine
+from llamaserve.engine.events import Failed
 from llamaserve.engine.llama import Batch, Context, Model
 from llamaserve.engine.params import Adapter, Generation, LoadParams, Logprobs, Sampling
 from llamaserve.errors import InvalidRequest, ModelLoadFailed
@@ -341,6 +344,42 @@ def test_an_adapter_that_is_named_twice_is_refused(running: RunningEngine, tiny:
     running.engine.check(_generation((("a", 1.0), ("b", 1.0))))
 
 
+def test_one_file_under_two_names_has_no_more_than_the_largest_scale(running: RunningEngine, tiny: _Loud) -> None:
+    one, other = (Adapter(name, str(tiny.files["a"])) for name in ("one", "other"))
+    running.engine.set_adapters([one, other])
+    running.engine.check(_generation((("one", 60.0), ("other", 40.0))))
+    for submit in (running.engine.check, lambda generation: running.submit(0, _PROMPT, generation)):
+        with pytest.raises(InvalidRequest, match=r"the same file have the scale 101\.0 together") as caught:
+            submit(_generation((("one", 61.0), ("other", 40.0))))
+        assert caught.value.param == "lora"
+    with pytest.raises(ModelLoadFailed, match=r"the same file have the scale -120\.0 together"):
+        running.engine.set_adapters([replace(each, scale=-60.0) for each in (one, other)])
+
+
+def test_an_adapter_that_is_too_strong_costs_others_nothing(
+    running: RunningEngine, undisturbed: RunningEngine, tmp_path: Path
+) -> None:
+    shapes = shapes_of(loud_model().tensors)
+    paths = {size: random_lora(shapes, size=size).write(tmp_path / f"{size}.gguf") for size in (1.0, 1e37)}
+    expected = [_tokens(undisturbed, prompt, _generation(())) for prompt in (_PROMPT, _PROMPT[::-1])]
+    running.engine.set_adapters([Adapter(f"{size:g}", str(path)) for size, path in paths.items()])
+    running.submit(0, _PROMPT, _generation(()))
+    running.submit(1, _PROMPT[::-1], _generation(()))
+    running.submit(2, _PROMPT, _generation((("1", 1.0),)))
+    running.step(3)
+    running.submit(3, _PROMPT, _generation((("1e+37", 100.0),)))
+    failures: list[Failed] = []
+    while not running.engine.idle:
+        events = running.engine.step()
+        failures += [event for event in events if isinstance(event, Failed)]
+        running.take([event for event in events if not isinstance(event, Failed)])
+    assert [running.answers[number, 0].tokens for number in range(2)] == expected
+    assert running.answers[2, 0].finished is not None
+    [failed] = failures
+    assert failed.request == 3
+    assert failed.error.message.startswith("with the LoRA adapters of this request")
+
+
 def test_one_file_under_two_names_works_with_both_scales(
     running: RunningEngine, undisturbed: RunningEngine, tiny: _Loud
 ) -> None:
@@ -514,6 +553,29 @@ def test_an_adapter_that_is_wanted_again_in_time_is_not_read_again(tmp_path: Pat
     assert fake.loras.open == [weights]
     fake.engine.set_adapters([])
     assert fake.loras.open == []
+
+
+def test_files_that_were_read_before_are_read_again_only_if_they_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeModel()
+    wanted = _files(tmp_path, "a", "b")
+    digests = fake.engine.read_adapters(wanted)
+    (tmp_path / "b").write_text("another")
+    read: list[str] = []
+
+    def file_digest(file: Any, digest: Any) -> Any:
+        read.append(Path(file.name).name)
+        return before(file, digest)
+
+    before = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    fake.engine.set_adapters(wanted, digests)
+    assert read == ["b"]
+    assert fake.engine._adapters.resolve((("a", 1.0),)) == ((digests[wanted[0].path].value, 1.0),)
+    assert fake.engine._adapters.resolve((("b", 1.0),)) != ((digests[wanted[1].path].value, 1.0),)
+    with pytest.raises(ModelLoadFailed, match="can't be read"):
+        fake.engine.read_adapters([Adapter("x", str(tmp_path / "nothing"))])
 
 
 def test_adapters_are_freed_when_their_last_request_is_cancelled(tmp_path: Path) -> None:

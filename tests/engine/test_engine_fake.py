@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from fake_model import END, SAMPLING, FakeModel, FakeSampler
@@ -10,7 +11,7 @@ from simulated_clock import SimulatedClock
 
 from llamaserve import errors
 from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Generation, Sampling
+from llamaserve.engine.params import Adapter, Generation, Sampling
 from llamaserve.engine.speculation import Draft
 from llamaserve.errors import ContextLengthExceeded, EngineError, InvalidRequest
 
@@ -248,6 +249,59 @@ def test_bad_logits_fail_all_that_runs_beside_them_and_nothing_later() -> None:
     model.submit(3, "p")
     model.run()
     assert model.finished(3).text == "fine"
+
+
+def _beside_an_adapter(folder: Path, answers: dict[tuple[int, int], bytes], **options: int) -> FakeModel:
+    model = FakeModel(answers, **options)  # type: ignore[arg-type]
+    (folder / "a").write_text("a")
+    model.engine.set_adapters([Adapter("a", str(folder / "a"), 0.0)])
+    return model
+
+
+def test_what_goes_wrong_with_adapters_fails_those_who_want_them_only(tmp_path: Path) -> None:
+    answers = {(1, 0): b"long answer", (2, 0): b"other answer", (3, 0): b"never", (4, 0): b"half"}
+    model = _beside_an_adapter(tmp_path, answers)
+    model.submit(1, "prompt")
+    model.submit(2, "question", stream=True)
+    model.step(3)
+    model.submit(3, "prompt", adapters=(("a", 100.0),))
+    model.submit(4, "prompt", adapters=(("a", 0.5),))
+    model.runner.spoil = lambda s: EngineError("NaN") if s.request == 3 else None
+    model.run()
+    assert [event.request for event in model.events if isinstance(event, Failed)] == [3]
+    assert [model.text(request) for request in (1, 2, 4)] == ["long answer", "other answer", "half"]
+
+
+def test_who_begins_again_has_found_nothing_cached(tmp_path: Path) -> None:
+    model = _beside_an_adapter(tmp_path, {(1, 0): b"x", (2, 0): b"fine"}, batch=4)
+    model.submit(1, "p" * 20)
+    model.run()
+    model.submit(2, "p" * 20 + "q" * 30)
+    model.submit(3, "p", adapters=(("a", 1.0),))
+    model.runner.fail = lambda chunks: EngineError("NaN") if chunks[0].sequence.request == 3 else None
+    model.run()
+    assert model.finished(2) == Finished(2, 0, "fine", "stop", 50, 4, 0)
+
+
+def test_what_a_step_with_adapters_has_left_that_was_given_up_fails_nobody(tmp_path: Path) -> None:
+    """Nobody has seen what it computed, and it may be others who suffer: they begin again, once."""
+    model = _beside_an_adapter(tmp_path, {(1, 0): b"an answer"})
+    model.submit(1, "prompt")
+    model.step(2)
+    model.submit(2, "p" * 20, adapters=(("a", 100.0),))
+    model.runner.during = lambda: model.engine.interrupt(2)
+    while not model.engine._unchecked:
+        model.step()
+    model.engine.cancel(2)
+    model.runner.during = lambda: None
+    errors = [EngineError("NaN")]
+    model.runner.spoil = lambda sequence: errors.pop() if errors else None
+    model.run()
+    assert model.text(1) == "an answer"
+    model.submit(3, "prompt")
+    errors.append(EngineError("NaN"))
+    model.run()
+    assert [event.request for event in model.events if isinstance(event, Failed)] == [3], "it is the model, then"
 
 
 def test_a_prompt_under_evaluation_is_given_up_when_its_request_ends() -> None:

@@ -129,6 +129,7 @@ def test_what_was_written_is_found_with_the_same_adapters_only(
 @given(prefixes=_TEXTS, room=st.integers(-10, 1500))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_is_never_larger_than_it_may_be(path: Path, prefixes: Prefixes, room: int) -> None:
+    path.unlink(missing_ok=True)
     writer = _write(path, prefixes, room=room)
     assert writer.full or writer.tokens or not prefixes
     spill = _adopted(path)
@@ -231,6 +232,54 @@ def test_without_prefixes_there_is_no_file(path: Path) -> None:
     assert _open(path) is None
 
 
+def test_a_file_stays_where_nothing_had_room(path: Path) -> None:
+    _write(path, _SOME)
+    former = path.read_bytes()
+    for room in (0, 100):
+        with PrefixWriter(path, "this", block=_BLOCK, room=room) as writer:
+            assert writer.add(NOTHING, (), [1], bytearray(1000)) is None
+            assert writer.finish() == 0
+        assert path.read_bytes() == former
+        assert _names(path.parent) == [path.name]
+
+
+def _free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Have so many bytes of the disk free."""
+    before = os.fstatvfs
+
+    def almost_full(descriptor: int) -> os.statvfs_result:
+        return os.statvfs_result((1, 1, *before(descriptor)[2:4], size, *before(descriptor)[5:]))
+
+    monkeypatch.setattr(os, "fstatvfs", almost_full)
+
+
+def test_a_new_file_takes_no_more_than_half_of_what_the_disk_has_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _free(monkeypatch, 3000)
+    with PrefixWriter(path, "this", block=_BLOCK, room=_PLENTY) as writer:
+        assert writer.add(NOTHING, (), [1], bytearray(900)) is not None
+        assert writer.add(NOTHING, (), [2], bytearray(900)) is None
+        assert 900 < writer.finish() <= 1500
+    former = path.read_bytes()
+    with PrefixWriter(path, "this", block=_BLOCK, room=_PLENTY) as writer:
+        assert writer.add(NOTHING, (), [3], bytearray(900)) is not None
+        assert writer.add(NOTHING, (), [4], bytearray(900)) is None
+        assert writer.finish() == 0, "it is cut short, and the former one is whole"
+    assert path.read_bytes() == former
+
+
+def test_two_processes_of_the_same_number_do_not_write_the_same_file(path: Path) -> None:
+    with PrefixWriter(path, "this", block=_BLOCK, room=_ROOM) as one:
+        with PrefixWriter(path, "this", block=_BLOCK, room=_ROOM) as other:
+            other.add(NOTHING, (), [1], _state([1]))
+            other.finish()
+        one.add(NOTHING, (), [2], _state([2]))
+        one.finish()
+    assert _found(_adopted(path), (), [2]) == 1
+    assert _names(path.parent) == [path.name]
+
+
 def test_a_save_that_fails_leaves_the_former_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(path, _SOME)
     former = path.read_bytes()
@@ -281,6 +330,16 @@ def test_a_file_that_is_extended_keeps_what_it_has(path: Path) -> None:
     spill = _adopted(path)
     for adapters, tokens in [*_SOME, *(((), [token] * 3) for token in range(3, 6))]:
         assert _found(spill, adapters, tokens) == len(tokens)
+
+
+def test_a_file_to_which_nothing_is_added_does_not_grow(path: Path) -> None:
+    _write(path, _SOME)
+    former = path.read_bytes()
+    for _ in range(2):
+        file = _open(path)
+        assert file is not None
+        assert _extend(path, file, []).extends
+        assert path.read_bytes() == former
 
 
 def test_what_came_to_an_end_while_it_was_extended_is_as_before(path: Path) -> None:
@@ -482,6 +541,35 @@ def test_a_file_without_room_for_more_is_written_anew(lives: Lives) -> None:
     assert lives.ask(_OTHER)[1] > 50
 
 
+def test_a_full_disk_costs_no_saved_prefixes(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, size = _saved_of(lives, _TEXT)
+    former = lives.path.read_bytes()
+    _free(monkeypatch, 1000)
+    for room in (0, size, _PLENTY):
+        lives.again()
+        assert lives.ask(_TEXT)[1] > 50
+        if room != _PLENTY:
+            lives.ask(_OTHER)
+        lives.save(room)
+        assert lives.path.read_bytes()[saved_prefixes._STATES : size] == former[saved_prefixes._STATES :]
+
+
+def test_what_goes_wrong_with_an_adapter_costs_the_saved_prefixes_of_no_others(lives: Lives) -> None:
+    tokens, _ = _saved_of(lives, _TEXT)
+    lives.again(spill=1 << 20)
+    lives.ask(_OTHER)
+    while lives.running.engine.save_ahead():
+        pass
+    cache = lives.running.engine._cache
+    assert cache._spill.size > 0
+    cache.forget_all(_LORA)
+    assert cache._spill.size == 0
+    lives.running.check_books()
+    assert lives.save()[0] == tokens
+    lives.again()
+    assert lives.ask(_TEXT)[1] > 50
+
+
 def test_a_file_grows_as_long_as_it_holds_little_that_is_of_no_use(lives: Lives) -> None:
     _saved_of(lives, _TEXT)
     inode = lives.path.stat().st_ino
@@ -490,7 +578,7 @@ def test_a_file_grows_as_long_as_it_holds_little_that_is_of_no_use(lives: Lives)
     lives.save()
     assert lives.path.stat().st_ino == inode
     lives.again()
-    lives.running.engine._cache._spill.clear()
+    lives.running.engine._cache._spill._roots.clear()
     lives.ask(_OTHER)
     lives.save()
     assert lives.path.stat().st_ino != inode

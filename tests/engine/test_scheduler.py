@@ -507,6 +507,26 @@ def test_the_flood_of_one_set_does_not_keep_another_waiting() -> None:
     assert flood[4].state is State.RUNNING
 
 
+def test_no_set_is_passed_for_ever_by_ever_new_ones() -> None:
+    """Clients that vary the scale: each is a set of its own, of which none runs yet."""
+    rig = _Rig(slots=2, cells=10_000, batch=512)
+    rig.submit(4)  # a stream without end, of the same set as those who wait
+    rig.step()
+    scaled = [rig.submit(4, (("a", 1.0),))]
+    rig.step()
+    plain = [rig.submit(4) for _ in range(3)]
+    started: list[int] = []
+    for number in range(2, 40):
+        scaled.append(rig.submit(4, (("a", float(number)),)))
+        running = next(s for s in rig.scheduler.running if s.request != 1)
+        rig.scheduler.finish(running)
+        rig.step()
+        started += [number for s in plain if s.state is State.RUNNING]
+    assert [s.state for s in plain] == [State.FINISHED] * 3
+    assert max(started) <= 2 + 3 * (scheduling._MOST_PASSES + 1)
+    assert sum(s.state is State.FINISHED for s in scaled) > 25, "the others go on"
+
+
 def test_nobody_waits_for_a_prompt_that_is_evaluated_with_other_adapters() -> None:
     rig = _Rig(slots=3, cells=10_000, batch=100)
     leader = rig.submit(500, _SETS[1], first=7)

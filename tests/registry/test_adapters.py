@@ -132,6 +132,30 @@ def test_weights_that_do_not_go_with_the_model_are_refused(
         _check(tmp_path / "x.gguf", model, lora.metadata(), tensors)
 
 
+@pytest.mark.parametrize("alpha", [401.0, 1e38, -401.0])
+def test_a_change_that_is_multiplied_beyond_measure_is_refused(
+    tmp_path: Path, model: GGUFHeader, lora: Lora, alpha: float
+) -> None:
+    path = tmp_path / "x.gguf"
+    _check(path, model, lora.metadata() | {"adapter.lora.alpha": 400.0}, _pair(_QUERY, (32, 4), (4, 32)))
+    with pytest.raises(GGUFError, match="for the rank 4 at most 400 are possible"):
+        _check(path, model, lora.metadata() | {"adapter.lora.alpha": alpha}, _pair(_QUERY, (32, 4), (4, 32)))
+
+
+_KINDS = ["attn_k_b", "attn_v_b", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b", "ssm_beta", "ssm_conv1d", "ssm_conv1d_q"]
+
+
+@pytest.mark.parametrize("kind", [*_KINDS, "shortconv.conv", "time_mix_w1", "time_mix_decay_w2", "time_mix_g1"])
+def test_a_change_of_what_llama_cpp_does_not_change_is_refused(
+    tmp_path: Path, model: GGUFHeader, lora: Lora, kind: str
+) -> None:
+    name = f"blk.0.{kind}.weight"
+    base = Tensor(name, (32, 64), 0, bytes(32 * 64 * 4))
+    model.path.write_bytes(File(tiny_llama_metadata(), [*tiny_llama_tensors(), base]).bytes())
+    with pytest.raises(GGUFError, match=f"changes '{name}', which llama.cpp would leave out"):
+        _check(tmp_path / "x.gguf", read_header(model.path), lora.metadata(), _pair(name, (32, 4), (4, 64)))
+
+
 def test_an_embedding_can_be_changed_where_it_is_not_the_output(tmp_path: Path, untied: GGUFHeader, lora: Lora) -> None:
     path = tmp_path / "x.gguf"
     _check(path, untied, lora.metadata(), _pair("token_embd.weight", (4, 261), (4, 32)))

@@ -4,7 +4,7 @@ import pytest
 
 from llamaserve.engine.params import Footprint
 from llamaserve.registry import budget
-from llamaserve.registry.budget import memory_budget
+from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.settings import parse_size
 from llamaserve.worker.protocol import Device
 
@@ -45,3 +45,15 @@ def test_by_default_models_may_take_a_safe_share_of_what_is_free(monkeypatch: py
     assert memory_budget("50%", "50%")(gpus) == Footprint(8 * GB, 8 * GB)
     assert memory_budget("3GB", "2GB")(gpus) == Footprint(3 * GB, 2 * GB)
     assert memory_budget("3GB", "2GB")([]) == Footprint(3 * GB)
+
+
+def test_gpus_that_use_the_main_memory_have_one_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "available_memory", lambda: 10 * GB)
+    apple = Device("MTL0", "Apple M3", 10 * GB, 12 * GB, "integrated")
+    other = Device("Vulkan1", "the same chip", 8 * GB, 8 * GB, "integrated")
+    assert memory_budget(None, None)([apple]) == Footprint(8 * GB, 9 * GB)
+    assert memory_budget(None, None)([apple, other]) == Footprint(8 * GB, 9 * GB)
+    assert memory_budget(None, "50%")([apple, other]) == Footprint(8 * GB, 6 * GB)
+    assert is_unified([apple, other])
+    assert not is_unified([])
+    assert not is_unified([Device("CUDA0", "a card", 4 * GB, 8 * GB)])

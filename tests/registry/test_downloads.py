@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from gguf_writer import tiny_llama
 from local_hub import Hub
 
 from llamaserve import errors
-from llamaserve.registry import downloads as downloads_module
-from llamaserve.registry.downloads import Download, Downloads, State
+from llamaserve.registry import cache, downloads as downloads_module, hub
+from llamaserve.registry.deleting import Deleted
+from llamaserve.registry.downloads import Download, Downloads, State, find
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.sources import HubSource
@@ -147,6 +150,80 @@ def test_the_end_of_the_server_ends_its_downloads(registry: Registry, lock: Lock
     asyncio.run(check())
 
 
+def large_blob() -> Path:
+    return hub.cache_root() / "models--o--r/blobs" / hashlib.sha256(LARGE).hexdigest()
+
+
+@pytest.mark.parametrize("server_ends", [False, True])
+def test_a_download_that_waits_for_another_process_tells_of_its_progress_and_is_given_up(
+    registry: Registry, lock: LockFile, server_ends: bool
+) -> None:
+    async def check() -> None:
+        downloads = Downloads()
+        blob = large_blob()
+        blob.parent.mkdir(parents=True)
+        blob.with_name(blob.name + ".llamaserve-part").write_bytes(LARGE[:500_000])
+        with cache.lock(f"hub {blob}"):
+            download = downloads.start(registry, "large", lock)
+            await until(lambda: (download.done, download.total) == (500_000, len(LARGE)))
+            begun = time.monotonic()
+            if server_ends:
+                await downloads.aclose()
+            else:
+                downloads.cancel(download.id)
+                await downloads.wait(download.id)
+            assert time.monotonic() - begun < 1
+            assert download.state is State.CANCELLED
+        again = downloads.start(registry, "large", lock)
+        await downloads.wait(again.id)
+        assert again.state is State.DONE
+
+    asyncio.run(check())
+
+
+def test_a_download_is_given_up_while_its_sum_is_checked(
+    registry: Registry, lock: LockFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_CHUNK", 16)
+
+    async def check() -> None:
+        def cancel_when_it_is_here(download: Download) -> None:
+            if download.done == len(LARGE):
+                downloads.cancel(download.id)
+
+        downloads = Downloads(cancel_when_it_is_here)
+        download = downloads.start(registry, "large", lock)
+        await downloads.wait(download.id)
+        assert download.state is State.CANCELLED
+
+    asyncio.run(check())
+    assert not large_blob().exists()
+
+
+def test_the_end_of_the_server_does_not_wait_for_a_hub_that_is_silent(
+    registry: Registry, lock: LockFile, model_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads_module, "CLOSE_LIMIT", 0.2)
+    model_hub.gate = threading.Event()
+
+    async def check() -> None:
+        downloads = Downloads()
+        download = downloads.start(registry, "large", lock)
+        await until(lambda: download.done > 0)
+        await downloads.aclose()
+        assert download.state is State.CANCELLED
+        assert download.ended is not None
+
+    begun = time.monotonic()
+    asyncio.run(check())
+    assert time.monotonic() - begun < 5
+    (left,) = [thread for thread in threading.enumerate() if thread.name.startswith("download-")]
+    assert left.daemon
+    model_hub.gate.set()
+    left.join(20)
+    assert not left.is_alive()
+
+
 @pytest.mark.parametrize(
     "reference",
     [
@@ -205,9 +282,12 @@ def test_models_are_deleted_by_name(registry: Registry, lock: LockFile, tmp_path
 
     async def check() -> None:
         downloads = Downloads()
+
+        async def delete(name: str) -> Deleted:
+            return await downloads.delete(registry, await find(registry, name, folder), folder)
+
         await downloads.wait(downloads.start(registry, "large", lock).id)
-        deleted = await downloads.delete(registry, "large", folder)
-        assert deleted.freed == len(LARGE)
+        assert (await delete("large")).freed == len(LARGE)
         for name, kind in (
             ("large", errors.ModelFileMissing),
             ("mine", errors.InvalidRequest),
@@ -216,13 +296,13 @@ def test_models_are_deleted_by_name(registry: Registry, lock: LockFile, tmp_path
             (str(tmp_path / "mine.gguf"), errors.InvalidRequest),
         ):
             with pytest.raises(kind):
-                await downloads.delete(registry, name, folder)
-        await downloads.delete(registry, "sub/a", folder)
+                await delete(name)
+        await delete("sub/a")
         assert not (folder / "sub/a.gguf").exists()
         model_hub.gate = threading.Event()
         running = downloads.start(registry, "large", lock)
         with pytest.raises(errors.InvalidRequest, match="is being fetched"):
-            await downloads.delete(registry, "l", folder)
+            await delete("l")
         model_hub.gate.set()
         await downloads.wait(running.id)
 

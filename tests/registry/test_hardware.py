@@ -1,4 +1,4 @@
-"""Counting performance cores from the files with which Linux describes them."""
+"""Counting performance cores and memory from the files with which Linux describes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llamaserve.registry import hardware
@@ -67,3 +68,76 @@ def test_a_containers_limit_counts(
 
 def test_this_machine_has_a_core() -> None:
     assert 1 <= hardware.performance_cores() <= (os.cpu_count() or 1)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx avx2 f16c\n", {"fpu", "avx", "avx2", "f16c"}),
+        ("processor : 0\nFeatures : fp asimd asimddp\n", {"fp", "asimd", "dotprod"}),
+        ("processor : 0\n", set()),
+    ],
+)
+def test_what_a_cpu_can_do_is_read(
+    text: str, features: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(hardware, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert hardware.cpu_features.__wrapped__() == features
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(hardware, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "own").write_text("0::/a/b\n")
+    return tmp_path / "groups"
+
+
+def limit(folder: Path, limit: object, used: int, cached: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+
+
+def test_without_a_container_the_machines_memory_counts(groups: Path) -> None:
+    assert hardware.total_memory() == psutil.virtual_memory().total
+    assert hardware.available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_a_containers_limit_of_memory_counts_less_what_is_in_use(groups: Path) -> None:
+    limit(groups / "a" / "b", 1_000_000, 400_000)
+    assert hardware.total_memory() == 1_000_000
+    assert hardware.available_memory() == 600_000
+    limit(groups / "a" / "b", 1_000_000, 400_000, cached=300_000)  # files in the cache give way
+    assert hardware.available_memory() == 900_000
+    limit(groups / "a" / "b", 1_000_000, 1_400_000)
+    assert hardware.available_memory() == 0
+
+
+def test_the_limits_around_a_container_count_too(groups: Path) -> None:
+    limit(groups / "a" / "b", "max", 400_000)
+    limit(groups / "a", 2_000_000, 1_500_000)
+    assert hardware.total_memory() == 2_000_000
+    assert hardware.available_memory() == 500_000
+    limit(groups, 900_000, 800_000)  # seen from inside a container, its own files are at the root
+    assert (hardware.total_memory(), hardware.available_memory()) == (900_000, 100_000)
+
+
+def test_limits_of_the_former_kind_count(groups: Path) -> None:
+    (groups.parent / "own").write_text("5:cpu,cpuacct:/x\n4:memory:/docker/1\n0::/\n")
+    folder = groups / "memory" / "docker" / "1"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("3000000\n")
+    (folder / "memory.usage_in_bytes").write_text("1000000\n")
+    (folder / "memory.stat").write_text("total_inactive_file 500000\n")
+    assert (hardware.total_memory(), hardware.available_memory()) == (3_000_000, 2_500_000)
+
+
+def test_damaged_descriptions_of_limits_are_passed_over(groups: Path) -> None:
+    limit(groups / "a" / "b", "much", 400_000)
+    (groups.parent / "own").write_text("nonsense\n0::/a/b\n::\n")
+    assert hardware.total_memory() == psutil.virtual_memory().total

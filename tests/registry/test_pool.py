@@ -426,6 +426,63 @@ def test_the_first_named_model_is_current_and_all_that_fit_are_loaded(three: Pat
     run(pool_of(three, times(need_of(starter_model, three), 2.2), "b", "a", "c"), test)
 
 
+def test_automatic_spill_throws_nobody_out(tmp_path: Path, starter_model: Path) -> None:
+    models = models_yaml(tmp_path, starter_model, "a", "b", defaults="context: 2048, parallel: 2, batch: 64")
+    need = need_of(starter_model, models)
+
+    async def test(house: House) -> None:
+        for name in "abab":
+            await house.say(name)
+            assert house.pool.claimed.fits(house.pool.budget)
+        assert house.loaded == {"a", "b"}
+        assert house.kinds("a") == ["loading", "loaded"]
+
+    run(pool_of(models, times(need, 2.2)), test)
+
+
+def test_the_end_during_a_load_leaves_no_process(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        await house.say("b")
+        loading = asyncio.create_task(house.pool.load("a", {"parallel": 1}))
+        await asyncio.sleep(0.05)
+        await house.pool.aclose()
+        with pytest.raises((LlamaserveError, asyncio.CancelledError)):
+            await loading
+        children = [child for child in psutil.Process().children() if "worker.host" in " ".join(child.cmdline())]
+        assert children == []
+
+    run(pool_of(three), test)
+
+
+def test_who_waits_for_a_replaced_model_gets_the_new_one(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        old = house.pool.get("a")
+        use = old.use()
+        await house.pool.load("a", {"parallel": 1})
+        await until(lambda: old.live_worker is None or not old.busy)
+        worker = await use.worker()
+        assert worker is house.pool.get("a").live_worker or old.live_worker is worker
+        use.leave()
+        await until(lambda: old.live_worker is None)
+        assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
+def test_a_short_stay_that_one_request_wants_is_not_that_of_the_next(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a", keep_alive=0)
+        await until(lambda: house.loaded == set())
+        async with house.pool.get("a").in_use():
+            pass
+        await asyncio.sleep(0.2)
+        assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
 @pytest.mark.timeout(300)
 def test_the_budget_holds_whatever_comes(tmp_path: Path, starter_model: Path) -> None:
     """Five hundred steps of loads, unloads and answers with three copies of the model, in memory for two."""

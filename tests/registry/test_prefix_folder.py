@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
@@ -9,9 +10,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from gguf_splitter import split_gguf
 from gguf_writer import F32, File, Tensor, tiny_llama, tiny_llama_metadata
 
 from llamaserve.engine.params import Adapter, LoadParams
+from llamaserve.engine.saved_prefixes import NOTHING, PrefixWriter
+from llamaserve.registry import saved_prefixes
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.saved_prefixes import SavedPrefixes, saved_prefixes_folder
 
@@ -116,7 +120,7 @@ def test_models_of_other_names_or_places_have_files_of_their_own(
     saved: SavedPrefixes, header: GGUFHeader, params: LoadParams, tmp_path: Path
 ) -> None:
     path, identity = saved.path_for(header, params, name="one")
-    shutil.copy(header.path, tmp_path / "copy.gguf")
+    shutil.copy2(header.path, tmp_path / "copy.gguf")
     for other in (
         saved.path_for(header, params, name="other"),
         saved.path_for(read_header(tmp_path / "copy.gguf"), params, name="one"),
@@ -144,6 +148,54 @@ def test_another_model_at_the_same_place_is_another_one(
     assert identity != before[1]
 
 
+def test_what_was_written_again_is_another_model(saved: SavedPrefixes, header: GGUFHeader, params: LoadParams) -> None:
+    before = saved.path_for(header, params)
+    os.utime(header.path, ns=(1, 1))
+    assert saved.path_for(header, params)[1] != before[1]
+
+
+def test_small_tensors_are_looked_at_as_a_whole(
+    saved: SavedPrefixes, params: LoadParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples alone would miss all of them but the bytes at certain places."""
+    monkeypatch.setattr(saved_prefixes, "_SAMPLE", 1)
+    monkeypatch.setattr(saved_prefixes, "recall", lambda *arguments: None)
+    path = tmp_path / "whole.gguf"
+    path.write_bytes(tiny_llama())
+    whole = read_header(path)
+    norms = [tensor for tensor in whole.tensors if tensor.name.endswith("_norm.weight")]
+    data = path.read_bytes()
+    identities: set[str] = set()
+    for tensor in (None, *norms):
+        changed = bytearray(data)
+        if tensor is not None:
+            changed[whole.data_offset + tensor.offset + 37] ^= 64
+        path.write_bytes(changed)
+        os.utime(path, ns=(1, 1))
+        identities.add(saved.path_for(read_header(path), params)[1])
+    assert len(identities) == 1 + len(norms)
+
+
+def test_the_small_tensors_of_all_files_of_a_model_are_looked_at(
+    saved: SavedPrefixes, params: LoadParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_prefixes, "_SAMPLE", 1)
+    monkeypatch.setattr(saved_prefixes, "recall", lambda *arguments: None)
+    monkeypatch.setattr(saved_prefixes, "_SAMPLES", 0)
+    (tmp_path / "whole.gguf").write_bytes(tiny_llama())
+    paths = split_gguf(tmp_path / "whole.gguf", tmp_path, "model", 3)
+    identities: set[str] = set()
+    for changed in (None, *paths):
+        for path in paths:
+            data = bytearray(path.read_bytes())
+            if path == changed:
+                data[-40] ^= 64
+            path.write_bytes(data)
+            os.utime(path, ns=(1, 1))
+        identities.add(saved.path_for(read_header(paths[0]), params)[1])
+    assert len(identities) == 4
+
+
 def test_the_weights_are_looked_at_once(
     saved: SavedPrefixes, header: GGUFHeader, params: LoadParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +214,21 @@ def test_another_build_of_llama_cpp_is_another_one(
         (tmp_path / "lib" / "libllama.so").write_text(content)
         identities.add(saved.path_for(header, params)[1])
     assert len(identities) == 3
+
+
+def test_environment_variables_that_turn_keys_otherwise_tell_files_apart(
+    saved: SavedPrefixes, header: GGUFHeader, params: LoadParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities = {saved.path_for(header, params)[1]}
+    for value in ("1", "0", "\udcff\n"):
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", value)
+        _, identity = saved.path_for(header, params)
+        assert identity.isprintable()
+        identities.add(identity)
+    assert len(identities) == 4
+    monkeypatch.delenv("LLAMA_ATTN_ROT_DISABLE")
+    monkeypatch.setenv("LLAMA_KV_CACHE_DEBUG", "1")
+    assert saved.path_for(header, params)[1] in identities
 
 
 @pytest.mark.parametrize(("cells", "long"), [(256, False), (300, True), (512, True)])
@@ -213,11 +280,38 @@ def test_a_file_that_is_too_large_does_not_stay_at_all(saved: SavedPrefixes) -> 
 
 def test_what_was_never_finished_is_removed_once_it_is_old(saved: SavedPrefixes) -> None:
     now = time.time_ns()
-    old = _file(saved, ".one.prefixes.1.part", 10, now - int(2 * 3600e9))
+    old = _file(saved, ".one.prefixes.1.part", 10, now - int(120e9))
     new = _file(saved, ".two.prefixes.2.part", 10, now)
     other = _file(saved, "unknown", 2 * _BUDGET, now - int(2 * 3600e9))
     saved.prune()
     assert [path.exists() for path in (old, new, other)] == [False, True, True]
+
+
+def test_what_is_being_written_stays_and_is_counted(saved: SavedPrefixes) -> None:
+    now = time.time_ns()
+    files = [_file(saved, f"{number}.prefixes", 400, number) for number in (1, 2)]
+    path = saved_prefixes_folder() / "3.prefixes"
+    with PrefixWriter(path, "this", block=4, room=1 << 20) as writer:
+        writer.add(NOTHING, (), [1], bytearray(300))
+        [part] = saved_prefixes_folder().glob(".*.part")
+        os.utime(part, ns=(now, now - int(2 * 3600e9)))
+        saved.prune()
+        assert part.exists()
+        assert [each.exists() for each in files] == [False, True]
+        writer.finish()
+    assert path.exists()
+
+
+def test_where_locks_say_nothing_age_does(saved: SavedPrefixes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    now = time.time_ns()
+    ages = (7200, 120)
+    paths = [_file(saved, f".{age}.prefixes.1.part", 10, now - int(age * 1e9)) for age in ages]
+    saved.prune()
+    assert [path.exists() for path in paths] == [False, True]
 
 
 def test_a_file_can_be_discarded(saved: SavedPrefixes) -> None:
@@ -234,6 +328,18 @@ def test_the_disk_is_not_filled(
     usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))  # type: ignore[attr-defined]
     assert saved.room(cache / "prefixes" / "one") == room
+
+
+@pytest.mark.parametrize(
+    ("free", "room"), [((1 << 30) + 10, 310), ((1 << 30) - 100, 200), (10, 0), (10 << 30, _BUDGET)]
+)
+def test_what_a_file_takes_already_is_no_more_taken_of_the_disk(
+    saved: SavedPrefixes, monkeypatch: pytest.MonkeyPatch, free: int, room: int
+) -> None:
+    path = _file(saved, "one.prefixes", 300, 1)
+    usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free))  # type: ignore[attr-defined]
+    assert saved.room(path) == room
 
 
 def test_where_there_can_be_no_folder_nothing_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

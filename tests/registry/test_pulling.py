@@ -12,6 +12,7 @@ from gguf_writer import File, tiny_llama
 from local_hub import COMMIT, Hub
 
 from llamaserve import errors
+from llamaserve.registry import cache, hub
 from llamaserve.registry.deleting import deletable, delete, delete_model
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
@@ -166,8 +167,8 @@ def test_files_of_ones_own_are_noted_when_that_is_asked_for(tmp_path: Path, mode
 def test_a_good_model_has_no_findings_and_is_read_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.pull()
     read: list[str] = []
-    real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name))
+    real = cache.digest
+    monkeypatch.setattr(cache, "digest", lambda path, more: read.append(path.name) or real(path, more))
     assert desk.verify() == []
     assert len(read) == 1
 
@@ -224,6 +225,83 @@ def test_a_changed_template_is_found(desk: Desk) -> None:
 
 
 # ---- deleting
+
+
+class Cut(Exception):
+    """Raised to cut a download."""
+
+
+def cut_download(desk: Desk, source: str) -> Path:
+    """Begin to fetch a source, and return what is here of it."""
+
+    def cut(done: int, _: int | None) -> None:
+        if done > 50_000:
+            raise Cut
+
+    blobs = hub.cache_root() / "models--o--r/blobs"
+    before = {*blobs.glob("*")}
+    with pytest.raises(Cut):
+        pull(desk.registry, ModelSpec(source=source), desk.lock, cut)
+    (part,) = {*blobs.glob("*")} - before
+    assert part.name.endswith(".llamaserve-part")
+    return part
+
+
+@pytest.fixture
+def large(model_hub: Hub) -> None:
+    """Have a file in the hub whose download can be cut."""
+    model_hub.files["large-Q4_1.gguf"] = OLD + bytes(200_000)
+    model_hub.files["large-Q5_0.gguf"] = NEW + bytes(200_000)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("deleted_as", ["hf:o/r:Q4_1", "hf:o/r/large-Q4_1.gguf"])
+@pytest.mark.parametrize("fetched_as", ["hf:o/r:Q4_1", "hf:o/r/large-Q4_1.gguf", f"hf:o/r/large-Q4_1.gguf@{COMMIT}"])
+def test_what_is_here_of_a_cut_download_is_deleted(
+    desk: Desk, tmp_path: Path, fetched_as: str, deleted_as: str
+) -> None:
+    desk.pull()
+    part = cut_download(desk, fetched_as)
+    other = cut_download(desk, "hf:o/r:Q5_0")
+    source = parse_source(deleted_as, tmp_path)
+    assert deletable(source, None) == (part,)
+    size = part.stat().st_size
+    assert size > 0
+    assert delete(source, None).freed == size
+    assert not part.exists()
+    with pytest.raises(errors.ModelFileMissing):
+        delete(source, None)
+    delete(parse_source(SOURCE, tmp_path), None)
+    assert other.exists()  # it is not deleted with the last whole model of its repository
+
+
+@pytest.mark.usefixtures("large")
+def test_a_whole_model_is_deleted_with_its_cut_update(desk: Desk, model_hub: Hub, tmp_path: Path) -> None:
+    source = parse_source("hf:o/r:Q4_1", tmp_path)
+    pull(desk.registry, ModelSpec(source=str(source)), desk.lock, lambda *_: None)
+    desk.lock.path.unlink()
+    model_hub.publish(large_Q4_1_gguf=NEW + bytes(300_000))
+    blobs = hub.cache_root() / "models--o--r/blobs"
+    with pytest.raises(Cut):
+        pull(desk.registry, ModelSpec(source=str(source)), desk.lock, _cut_at_once, update=True)
+    assert len([*blobs.glob("*")]) == 2
+    files = deletable(source, None)
+    assert [path.name.endswith(".llamaserve-part") for path in files] == [False, True]
+    delete(source, None)
+    assert [*blobs.glob("*")] == []
+
+
+def _cut_at_once(*_: object) -> None:
+    raise Cut
+
+
+@pytest.mark.usefixtures("large")
+def test_what_another_process_fetches_is_not_deleted(desk: Desk, tmp_path: Path) -> None:
+    part = cut_download(desk, "hf:o/r:Q4_1")
+    blob = part.with_name(part.name.removesuffix(".llamaserve-part"))
+    with cache.lock(f"hub {blob}"), pytest.raises(errors.InvalidRequest, match="by another process"):
+        delete(parse_source("hf:o/r:Q4_1", tmp_path), None)
+    assert part.exists()
 
 
 def test_deleting_frees_the_file_and_nothing_of_another_model(desk: Desk, model_hub: Hub) -> None:
@@ -303,8 +381,12 @@ def test_what_came_out_of_a_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest
     (folder / "deep/er/m.gguf").write_bytes(OLD)
     (folder / "deep/other.gguf").write_bytes(OLD)
     assert deletable(source, None) == (folder / "deep/er/m.gguf",)
+    (folder / ".download-killed").mkdir()
+    with cache.locked(folder / ".lock"), pytest.raises(errors.InvalidRequest, match="by another process"):
+        delete(source, None)
     assert delete(source, None).freed == len(OLD)
     assert not (folder / "deep/er").exists()
+    assert not (folder / ".download-killed").exists()
     assert (folder / "deep/other.gguf").exists()
     (folder / "deep/other.gguf").unlink()
     (folder / "deep").rmdir()

@@ -48,6 +48,7 @@ class Tenant:
         await asyncio.sleep(0.001)
         self.loaded = False
         self.vacated += 1
+        self._residency.left(self)
 
     async def limit_spill(self, size: int) -> None:
         self.spill.append(size)
@@ -68,6 +69,7 @@ class Tenant:
             await self._come()
         finally:
             self._coming = None
+            self._residency.wake()
 
     async def use(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Be used by one request: load if need be, work, leave."""
@@ -165,8 +167,7 @@ def test_spill_shrinks_before_anybody_has_to_go_and_comes_back() -> None:
         assert b.spill == [0]
         assert not a.vacated
         await b.vacate()
-        residency.left(b)
-        await residency.return_spill()
+        await asyncio.sleep(0.01)
         assert a.spill == [15, 10, 15]
         assert residency.claimed == Footprint(25)
 
@@ -221,6 +222,58 @@ def test_a_model_that_takes_more_than_planned_has_idle_ones_make_room() -> None:
         await residency.settle(c, Footprint(12))
         assert (a.vacated, b.vacated, c.vacated) == (1, 0, 0)
         assert residency.claimed == Footprint(22)
+
+    run(work())
+
+
+def test_a_model_that_has_become_busy_meanwhile_is_not_unloaded_to_settle() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b, c = (Tenant(name, residency, 10) for name in "abc")
+        for tenant in (a, b, c):
+            await tenant.use()
+
+        async def vacate() -> None:
+            b.users += 1
+            a.loaded = False
+            residency.left(a)
+
+        a.vacate = vacate  # type: ignore[method-assign]
+        await residency.settle(c, Footprint(25))  # more than a alone can make room for
+        assert b.loaded
+        assert not b.vacated
+
+    run(work())
+
+
+def test_who_gives_up_in_the_middle_of_an_eviction_leaves_no_memory_uncounted() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(10))
+        a, b = Tenant("a", residency, 10), Tenant("b", residency, 10)
+        await a.use()
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def leave() -> None:
+            begun.set()
+            await go_on.wait()
+            a.loaded = False
+            residency.left(a)
+
+        leaving: list[asyncio.Task[None]] = []
+
+        async def vacate() -> None:
+            leaving.append(asyncio.create_task(leave()))
+            await asyncio.shield(leaving[0])
+
+        a.vacate = vacate  # type: ignore[method-assign]
+        entering = asyncio.create_task(residency.enter(b, b.need, 0))
+        await begun.wait()
+        entering.cancel()
+        await asyncio.gather(entering, return_exceptions=True)
+        assert residency.claimed == Footprint(10)
+        go_on.set()
+        await leaving[0]
+        assert residency.claimed == Footprint()
 
     run(work())
 

