@@ -61,8 +61,9 @@ _MERGE, _MERGE_OF_MANY, _MANY_MERGES = 172, 112, 262_144
 # Measured: graphs, their allocation, threads and samplers, and what a tensor adds to the first two.
 _CONTEXT, _CONTEXT_OF_TENSOR = 4 * _MEBIBYTE, 6 * 1024
 
-# Measured: what a change of a LoRA adapter, two tensors, adds to graphs and lists, whatever its size.
-_PAIR = 16 * 1024
+# Measured: what a change of a LoRA adapter, two tensors, takes beside its numbers: as it is loaded, and in graphs and
+# buffers once it is used.
+_PAIR, _PAIR_AT_WORK = 1536, 6656
 _REMEMBERED_ADAPTERS = 1024  # files
 
 # Of the buffers for a whole batch. Their pages become resident when they are first written to, and that depends on use:
@@ -239,9 +240,9 @@ class Estimation:
         """
         mapped = self._params.mmap is not False if mmap is None else mmap
         first = max(0, self._model.blocks + 1 - gpu_layers)  # of the layers there; the output is the last
-        adapters = _adapters(self._params, gpu_layers / (self._model.blocks + 1))
+        adapters, pairs = _adapters(self._params, gpu_layers / (self._model.blocks + 1))
         lasting = self._lasting(first)
-        buffers = self._buffers(first)
+        buffers = self._buffers(first) + Footprint(pairs * _PAIR_AT_WORK)
         later = Footprint(buffers.host)
         compute, vocabulary = lasting + buffers, _vocabulary(self._header)
         return Estimate(self._weights(first, mapped) + adapters, self._cache(first), compute, vocabulary, later)
@@ -391,8 +392,8 @@ def _mapped(tensors: Iterable[TensorInfo], in_place: set[str]) -> int:
     return max((tensor.offset + tensor.size for tensor in used), default=0) - start
 
 
-def _adapters(params: LoadParams, share: float) -> Footprint:
-    """Return the memory of LoRA adapters, which lie where the layers do that they change."""
+def _adapters(params: LoadParams, share: float) -> tuple[Footprint, int]:
+    """Return the memory of LoRA adapters, which lie where the layers do that they change, and the number of changes."""
     size = pairs = 0
     for adapter in params.adapters:
         path = Path(adapter.path)
@@ -403,7 +404,7 @@ def _adapters(params: LoadParams, share: float) -> Footprint:
         except (OSError, ModelError):  # the load will say so
             continue
     there = int(size * min(1.0, share))
-    return Footprint(size - there + pairs * _PAIR, there)
+    return Footprint(size - there + pairs * _PAIR, there), pairs
 
 
 @lru_cache(_REMEMBERED_ADAPTERS)

@@ -344,6 +344,8 @@ class ModelPool:
         return self._failures
 
     async def _preload(self) -> None:
+        if self._facilities.saved is not None:  # what a server that was killed has left behind
+            await asyncio.to_thread(self._facilities.saved.prune)
         for model in self.named:
             try:
                 if model is self.named[0] or await model.has_room():

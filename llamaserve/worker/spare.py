@@ -1,8 +1,8 @@
 """A spare child: started ahead of time, it has imported everything and waits to be given a model.
 
 So a load need not wait for that, and what the machine has for GPUs is known before any load. There is never more than
-one. It is started some time after the loads are over, since it would take a core from them, and from the answers for
-which they were made. Whether to keep one is the pool's business.
+one. It is started when the loads are over, since it would take a core from them, and a moment later, for the first
+tokens of the answers for which they were made. Whether to keep one is the pool's business.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from llamaserve.worker.child import Child
 logger = logging.getLogger(__name__)
 
 _NAME = "spare process"
-_PAUSE = 1.0  # seconds between a load and the start of a spare
-_LONGEST_PAUSE = 300.0  # seconds; it doubles with each spare in turn that ends by itself
+_PAUSE = 0.05  # seconds between a load and the start of a spare
+_PAUSE_AFTER_DEATH = 1.0  # seconds, and twice as many with each spare in turn that ends by itself
+_LONGEST_PAUSE = 300.0  # seconds
 
 
 class Spares:
@@ -111,7 +112,11 @@ class Spares:
     def _refill(self) -> None:
         """Have a spare after a while, if one is wanted and there is none."""
         if self._keep and not self._loads and self._child is None and self._coming is None:
-            self._coming = self._do(self._come(min(_PAUSE * 2**self._deaths, _LONGEST_PAUSE)))
+            self._coming = self._do(self._come(self._pause))
+
+    @property
+    def _pause(self) -> float:
+        return min(_PAUSE_AFTER_DEATH * 2 ** (self._deaths - 1), _LONGEST_PAUSE) if self._deaths else _PAUSE
 
     async def _come(self, pause: float) -> None:
         await asyncio.sleep(pause)

@@ -31,8 +31,14 @@ def write_registry(path: Path, models: dict[str, Path | str], defaults: str = SM
         fields = f"source: 'file:{model}'" if isinstance(model, Path) else model
         lines.append(f"  {name}: {{{fields}}}")
     lines.append(f"aliases: {{{aliases}}}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return replace(path, "\n".join(lines) + "\n")
+
+
+def replace(path: Path, text: str) -> Path:
+    """Write a file as editors do: it is never there by half."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    return new.replace(path)
 
 
 def loaded(server: RunningServer) -> list[str]:

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 from api_helpers import COMPLETIONS, TINY, assert_alive, assert_error, streamed
-from model_helpers import INFO, LOAD, LONG, SMALL, UNLOAD, Listener, finish, loaded, names, text_of, write_registry
+from model_helpers import (
+    INFO,
+    LOAD,
+    LONG,
+    SMALL,
+    UNLOAD,
+    Listener,
+    finish,
+    loaded,
+    names,
+    replace,
+    text_of,
+    write_registry,
+)
 from running_server import RunningServer, wait_until
 
 FIRST, SECOND, THIRD = "first", "second", "third"
@@ -140,13 +153,13 @@ def test_a_broken_edit_changes_nothing_and_says_so(
     good = models_file.read_text()
     with Listener(server) as listener, streamed(server, COMPLETIONS, LONG) as stream:
         next(stream)
-        models_file.write_text(good + "  wrong: [\n")
+        replace(models_file, good + "  wrong: [\n")
         error = listener.wait("registry_rejected")["data"]["error"]
         assert error["code"] == "registry_error"
         assert "models.yaml:" in error["message"]
         assert names(server) == [FIRST, SECOND]
         server.process.send_signal(signal.SIGHUP)  # the same mistake is not told twice
-        models_file.write_text(good.replace("models:", "models:\n  third: {source: nonsense}"))
+        replace(models_file, good.replace("models:", "models:\n  third: {source: nonsense}"))
         listener.wait("registry_rejected", count=2)
         assert "third" in listener.of("registry_rejected")[1]["data"]["error"]["message"]
         write_registry(models_file, {FIRST: starter_model, SECOND: starter_model, THIRD: starter_model})

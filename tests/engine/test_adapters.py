@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -353,7 +353,7 @@ def test_one_file_under_two_names_has_no_more_than_the_largest_scale(running: Ru
             submit(_generation((("one", 61.0), ("other", 40.0))))
         assert caught.value.param == "lora"
     with pytest.raises(ModelLoadFailed, match=r"the same file have the scale -120\.0 together"):
-        running.engine.set_adapters([replace(each, scale=-60.0) for each in (one, other)])
+        running.engine.set_adapters([msgspec.structs.replace(each, scale=-60.0) for each in (one, other)])
 
 
 def test_an_adapter_that_is_too_strong_costs_others_nothing(

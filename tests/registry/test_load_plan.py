@@ -71,13 +71,15 @@ def test_as_many_layers_as_fit_go_to_the_gpu(header: GGUFHeader) -> None:
     assert planned(header, devices=1, gpu_layers="all").params.gpu_layers == layers + 1
 
 
-def test_the_layers_that_fit_are_counted_to_the_byte(header: GGUFHeader) -> None:
-    for layers in (1, 4, 30):
-        need = planned(header, devices=1, gpu_layers=layers).need
-        assert planned(header, Footprint(1 << 40, need.device), devices=1).params.gpu_layers == layers
-        assert planned(header, Footprint(1 << 40, need.device - 1), devices=1).params.gpu_layers == layers - 1
+def test_the_layers_that_fit_are_counted_to_the_byte(header: GGUFHeader, tmp_path: Path) -> None:
+    shape = Shape(width=1024, layers=8, heads=16, kv_heads=16, forward=2816, tokens=16000, type=Q4_K)
+    model = read_header(write_model(tmp_path / "model.gguf", shape, hollow=True))
+    for layers in (1, 4, 9):
+        need = planned(model, devices=1, gpu_layers=layers).need
+        assert planned(model, Footprint(1 << 40, need.device), devices=1).params.gpu_layers == layers
+        assert planned(model, Footprint(1 << 40, need.device - 1), devices=1).params.gpu_layers == layers - 1
     with pytest.raises(InsufficientMemory):
-        planned(header, Footprint(0, 1 << 40), devices=1)
+        planned(model, Footprint(0, 1 << 40), devices=1)
 
 
 def test_what_earlier_loads_have_taught_is_part_of_the_search(header: GGUFHeader) -> None:

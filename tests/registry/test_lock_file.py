@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def damaged(lock: LockFile, text: str | bytes) -> tuple[int, str]:
     with pytest.raises(errors.RegistryError):
         lock.entries()
     assert lock.path.read_bytes() == data
-    assert f"rm '{lock.path}'" in str(caught.value.hint)
+    assert f"rm {shlex.quote(str(lock.path))}" in str(caught.value.hint)
     found = re.match(rf"{re.escape(str(lock.path))}:(\d+): (.*)", caught.value.message, re.DOTALL)
     assert found is not None
     return int(found[1]), found[2]
@@ -185,3 +186,23 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "models.lock").mkdir()
     with pytest.raises(errors.RegistryError, match="cannot be read: Is a directory"):
         LockFile(tmp_path / "models.lock").entries()
+
+
+def test_a_folder_of_any_name_is_quoted_in_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "ann's models; true"
+    folder.mkdir()
+    lock = LockFile(folder / "models.lock")
+    lock.path.write_text("{")
+    with pytest.raises(errors.RegistryError) as damaged_file:
+        lock.entries()
+    words = shlex.split(str(damaged_file.value.hint).partition(": ")[2])
+    assert words == ["rm", str(lock.path)]
+    lock.path.unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lock, "_write", refuse)
+    with pytest.raises(errors.RegistryError) as refused:
+        lock.put(SOURCE, ENTRY)
+    assert shlex.split(str(refused.value.hint)) == ["chmod", "u+w", str(folder)]

@@ -323,6 +323,7 @@ def test_whatever_comes_the_budget_holds_and_everybody_is_served(seed: int) -> N
 
         await asyncio.gather(*(client(number) for number in range(8)))
         assert served > 50
+        await asyncio.sleep(0.05)  # a load whose last client has just given up comes to its end
         assert residency.claimed == sum(
             (residency.claim_of(each) or Footprint() for each in tenants if each.loaded), Footprint()
         )

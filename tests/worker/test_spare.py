@@ -290,7 +290,7 @@ def test_spares_that_always_die_are_not_started_for_ever(monkeypatch: pytest.Mon
         pauses.append(seconds)
         await sleep(1000 if len(pauses) > 4 else 0)
 
-    monkeypatch.setattr(spare, "_PAUSE", 10.0)
+    monkeypatch.setattr(spare, "_PAUSE_AFTER_DEATH", 10.0)
     monkeypatch.setattr(spare, "_LONGEST_PAUSE", 60.0)
     monkeypatch.setattr(spare.asyncio, "sleep", noted)
 
@@ -299,7 +299,7 @@ def test_spares_that_always_die_are_not_started_for_ever(monkeypatch: pytest.Mon
         spares.keep = True
         while len(pauses) < 5:
             await sleep(0.01)
-        assert pauses == [10, 20, 40, 60, 60]
+        assert pauses == [spare._PAUSE, 10, 20, 40, 60]
 
     _run(test)
 
