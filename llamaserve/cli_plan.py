@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
-from llamaserve.cli_output import models_folder, out, read_registry, read_settings, say, say_json
+from llamaserve.cli_output import models_folder, read_registry, read_settings, say, say_json
 from llamaserve.engine.events import Device
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError
@@ -27,7 +28,7 @@ from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
 
-_WIDEST = 1000  # columns
+_WIDEST = 1000  # columns of a table
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ def _print(
     if not planned:
         say("there is no model on this machine; fetch one with: llamaserve pull smollm2-135m")
         return
-    table = _table(planned, devices)
-    whole = out.measure(table, options=out.options.update(width=_WIDEST)).maximum
-    out.print(table, width=whole, crop=False, soft_wrap=True)
+    Console(width=_WIDEST).print(_table(planned, devices))  # rather lines that wrap than numbers that are cut off
     taken = sum((each.plan.need for each in together if each.plan), Footprint())
     if together:
         say(f"\nfit together: {', '.join(each.name for each in together)} ({_both(taken, devices)})")

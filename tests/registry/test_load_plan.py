@@ -106,7 +106,7 @@ def test_gpus_that_use_the_main_memory_are_planned_within_it(header: GGUFHeader)
         fewer = planned(header, room, devices=1, unified=True)
         assert fewer.params.gpu_layers != 31
         assert fewer.need.fits(room)
-    small = Footprint(apart.need.host, 1 << 40)
+    small = together.need - Footprint(100 * MEBIBYTE)
     with pytest.raises(InsufficientMemory, match="would fit with a context of"):
         planned(header, small, devices=1, unified=True, gpu_layers="all")
 
@@ -154,8 +154,8 @@ def test_with_all_matrices_on_a_gpu_nothing_is_there_twice(tmp_path: Path, monke
 
 def test_adapters_of_the_settings_are_found_or_told(tmp_path: Path) -> None:
     (tmp_path / "style.gguf").write_bytes(b"?")
-    spec = ModelSpec(source="file:/x.gguf", lora=(AdapterSpec("file:style.gguf", scale=0.5),))
-    assert configured_adapters("x", spec, tmp_path) == [Adapter("style.gguf", str(tmp_path / "style.gguf"), 0.5)]
+    spec = ModelSpec(source="file:/x.gguf", lora=(AdapterSpec(source="file:style.gguf", scale=0.5),))
+    assert configured_adapters("x", spec, tmp_path) == [Adapter("style", str(tmp_path / "style.gguf"), 0.5)]
     with pytest.raises(ModelFileMissing, match=r"style.gguf of my x is not") as missing:
         configured_adapters("my x", spec, tmp_path / "elsewhere")
     assert missing.value.hint == "llamaserve pull 'my x'"

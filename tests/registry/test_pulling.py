@@ -189,6 +189,21 @@ def test_a_flipped_bit_is_found_though_size_and_time_are_the_same(desk: Desk) ->
     assert [finding.fix for finding in problems] == ["llamaserve rm --yes tiny && llamaserve pull tiny"] * 2
     assert "the hub promised" in problems[0].problem
     assert "models.lock says" in problems[1].problem
+    assert all("deletes the files before it fetches them again" in finding.problem for finding in problems)
+
+
+def test_commands_for_models_of_any_name_are_quoted(tmp_path: Path, model_hub: Hub) -> None:
+    desk = Desk(tmp_path)
+
+    def fix() -> str:  # of a model that was found in a folder
+        return verify_model(desk.registry, "my tiny", desk.registry.models["tiny"], desk.lock)[0].fix
+
+    assert fix() == "llamaserve pull 'my tiny'"
+    desk.pull()
+    path = locate(HubSource("o/r", quant="Q4_0"))
+    assert path is not None
+    path.resolve().write_bytes(OLD[:-8] + b"12345678")
+    assert fix() == "llamaserve rm --yes 'my tiny' && llamaserve pull 'my tiny'"
 
 
 def test_every_promise_is_checked(tmp_path: Path, model_hub: Hub) -> None:
