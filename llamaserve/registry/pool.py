@@ -61,7 +61,7 @@ class ModelPool:
         self.reloads = 0  # how often models.yaml was read again
         self.folder = folder
         self._budget = budget
-        self._devices: int | None = None
+        self._devices: Sequence[Device] | None = None
         self._spares = Spares()
         facilities = Facilities(Residency(Footprint()), self.events, self._spares, saved, self._learn_of_hardware)
         self._facilities = facilities
@@ -374,12 +374,12 @@ class ModelPool:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _learn_of_hardware(self) -> int:
-        """Learn of GPUs and of how much memory there is, once; return the number of GPUs."""
+    async def _learn_of_hardware(self) -> Sequence[Device]:
+        """Learn of GPUs and of how much memory there is, once."""
         if self._devices is None:
             devices = await self._spares.hardware()
             self._facilities.residency.budget = self._budget(devices)
-            self._devices = len(devices)
+            self._devices = devices
         return self._devices
 
 

@@ -23,9 +23,10 @@ from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
 from llamaserve.errors import LlamaserveError, ModelError, ModelFileMissing, ModelNotCapable, Unavailable
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.admission import Admission
+from llamaserve.registry.budget import is_unified
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import PROCESS, LoadPlan, context_of, load_params, plan_load
+from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, context_of, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.measurements import record
 from llamaserve.registry.model_events import ModelEvents
@@ -34,6 +35,7 @@ from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
 from llamaserve.worker.process import WorkerProcess
+from llamaserve.worker.protocol import Device
 from llamaserve.worker.spare import Spares
 from llamaserve.worker.supervisor import Status, Supervisor
 
@@ -53,7 +55,7 @@ def _stamp(header: GGUFHeader) -> _Stamp:
 
 
 class Facilities:
-    """What all models of a server share. ``devices`` is the number of GPUs, known once ``ready`` has been awaited.
+    """What all models of a server share. ``ready`` tells what GPUs there are; the budget is known from then on.
     ``alive`` are the models that are in memory, or on their way in or out.
     """
 
@@ -63,7 +65,7 @@ class Facilities:
         events: ModelEvents,
         spares: Spares | None = None,
         saved: SavedPrefixes | None = None,
-        ready: Callable[[], Awaitable[int]] | None = None,
+        ready: Callable[[], Awaitable[Sequence[Device]]] | None = None,
     ) -> None:
         self.residency = residency
         self.events = events
@@ -73,9 +75,9 @@ class Facilities:
         self.closing = False
         self._ready = ready
 
-    async def devices(self) -> int:
-        """Return the number of GPUs; from then on the budget is known."""
-        return await self._ready() if self._ready else 0
+    async def devices(self) -> Sequence[Device]:
+        """Return the GPUs; from then on the budget is known."""
+        return await self._ready() if self._ready else ()
 
 
 class _Replaced(Exception):
@@ -233,14 +235,7 @@ class ServedModel:
 
     def listed_adapters(self) -> list[Adapter]:
         """Return the adapters that its settings name. Raises ``ModelError`` when one is not here."""
-        adapters = []
-        for each in self.spec.lora:
-            source = parse_source(each.source, self.base)
-            path = locate(source)
-            if path is None:
-                raise ModelFileMissing(f"the LoRA adapter {each.source} of {self.name} is not on this machine")
-            adapters.append(Adapter(each.name or source.name, str(path), each.scale))
-        return adapters
+        return configured_adapters(self.name, self.spec, self.base)
 
     def load_params(self) -> LoadParams:
         """Return how it was loaded last, or else how its settings say."""
@@ -441,9 +436,8 @@ class ServedModel:
         assert header is not None
         try:
             await asyncio.to_thread(record, header, plan.params, plan.estimate.total, worker.memory)
-            taken = worker.memory + plan.fixed
-            need = Footprint(max(taken.host, plan.need.host), max(taken.device, plan.need.device))
-            await residency.settle(self, need)
+            taken = worker.memory.host + plan.fixed.host  # that of GPUs is measured for all processes together
+            await residency.settle(self, Footprint(max(taken, plan.need.host), plan.need.device))
             if plan.params.spill != plan.fixed.host - PROCESS.host + residency.spill_of(self):
                 await self.limit_spill(residency.spill_of(self))
             if self._adapters is not None and self._adapters != plan.params.adapters:
@@ -534,7 +528,7 @@ class ServedModel:
             return params
         return msgspec.structs.replace(params, saved_prefixes=str(path), prefixes_identity=identity)
 
-    def _plan(self, budget: Footprint, devices: int) -> LoadPlan:
+    def _plan(self, budget: Footprint, devices: Sequence[Device]) -> LoadPlan:
         header = self._checked_header()
         if header.is_embedding_model or self.spec.task != "generation":
             raise ModelNotCapable(f"{self.name} does not generate text, and this server offers only text generation")
@@ -544,7 +538,8 @@ class ServedModel:
                 *(self.name, self.context, self.spec.context),
             )
         adapters = self._checked(self.adapters)
-        return plan_load(self.name, header, load_params(self.spec, header, adapters), budget, devices)
+        params = load_params(self.spec, header, adapters)
+        return plan_load(self.name, header, params, budget, len(devices), unified=is_unified(devices))
 
     def _checked_header(self) -> GGUFHeader:
         """Return the header of a file that llama.cpp may see. One that has not changed since it was looked at is not
