@@ -36,7 +36,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     body = with_defaults(body, model.defaults)
     use = model.use(body.keep_alive)
     try:
-        wish = body.wish(services, await model.read())
+        wish = body.wish(services, await model.file.read())
         prepared = await _prepare(services, model, body, wish, use)
         job = _job(services, model, body, prepared)
         headers = _headers(services, body, prepared)
@@ -69,7 +69,7 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
         filled = with_defaults(body, model.defaults)
         use = model.use()
         try:
-            prepared = await _prepare(services, model, filled, filled.wish(services, await model.read()), use)
+            prepared = await _prepare(services, model, filled, filled.wish(services, await model.file.read()), use)
         finally:
             use.leave()
         found = {"prompt": prepared.prompt, "stop": [*filled.stop, *prepared.stop]} | _truncated(prepared)

@@ -71,7 +71,7 @@ class _Tokens:
 
 async def fim_tokens(model: ServedModel) -> FimTokens:
     """Return the tokens with which a model fills gaps. Raises ``NotSupported`` for one that has none."""
-    header = await model.read()
+    header = await model.file.read()
     found = await asyncio.to_thread(lambda: header.fim_tokens)
     if found is None:
         raise NotSupported(

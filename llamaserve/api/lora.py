@@ -106,7 +106,7 @@ def _wanted(body: AdaptersRequest, model: ServedModel, folder: Path) -> list[Ada
         if name in names[:number]:
             raise InvalidRequest(f"lora_names[{number}]: {name!r} is there twice", param=f"lora_names[{number}]")
     own = {adapter.name: Adapter(adapter.name, adapter.path) for adapter in model.adapters}
-    own |= {adapter.name: adapter for adapter in model.listed_adapters()}
+    own |= {adapter.name: adapter for adapter in model.file.adapters()}
     found = [own.get(name) or Adapter(name, str(adapter_file(folder, name))) for name in names]
     if scales is None:
         return found

@@ -39,7 +39,7 @@ def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
 
 def capabilities(model: ServedModel) -> dict[str, bool]:
     """Return what this server does with the model; not all that the model was trained for."""
-    header = model.known_header
+    header = model.file.known_header
     template = header.chat_template if header is not None and not header.is_embedding_model else None
     chat = bool(template)
     return {
@@ -69,7 +69,7 @@ def _status(model: ServedModel) -> dict[str, Any]:
 
 def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
     """Return OpenAI's model object and what other servers' clients expect in it."""
-    header = model.known_header
+    header = model.file.known_header
     context = model.context if header else None
     return {
         "id": model.name,

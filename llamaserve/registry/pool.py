@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError, ModelNotFound, ModelNotLoaded, RegistryError
-from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import FoundModel, resolve, scan
 from llamaserve.registry.load_args import apply
 from llamaserve.registry.lock_file import LockFile
@@ -128,7 +127,7 @@ class ModelPool:
                 )
             return model
         model = self._models.get(self._aliases.get(name, name))
-        if model is None or not (self._offers(model) or _is_here(model)):  # it may have been fetched since we looked
+        if model is None or not (self._offers(model) or model.file.is_here):  # it may have been fetched since we looked
             raise self._not_found(name, model)
         return model
 
@@ -319,7 +318,7 @@ class ModelPool:
         return [parse_source(text, base) for text in entries if text.startswith("hf:") and text not in listed]
 
     def _all_here(self, models: Sequence[ServedModel]) -> set[str]:
-        return {model.name for model in models if _is_here(model)}
+        return {model.name for model in models if model.file.is_here}
 
     def _served(
         self, name: str, spec: ModelSpec, listed: ModelSpec, overrides: Mapping[str, Any] | None = None
@@ -385,10 +384,3 @@ class ModelPool:
 
 def _differ(one: ModelSpec, other: ModelSpec, but: frozenset[str]) -> bool:
     return one.model_dump(exclude=set(but)) != other.model_dump(exclude=set(but))
-
-
-def _is_here(model: ServedModel) -> bool:
-    try:
-        return locate(parse_source(model.spec.source, model.base)) is not None
-    except LlamaserveError:
-        return False

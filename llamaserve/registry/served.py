@@ -1,4 +1,4 @@
-"""One model that this server offers: its settings, its file, and its life in memory.
+"""One model that this server offers: its settings, and its life in memory.
 
 A request holds a model by a ``Use`` from before it waits for the model to its end; a model that somebody uses is not
 unloaded to make room. What is used by nobody leaves after its ``keep_alive``. What was evaluated is written to a file
@@ -20,19 +20,15 @@ from typing import Any
 import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
-from llamaserve.errors import LlamaserveError, ModelError, ModelFileMissing, ModelNotCapable, Unavailable
-from llamaserve.registry.adapters import check_adapter
+from llamaserve.errors import LlamaserveError, Unavailable
 from llamaserve.registry.admission import Admission
-from llamaserve.registry.budget import is_unified
-from llamaserve.registry.fetching import locate
-from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, context_of, load_params, plan_load
-from llamaserve.registry.loadable import check_loadable
+from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.load_plan import PROCESS, LoadPlan, context_of
 from llamaserve.registry.measurements import record
 from llamaserve.registry.model_events import ModelEvents
+from llamaserve.registry.model_file import ModelFile
 from llamaserve.registry.residency import Residency
 from llamaserve.registry.saved_prefixes import SavedPrefixes
-from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.protocol import Device
@@ -41,17 +37,7 @@ from llamaserve.worker.supervisor import Status, Supervisor
 
 logger = logging.getLogger(__name__)
 
-_FAILURE_KEPT = 5.0  # seconds for which a header that could not be read is not tried again, only to list the model
 _SAVING_LIMIT = 10.0  # seconds in which a model that leaves must have written its prefixes
-
-
-_Stamp = tuple[tuple[int, int, int], ...]
-
-
-def _stamp(header: GGUFHeader) -> _Stamp:
-    """Return what changes when one of a model's files does."""
-    status = [path.stat() for path in header.paths]
-    return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in status)
 
 
 class Facilities:
@@ -141,11 +127,8 @@ class ServedModel:
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
         self.plan: LoadPlan | None = None  # of the last load
-        self.base = base
+        self.file = ModelFile(name, spec, base)
         self._facilities = facilities
-        self._header: GGUFHeader | None = None
-        self._loadable: _Stamp | None = None  # of the header's files when they were last looked at
-        self._unreadable_until = 0.0
         self._supervisor = Supervisor(name, self._prepare, self, facilities.spares)
         self._adapters: tuple[Adapter, ...] | None = None  # None: those of the settings
         self._keep_alive = spec.keep_alive
@@ -165,23 +148,8 @@ class ServedModel:
 
     @property
     def header(self) -> GGUFHeader:
-        """What the GGUF file says of itself; read once it is needed. Raises ``ModelError``."""
-        if self._header is None:
-            self._header = read_header(self._located(self.spec.sha256))
-        return self._header
-
-    @property
-    def known_header(self) -> GGUFHeader | None:
-        """The header, or None when the file is missing or bad."""
-        if self._header is not None or time.monotonic() < self._unreadable_until:
-            return self._header
-        try:
-            self._header = read_header(self._located())
-            return self._header
-        except ModelError as error:
-            logger.info("%s: %s", self.name, error.message)
-            self._unreadable_until = time.monotonic() + _FAILURE_KEPT
-            return None
+        """What its file says of itself. Raises ``ModelError``."""
+        return self.file.header
 
     @property
     def context(self) -> int:
@@ -212,7 +180,7 @@ class ServedModel:
     def adapters(self) -> tuple[Adapter, ...]:
         """Its LoRA adapters. Raises ``ModelError`` when one of those that its settings name can't be used."""
         if self._adapters is None:
-            self._adapters = tuple(self.listed_adapters())
+            self._adapters = tuple(self.file.adapters())
         return self._adapters
 
     @property
@@ -220,26 +188,9 @@ class ServedModel:
         """Whether it has been loaded and may be unloaded: nobody uses it."""
         return self.live_worker is not None and not self.busy
 
-    async def read(self) -> GGUFHeader:
-        """Return the header, read in a thread if it is not known yet. Raises ``ModelError``."""
-        return self._header if self._header is not None else await asyncio.to_thread(lambda: self.header)
-
-    def _located(self, sha256: str | None = None) -> Path:
-        """Return its file, checked against a sum if there is one. Raises ``ModelFileMissing``."""
-        path = locate(parse_source(self.spec.source, self.base), sha256)
-        if path is None:
-            raise ModelFileMissing(
-                f"the weights of {self.name} are not on this machine", hint=f"llamaserve pull {self.name}"
-            )
-        return path
-
-    def listed_adapters(self) -> list[Adapter]:
-        """Return the adapters that its settings name. Raises ``ModelError`` when one is not here."""
-        return configured_adapters(self.name, self.spec, self.base)
-
     def load_params(self) -> LoadParams:
         """Return how it was loaded last, or else how its settings say."""
-        return self.plan.params if self.plan else load_params(self.spec, self.header)
+        return self.plan.params if self.plan else self.file.load_params()
 
     def limited(self, generation: Generation) -> Generation:
         """Return the generation with a time limit no longer than the model's."""
@@ -323,7 +274,7 @@ class ServedModel:
         """Have these LoRA adapters and no others, from the next request on. Raises, and changes nothing, when one of
         them does not fit the model.
         """
-        checked = await asyncio.to_thread(self._checked, adapters)
+        checked = await asyncio.to_thread(self.file.checked, adapters)
         if (worker := self.live_worker) is not None and self._leaving is None:
             await worker.set_adapters(list(checked))
         self._adapters = checked  # a load under way takes note of them at its end
@@ -388,6 +339,7 @@ class ServedModel:
         if self._keep_alive == self.spec.keep_alive:  # no request has said otherwise
             self._keep_alive = spec.keep_alive
         self.listed, self.spec, self.overrides = listed, spec, dict(overrides)
+        self.file.spec = spec
         self.admission.limit(spec.parallel, spec.queue)
         if self.sparable and self._unused:
             self._rest()
@@ -431,9 +383,8 @@ class ServedModel:
         """Do what a finished load leaves to do: take note of what it took, have others make room if that is more than
         was planned, and tell the child what has changed meanwhile.
         """
-        plan, header, residency = self.plan, self._header, self._facilities.residency
+        plan, header, residency = self.plan, self.header, self._facilities.residency
         assert plan is not None
-        assert header is not None
         try:
             await asyncio.to_thread(record, header, plan.params, plan.estimate.total, worker.memory)
             taken = worker.memory.host + plan.fixed.host  # that of GPUs is measured for all processes together
@@ -529,31 +480,4 @@ class ServedModel:
         return msgspec.structs.replace(params, saved_prefixes=str(path), prefixes_identity=identity)
 
     def _plan(self, budget: Footprint, devices: Sequence[Device]) -> LoadPlan:
-        header = self._checked_header()
-        if header.is_embedding_model or self.spec.task != "generation":
-            raise ModelNotCapable(f"{self.name} does not generate text, and this server offers only text generation")
-        if self.context < self.spec.context:
-            logger.warning(
-                "%s was trained for %d tokens of context; the configured %d are cut to that",
-                *(self.name, self.context, self.spec.context),
-            )
-        adapters = self._checked(self.adapters)
-        params = load_params(self.spec, header, adapters)
-        return plan_load(self.name, header, params, budget, len(devices), unified=is_unified(devices))
-
-    def _checked_header(self) -> GGUFHeader:
-        """Return the header of a file that llama.cpp may see. One that has not changed since it was looked at is not
-        looked at again, which takes a tenth of a second.
-        """
-        path = self._located(self.spec.sha256)
-        if self._header is None or self._header.path != path or _stamp(self._header) != self._loadable:
-            self._header = header = read_header(path)
-            before = _stamp(header)
-            check_loadable(header)
-            self._loadable = before
-        return self._header
-
-    def _checked(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
-        for each in adapters:
-            check_adapter(read_header(Path(each.path)), self.header)
-        return tuple(adapters)
+        return self.file.plan(self.adapters, budget, devices)

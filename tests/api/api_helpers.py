@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -103,3 +104,14 @@ def unanswered(server: RunningServer, path: str, body: dict[str, Any]) -> Iterat
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(head.encode() + data)
         yield connection
+
+
+def write_models_file(folder: Path, weights: Path, defaults: str, fields: str = "") -> Path:
+    """Write a models.yaml with one model and return its path."""
+    path = folder / "models.yaml"
+    path.write_text(
+        f"defaults: {{{defaults}, flash_attention: off}}\n"
+        f"models:\n  smollm2-135m: {{source: 'file:{weights}'{fields}}}\n"
+        "aliases: {starter: smollm2-135m}\n"
+    )
+    return path

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ Message = dict[str, Any]
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "chat" / "templates"
 PROMPT = "/v1/internal/chat-prompt"
+_TODAY = date(2026, 11, 25)
 MARKUP = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]")
 
 
 def template(name: str) -> str:
-    """Return the chat template of a family of models."""
-    return (TEMPLATES / f"{name}.jinja").read_text()
+    """Return the chat template of a family of models, with a fixed day in place of today's: what the model samples, and
+    with it what the tests see, depends on every word of the prompt.
+    """
+    source = (TEMPLATES / f"{name}.jinja").read_text()
+    return re.sub(r"strftime_now\('([^']+)'\)", lambda found: repr(_TODAY.strftime(found[1])), source)
 
 
 def said(*texts: tuple[str, str]) -> list[Message]:

@@ -6,18 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from api_helpers import write_models_file
 from running_server import RunningServer
-
-
-def write_models_file(folder: Path, weights: Path, defaults: str, fields: str = "") -> Path:
-    """Write a models.yaml with one model and return its path."""
-    path = folder / "models.yaml"
-    path.write_text(
-        f"defaults: {{{defaults}, flash_attention: off}}\n"
-        f"models:\n  smollm2-135m: {{source: 'file:{weights}'{fields}}}\n"
-        "aliases: {starter: smollm2-135m}\n"
-    )
-    return path
 
 
 @pytest.fixture(scope="session")

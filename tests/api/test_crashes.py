@@ -12,8 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from api_helpers import COMPLETIONS, ENDLESS, MODEL, TINY, assert_alive, assert_error, streamed
-from conftest import write_models_file
+from api_helpers import COMPLETIONS, ENDLESS, MODEL, TINY, assert_alive, assert_error, streamed, write_models_file
 from running_server import RunningServer, wait_until
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_helpers import CHAT, END_TOKENS, all_events, assert_error, length_of
+from api_helpers import CHAT, END_TOKENS, all_events, assert_error, length_of, write_models_file
 from chat_helpers import PROMPT, called, put_together, result, said, whole
-from conftest import write_models_file
 from running_server import RunningServer
 
 CONTEXT = 256

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_helpers import CHAT, END_TOKENS, all_events, assert_error
+from api_helpers import CHAT, END_TOKENS, all_events, assert_error, write_models_file
 from chat_helpers import PAINT, PROMPT, both, called, said, whole
-from conftest import write_models_file
 from running_server import RunningServer
 
 BOLT = """\
