@@ -1,8 +1,8 @@
 """A spare child: started ahead of time, it has imported everything and waits to be given a model.
 
 So a load need not wait for that, and what the machine has for GPUs is known before any load. There is never more than
-one. It is started when the loads are over, since it would take a core from them, and a moment later, for the first
-tokens of the answers for which they were made. Whether to keep one is the pool's business.
+one. It is started some time after the loads are over, since it would take a core from them, and from the first answers
+for which they were made: right after a load, these came 0.3 s later. Whether to keep one is the pool's business.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llamaserve.worker.child import Child
 logger = logging.getLogger(__name__)
 
 _NAME = "spare process"
-_PAUSE = 0.05  # seconds between a load and the start of a spare
+_PAUSE = 1.0  # seconds between a load and the start of a spare
 _PAUSE_AFTER_DEATH = 1.0  # seconds, and twice as many with each spare in turn that ends by itself
 _LONGEST_PAUSE = 300.0  # seconds
 

@@ -2,7 +2,7 @@
 
 Both are the same file under two names. A bare load is that of a child which has everything imported and nothing to
 wait for, until it is ready; what llama.cpp needs of it, for weights and context alone, is measured in the bare loop's
-process. A swap is what a request waits for its first token more than the same request does when its model is loaded.
+process. A swap is what a request waits for its first token more than others do whose model is loaded.
 Runs on the CPU, with the memory that one and a half of the models need.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,13 +131,17 @@ def _swap(lab: Lab, server: _Swapping, number: int) -> None:
     request = Request(1, texts.story(f"swap/{number}"))
     if not server.settle():
         raise NotPossible("no spare child process was started")
-    _add(lab, server, "swap", request, server.other)
-    _add(lab, server, "swap_unprepared", request, server.one)
+    others = [Request(1, texts.story(f"swap/{number}/{other}")) for other in range(3)]
+    _add(lab, server, "swap", request, others, server.other)
+    _add(lab, server, "swap_unprepared", request, others, server.one)
 
 
-def _add(lab: Lab, server: _Swapping, figure: str, request: Request, target: HttpServer) -> None:
+def _add(
+    lab: Lab, server: _Swapping, figure: str, request: Request, others: Sequence[Request], target: HttpServer
+) -> None:
+    """Note how much longer a request waits than others whose prompts are not cached either."""
     (first,) = lab.ask("swap", target, [request])
-    again = [lab.ask("swap", target, [request])[0].first for _ in range(3)]
+    again = [lab.ask("swap", target, [other])[0].first for other in others]
     if len(children := server.children()) > 2:  # its model's and a spare
         raise NotPossible(f"both models were loaded, in {len(children)} processes")
     lab.results.add("swap", OURS, figure, first.first - min(again))
