@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llamaserve.errors import LlamaserveError
+from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.spec import Registry, find_models_file, load_registry
 from llamaserve.settings import Settings
 
@@ -66,7 +67,4 @@ def read_registry(settings: Settings) -> Registry:
 
 def models_folder(settings: Settings) -> Path | None:
     """Return the folder that is searched for models: the one that is set, else ./models if there is one."""
-    folder = settings.models_dir or Path("models")
-    if settings.models_dir is not None and not folder.is_dir():
-        raise LlamaserveError(f"there is no folder {folder}", hint=f"mkdir {folder}, or leave out --models-dir")
-    return folder.absolute() if folder.is_dir() else None
+    return folder_in_use(settings.models_dir)

@@ -9,7 +9,6 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 
 import uvicorn
 
@@ -17,6 +16,7 @@ from llamaserve.app import create_app
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.budget import memory_budget
 from llamaserve.registry.cache import cache_folder
+from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.spec import Registry
@@ -32,15 +32,12 @@ _STOP_LIMIT = 5  # seconds for answers under way when the server stops
 
 def make_pool(settings: Settings, registry: Registry, references: Sequence[str]) -> ModelPool:
     """Return the pool of models that the settings want. Raises what the command line should say of its references."""
-    folder = settings.models_dir or Path("models")
-    if settings.models_dir is not None and not folder.is_dir():
-        raise LlamaserveError(f"there is no folder {folder}", hint=f"mkdir {folder}, or leave out --models-dir")
     saved_size = parse_size(settings.saved_prefixes)(0)
     return ModelPool(
         registry,
         references,
         budget=memory_budget(settings.memory, settings.gpu_memory),
-        folder=folder.absolute() if folder.is_dir() else None,
+        folder=folder_in_use(settings.models_dir),
         saved=SavedPrefixes(cache_folder() / "prefixes", saved_size) if saved_size else None,
     )
 

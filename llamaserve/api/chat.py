@@ -67,7 +67,8 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
     async def answer() -> Response:
         model = services.pool.get(body.model)
         filled = with_defaults(body, model.defaults)
-        use = model.use()
+        model.hold()  # how long it stays is for answers to say
+        use = Use(model)
         try:
             prepared = await _prepare(services, model, filled, filled.wish(services, await model.file.read()), use)
         finally:

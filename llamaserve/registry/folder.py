@@ -63,6 +63,16 @@ _known: OrderedDict[_Stamp, _Facts] = OrderedDict()  # least recently used first
 _known_lock = Lock()
 
 
+def folder_in_use(configured: Path | None) -> Path | None:
+    """Return the folder that is searched for models: the one that is configured, else ./models if there is one. Raises
+    ``RegistryError`` when the configured one is not there.
+    """
+    folder = configured or Path("models")
+    if configured is not None and not is_file(folder, folder=True):
+        raise errors.RegistryError(f"there is no folder {folder}", hint=f"mkdir {folder}, or leave out --models-dir")
+    return folder.absolute() if is_file(folder, folder=True) else None
+
+
 def scan(folder: Path) -> list[FoundModel]:
     """Return the models of a folder, with ``model2`` before ``model10``.
 
