@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.served import Facilities, ServedModel
 from llamaserve.registry.sources import Source, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, load_registry
+from llamaserve.worker.child import Child
+from llamaserve.worker.fork_server import ForkServer
 from llamaserve.worker.protocol import Device
 from llamaserve.worker.spare import Spares
 
@@ -61,7 +64,8 @@ class ModelPool:
         self.folder = folder
         self._budget = budget
         self._devices: Sequence[Device] | None = None
-        self._spares = Spares()
+        self._fork_server = ForkServer() if sys.platform == "linux" else None
+        self._spares = Spares(Child.start if self._fork_server is None else self._fork_server.start)
         facilities = Facilities(Residency(Footprint()), self.events, self._spares, saved, self._learn_of_hardware)
         self._facilities = facilities
         self._named = dict(resolve(registry, folder, reference) for reference in references)
@@ -365,6 +369,8 @@ class ModelPool:
             await asyncio.gather(*(model.unload("shutdown") for model in list(self._facilities.alive)))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._spares.aclose()
+        if self._fork_server is not None:
+            await self._fork_server.aclose()
 
     def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run work that nobody may cancel, until the pool ends."""

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -34,13 +34,33 @@ _LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
 
 # Threads that meet at a barrier spin for about 50 µs and then sleep: as fast as OpenMP's default on a quiet machine,
 # and it does not hold up every other program's threads on a busy one. No debugger is started when llama.cpp aborts.
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+# Numpy needs no threads of its own.
+ENVIRONMENT: Final = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class Process(Protocol):
+    """A running process, whoever its parent is."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """How it has ended, less than 0 for a signal; None when it is not known to have."""
+
+    async def read_standard_error(self, size: int) -> bytes:
+        """Return what it has said next, at most so many bytes; nothing once it is over."""
+
+    async def wait(self) -> int:
+        """Wait for its end, and return how it has ended."""
+
+    def kill(self) -> None:
+        """End it by force."""
 
 
 class Child:
     """A child process; ``name`` is what its words are logged under. It must be closed."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, link: FrameStream) -> None:
+    def __init__(self, name: str, process: Process, link: FrameStream) -> None:
         self.name = name
         self._process = process
         self._link = link
@@ -50,13 +70,15 @@ class Child:
         self.devices: list[Device] = []  # known once it is up
 
     @classmethod
-    async def start(cls, name: str) -> Child:
-        """Start one; it is not up yet. When this is cancelled, none is left."""
+    async def start(cls, name: str, launch: Callable[[socket.socket], Awaitable[Process]] | None = None) -> Child:
+        """Start one; it is not up yet. When this is cancelled, none is left. ``launch`` starts a process that serves a
+        link; without it, one is started as a program of its own.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             link = await FrameStream.open(ours)
             try:
-                return cls(name, await _spawn(theirs), link)
+                return cls(name, await (launch or _execute)(theirs), link)
             except BaseException:
                 link.close()
                 raise
@@ -111,12 +133,9 @@ class Child:
         self._link.close()
 
     def kill(self) -> None:
-        """End it by force. Not by ``Process.kill``, which may reap a child that has just died, and then its exit status
-        is lost to asyncio.
-        """
+        """End it by force."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+            self._process.kill()
 
     async def aclose(self) -> None:
         """End it: by force if it does not end by itself, and at once if it is not up yet."""
@@ -170,9 +189,8 @@ class Child:
 
     async def _read_standard_error(self) -> None:
         """Log what it says, line by line; an endless line is cut into pieces."""
-        assert self._process.stderr is not None
         rest = b""
-        while chunk := await self._process.stderr.read(_LONGEST_LINE):
+        while chunk := await self._process.read_standard_error(_LONGEST_LINE):
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) >= _LONGEST_LINE:
                 lines, rest = [*lines, rest], b""
@@ -191,13 +209,37 @@ def _command(descriptor: int) -> list[str]:
     return [sys.executable, "-P", "-m", "llamaserve.worker.host", str(descriptor)]
 
 
-async def _spawn(socket_for_child: socket.socket) -> asyncio.subprocess.Process:
-    descriptor = socket_for_child.fileno()
-    return await asyncio.create_subprocess_exec(
+async def _execute(link: socket.socket) -> Process:
+    """Start a program that serves the link."""
+    descriptor = link.fileno()
+    process = await asyncio.create_subprocess_exec(
         *_command(descriptor),
         pass_fds=(descriptor,),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env=_ENVIRONMENT | dict(os.environ),
+        env=ENVIRONMENT | dict(os.environ),
     )
+    return _Program(process)
+
+
+class _Program:
+    """A process that is our own child."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        self.pid = process.pid
+        self.read_standard_error = process.stderr.read
+        self.wait = process.wait
+        self._process = process
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def kill(self) -> None:
+        """End it by force. Not by ``Process.kill``, which may reap a child that has just died, and then its exit status
+        is lost to asyncio.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)

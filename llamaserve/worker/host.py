@@ -258,12 +258,16 @@ class _ProgressReporter:
         return True
 
 
+def serve(link: socket.socket) -> None:
+    """Serve over a connected socket."""
+    with contextlib.suppress(ConnectionError):  # the API process is gone, and with it all who could want an answer
+        Host(FrameSocket(link)).run()
+
+
 def main() -> None:
     """Serve over the inherited socket. Ctrl-C is the API process's business: it ends us by closing the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    link = FrameSocket(socket.socket(fileno=int(sys.argv[1])))
-    with contextlib.suppress(ConnectionError):  # the API process is gone, and with it all who could want an answer
-        Host(link).run()
+    serve(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

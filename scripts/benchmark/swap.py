@@ -35,7 +35,7 @@ _UNSAVED = "llamaserve, prefixes not saved"
 _ROOM = 1.5  # models
 _PATIENCE = 15.0  # seconds for a spare child to come up
 _QUIET = 0.3  # seconds in which a child that is up takes no processor time
-_CHILD = "llamaserve.worker.host"
+_PROGRAM, _FORK_SERVER = "llamaserve.worker.host", "llamaserve.worker.fork_server_main"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class _Swapping:
 
     def children(self) -> list[int]:
         assert self.one.pid is not None
-        return [pid for pid in tree(self.one.pid) if _CHILD in command_line(pid)]
+        commands = [(pid, command_line(pid)) for pid in tree(self.one.pid)]
+        forks = [pid for pid, command in commands if _FORK_SERVER in command]  # the server comes before its forks
+        return [pid for pid, command in commands if _PROGRAM in command] + forks[1:]
 
     def settle(self) -> bool:
         """Wait until there is a spare child beside the model's, and nothing is done any more; False when it does not

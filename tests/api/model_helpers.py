@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 import httpx
 from api_helpers import ENDLESS
+from child_processes import model_processes
 from running_server import RunningServer, wait_until
 
 INFO = "/v1/internal/model/info"
@@ -55,10 +55,7 @@ def names(server: RunningServer) -> list[str]:
 
 def children(server: RunningServer) -> set[int]:
     """Return the process ids of all children that run a model or wait for one."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid), "-f", "worker.host"], capture_output=True, text=True
-    )
-    return {int(pid) for pid in found.stdout.split()}
+    return model_processes(server.process.pid)
 
 
 class Listener:

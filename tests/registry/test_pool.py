@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from child_processes import model_processes
 
 from llamaserve.engine.events import Finished
 from llamaserve.engine.params import Footprint, Generation, Sampling
@@ -449,8 +450,7 @@ def test_the_end_during_a_load_leaves_no_process(three: Path, starter_model: Pat
         await house.pool.aclose()
         with pytest.raises((LlamaserveError, asyncio.CancelledError)):
             await loading
-        children = [child for child in psutil.Process().children() if "worker.host" in " ".join(child.cmdline())]
-        assert children == []
+        assert model_processes() == set()
 
     run(pool_of(three), test)
 
