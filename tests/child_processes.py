@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import psutil
 
@@ -12,20 +11,14 @@ _PROGRAM = "llamaserve.worker.host"
 
 
 def model_processes(pid: int | None = None) -> set[int]:
-    """Return those below a process, this one unless another is named. The fork server is none, but what it forks are,
-    which look like it.
+    """Return those of a process, this one unless another is named: its own children, and those that its fork server has
+    forked. Those of other servers that it has started are not among them.
     """
-    top = psutil.Process(os.getpid() if pid is None else pid)
     found = set()
-    for process in top.children(recursive=True):
+    for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie
-            above = process.parent()
-            if _is(process, _PROGRAM) or (
-                _is(process, _FORK_SERVER) and above is not None and _is(above, _FORK_SERVER)
-            ):
-                found.add(process.pid)
+            if _PROGRAM in child.cmdline():
+                found.add(child.pid)
+            elif _FORK_SERVER in child.cmdline():
+                found |= {fork.pid for fork in child.children()}
     return found
-
-
-def _is(process: psutil.Process, module: str) -> bool:
-    return module in process.cmdline()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+
+_CACHE = tempfile.mkdtemp(prefix="llamaserve-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 START_LIMIT = 60  # seconds
 STOP_LIMIT = 20
@@ -24,8 +30,8 @@ class RunningServer:
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", "llamaserve", *arguments, "--port", "0"]
-        # No test shall find what an earlier one has evaluated, unless it wants to.
-        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0"}
+        # No test shall find what an earlier one has evaluated, unless it wants to, or touch what a user keeps.
+        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0", "LLAMASERVE_CACHE": _CACHE}
         self._environment = {**os.environ, **defaults, **(environment or {})}
         self.lines: list[str] = []
         self.url = ""

@@ -16,6 +16,8 @@ import pytest
 from running_server import RunningServer
 
 from llamaserve import __version__
+from llamaserve.registry.cache import cache_folder
+from llamaserve.settings import Settings
 
 Models = Callable[[str], str]
 
@@ -127,7 +129,9 @@ def test_pull_fetches_and_says_where(starter_model: Path) -> None:
 
 
 def test_run_serves_the_default_model_and_prints_a_line_that_works(starter_model: Path) -> None:
-    with RunningServer("run") as server:
+    kept = Settings.model_fields["saved_prefixes"].default
+    environment = {"LLAMASERVE_CACHE": str(cache_folder()), "LLAMASERVE_SAVED_PREFIXES": kept}  # a user's own
+    with RunningServer("run", environment=environment) as server:
         output = "\n".join(server.lines)
         assert f"base URL   {server.url}/v1" in output
         (line,) = re.findall(r"try it\s+(curl .*)", output)

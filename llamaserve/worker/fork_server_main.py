@@ -38,7 +38,9 @@ class _ForkServer:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> socket.socket | None:
-        """Fork, until the control socket closes. Returns None then, and in each forked process its link."""
+        """Fork, until the control socket closes. Returns None then, with all forks gone, and in each forked process its
+        link.
+        """
         signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
@@ -46,6 +48,7 @@ class _ForkServer:
                 if key.fileobj is self._control:
                     message, descriptors, _, _ = socket.recv_fds(self._control, 1, _DESCRIPTORS)
                     if not message:
+                        self._end_all()
                         return None
                     if len(descriptors) < _DESCRIPTORS:  # this process may have no more; who waits hears of it
                         for descriptor in descriptors:
@@ -112,6 +115,13 @@ class _ForkServer:
                 self._selector.unregister(channel)
             _say(channel, os.waitstatus_to_exitcode(status))
             channel.close()
+
+    def _end_all(self) -> None:
+        """End the forks that are left, and wait until they are gone."""
+        for pid in self._forks:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._forks:
+            os.waitpid(pid, 0)
 
 
 def _say(channel: socket.socket, number: int) -> None:

@@ -52,7 +52,7 @@ class Spares:
 
     @keep.setter
     def keep(self, keep: bool) -> None:
-        self._keep = keep
+        self._keep = keep = keep and not self._closed
         if keep:
             self._refill()
         else:

@@ -38,10 +38,10 @@ def params(load_params: LoadParams) -> LoadParams:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     gc.collect()
-    files = _entries("self/fd")
+    files, children = _entries("self/fd"), psutil.Process().children()
     yield
     gc.collect()
-    assert psutil.Process().children(recursive=True) == []
+    assert psutil.Process().children() == children
     assert _entries("self/fd") == files
 
 
@@ -257,6 +257,19 @@ def test_closing_at_any_moment_leaves_nothing(turns: int) -> None:
             await (await start).aclose()
         with pytest.raises(Unavailable):
             await forks.start("late")
+
+    _run(test)
+
+
+def test_the_fork_server_ends_after_its_forks() -> None:
+    async def test(forks: ForkServer) -> None:
+        children = [await forks.start(name) for name in ("first", "second")]
+        os.kill(children[0].pid, signal.SIGSTOP)  # it could not end by itself
+        await forks.aclose()
+        assert not any(psutil.pid_exists(child.pid) for child in children)
+        for child in children:
+            await child.closed()
+            await child.aclose()
 
     _run(test)
 

@@ -361,3 +361,14 @@ def test_what_the_load_took_is_measured(params: LoadParams) -> None:
         assert sizes[1] - sizes[0] == pytest.approx((8192 - 256) * 23040, rel=0.25)  # 30 layers, 3 heads of 64, 16 bits
 
     _run(test)
+
+
+def test_after_the_end_none_is_wanted_whatever_is_asked_for() -> None:
+    async def test(spares: Spares, starts: Starts) -> None:
+        await spares.aclose()
+        spares.keep = True
+        assert not spares.keep
+        await asyncio.sleep(0.05)
+        assert starts.children == []
+
+    _run(test)
