@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from llamaserve.api.adapters import adapters_for
-from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice
+from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice, truncated
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
 from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import Services, UsesServices
+from llamaserve.chat.modes import NO_TEMPLATE, ModelTemplate
 from llamaserve.chat.preparation import ChatWish, Prepared
 from llamaserve.errors import ChatTemplateError, UnsupportedParameter
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter()
+
+Count = Callable[[str], Awaitable[int]]
 
 TRUNCATED_HEADER = "x-llamaserve-truncated"
 _RESERVED = 512  # tokens kept for an answer of which the length is not said, but at most a quarter of the context
@@ -34,26 +36,20 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
     body = with_defaults(body, model.defaults)
-    use = model.use(body.keep_alive)
-    try:
-        wish = body.wish(services, await model.file.read())
-        prepared = await _prepare(services, model, body, wish, use)
-        job = _job(services, model, body, prepared)
-        headers = _headers(services, body, prepared)
-    except BaseException:
-        use.leave()
-        raise
-    job.use = use
+    wish = body.wish(services, await _template_of(model))
+    prepared = await _prepared(services, body, wish)
+    job = _job(services, model, body, wish, prepared)
     legacy = wish.toolbox is not None and wish.toolbox.legacy
-    style = AnswerStyle(body.thought_fields(services.settings.reasoning_field), legacy, _truncated(prepared))
+    style = AnswerStyle(body.thought_fields(services.settings.reasoning_field), legacy)
     if body.stream:
         chunks = Chunks(job, prepared.reader, prepared.begun, style, include_usage=body.include_usage)
-        return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
+        return await stream_response(services, job, chunks, include_usage=body.include_usage)
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
         choices = [choice(job, each, prepared.reader(), prepared.begun, style) for each in answers]
-        return JSONResponse(answer_object(job, "chat.completion", choices, style) | {"usage": usage}, headers=headers)
+        whole = answer_object(job, "chat.completion", choices) | {"usage": usage}
+        return JSONResponse(whole, headers=job.headers)
 
     return await unless_client_leaves(request, answer())
 
@@ -61,35 +57,47 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 @router.post("/v1/internal/chat-prompt", summary="What would the model be given?", tags=["internal"])
 async def chat_prompt(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Return the text that a chat completion with this body gives to the model. No model is loaded for it, unless the
-    conversation is to be shortened.
+    conversation is to be shortened; and none is needed for a template that the request brings or names.
     """
 
     async def answer() -> Response:
-        model = services.pool.get(body.model)
-        filled = with_defaults(body, model.defaults)
-        model.hold()  # how long it stays is for answers to say
-        use = Use(model)
-        try:
-            prepared = await _prepare(services, model, filled, filled.wish(services, await model.file.read()), use)
-        finally:
-            use.leave()
-        found = {"prompt": prepared.prompt, "stop": [*filled.stop, *prepared.stop]} | _truncated(prepared)
-        return JSONResponse(found, headers=_headers(services, filled, prepared))
+        model = services.pool.current if body.model is None else services.pool.get(body.model)
+        filled = body if model is None else with_defaults(body, model.defaults)
+        wish = filled.wish(services, NO_TEMPLATE if model is None else await _template_of(model))
+        if model is None and wish.needs_model:
+            services.pool.get(None)
+        prepared = await _prepared(services, filled, wish)
+        headers = _headers(services, filled, prepared)
+        if filled.shortens and model is not None:
+            use = model.use()
+            try:
+                prepared = await _shortened(services, model, filled, wish, use)
+            finally:
+                use.leave()
+        found = {"prompt": prepared.prompt, "stop": [*filled.stop, *prepared.stop]} | truncated(prepared.dropped)
+        return JSONResponse(found, headers=headers | _truncated_header(prepared.dropped))
 
     return await unless_client_leaves(request, answer())
 
 
-async def _prepare(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, use: Use) -> Prepared:
+async def _template_of(model: ServedModel) -> ModelTemplate:
+    header = await model.file.read()
+    return ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token)
+
+
+async def _prepared(
+    services: Services, body: ChatRequest, wish: ChatWish, room: int | None = None, count: Count | None = None
+) -> Prepared:
     try:
-        return await _prepared(services, model, body, wish, use)
+        return await services.conversations.prepare(wish, room=room, count=count)
     except ChatTemplateError as error:
         error.param = error.param or body.own_template or "messages"
         raise
 
 
-async def _prepared(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, use: Use) -> Prepared:
-    if not body.shortens:
-        return await services.conversations.prepare(wish)
+async def _shortened(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, use: Use) -> Prepared:
+    """Leave out what the context has no room for, which the model's own process counts; it is loaded for that."""
+    worker = await use.worker()
     context = min(model.context, body.truncation_length or model.context)
     wanted = min(_RESERVED, context // 4) if body.answer_tokens is None else body.answer_tokens
     room = context - min(wanted, context // 2)
@@ -97,15 +105,23 @@ async def _prepared(services: Services, model: ServedModel, body: ChatRequest, w
     async def count(prompt: str) -> int:
         if len(prompt) > _LONG * context:
             return len(prompt)
-        worker = await use.worker()
         return len(await worker.tokenize(prompt, add_bos=body.add_bos_token, parse_special=True))
 
-    return await services.conversations.prepare(wish, room=room, count=count)
+    return await _prepared(services, body, wish, room, count)
 
 
-def _job(services: Services, model: ServedModel, body: ChatRequest, prepared: Prepared) -> Job:
+def _job(services: Services, model: ServedModel, body: ChatRequest, wish: ChatWish, prepared: Prepared) -> Job:
     async def prompts() -> Sequence[Prompt]:
-        return [prepared.prompt]
+        """Return the one prompt. How a conversation ends does not change when its beginning is left out, and so neither
+        does how the answer is read.
+        """
+        if not body.shortens:
+            return [prepared.prompt]
+        assert job.use is not None
+        shortened = await _shortened(services, model, body, wish, job.use)
+        job.dropped_messages = shortened.dropped
+        job.headers |= _truncated_header(shortened.dropped)
+        return [shortened.prompt]
 
     generation = body.generation(
         services.presets,
@@ -118,15 +134,17 @@ def _job(services: Services, model: ServedModel, body: ChatRequest, prepared: Pr
     )
     job = Job(new_id("chatcmpl"), model, generation, prompts, param="messages", sequences=body.n)
     job.tokens_per_second = body.max_tokens_second
+    job.keep_alive = body.keep_alive
+    job.headers = _headers(services, body, prepared)
     return job
 
 
-def _truncated(prepared: Prepared) -> dict[str, Any]:
-    return {"truncated_messages": prepared.dropped} if prepared.dropped else {}
+def _truncated_header(messages: int) -> dict[str, str]:
+    return {TRUNCATED_HEADER: f"{messages} messages"} if messages else {}
 
 
 def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[str, str]:
-    """Return the headers that say what was left out. Raises ``UnsupportedParameter`` if nothing may be."""
+    """Return the headers that say what has no effect. Raises ``UnsupportedParameter`` if nothing may be without."""
     idle = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
     if body.changes(ChatRequest).get("reasoning_budget", -1) != -1 and not prepared.thinks:
         idle.append(body.called("reasoning_budget"))
@@ -135,8 +153,6 @@ def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[
     headers = body.ignored_header(services.presets)
     if idle:
         headers[IGNORED_HEADER] = ", ".join([*filter(None, [headers.get(IGNORED_HEADER)]), *idle[:64]])
-    if prepared.dropped:
-        headers[TRUNCATED_HEADER] = f"{prepared.dropped} messages"
     return headers
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from llamaserve.api.generating import Job
@@ -25,16 +25,15 @@ Chunk = Mapping[str, Any]
 class AnswerStyle:
     """What a request wants its answers to look like.
 
-    ``thoughts`` are the names of the field for them, ``legacy`` asks for a ``function_call`` in place of tool calls,
-    and ``extra`` is what every body has besides.
+    ``thoughts`` are the names of the field for them, and ``legacy`` asks for a ``function_call`` in place of tool
+    calls.
     """
 
     thoughts: tuple[str, ...] = ("reasoning_content",)
     legacy: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def answer_object(job: Job, kind: str, choices: Sequence[Chunk], style: AnswerStyle) -> dict[str, Any]:
+def answer_object(job: Job, kind: str, choices: Sequence[Chunk]) -> dict[str, Any]:
     """Return the object that holds choices."""
     return {
         "id": job.id,
@@ -44,8 +43,13 @@ def answer_object(job: Job, kind: str, choices: Sequence[Chunk], style: AnswerSt
         "system_fingerprint": None,
         "seed": job.generation.sampling.seed,
         "choices": list(choices),
-        **style.extra,
+        **truncated(job.dropped_messages),
     }
+
+
+def truncated(messages: int) -> dict[str, Any]:
+    """Return what a body has besides if so many messages were left out."""
+    return {"truncated_messages": messages} if messages else {}
 
 
 def choice(job: Job, answer: Finished, reader: AnswerReader, begun: Sequence[Part], style: AnswerStyle) -> Chunk:
@@ -136,7 +140,7 @@ class Chunks:
 
     def usage(self, usage: Mapping[str, Any]) -> Chunk:
         """See ``ChunkFormat``."""
-        return answer_object(self._job, "chat.completion.chunk", [], self._style) | {"usage": usage}
+        return answer_object(self._job, "chat.completion.chunk", []) | {"usage": usage}
 
     def chunk(
         self,
@@ -148,7 +152,7 @@ class Chunks:
     ) -> Chunk:
         """Return one chunk."""
         each = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return answer_object(self._job, "chat.completion.chunk", [each], self._style) | self._extra
+        return answer_object(self._job, "chat.completion.chunk", [each]) | self._extra
 
 
 class _Stream:

@@ -19,7 +19,6 @@ from llamaserve.chat.tools import Toolbox, toolbox
 from llamaserve.chat.values import written
 from llamaserve.engine.params import Logprobs
 from llamaserve.errors import InvalidRequest
-from llamaserve.registry.gguf import GGUFHeader
 
 _OF_DIALOGUES = ("character", "name1", "name2", "context", "user_bio", "chat_template_str")
 _OF_INSTRUCTIONS = ("instruction_template", "turn_template", "name1_instruct", "name2_instruct", "context_instruct")
@@ -137,7 +136,7 @@ class ChatRequest(GenerationOptions):
             function_call=self.function_call,
         )
 
-    def wish(self, services: Services, header: GGUFHeader) -> ChatWish:
+    def wish(self, services: Services, model: ModelTemplate) -> ChatWish:
         """Return what the request wants. Raises ``InvalidRequest`` for what can't be."""
         if (
             self.continue_final_message
@@ -150,7 +149,7 @@ class ChatRequest(GenerationOptions):
         self._check_variables()
         return ChatWish(
             messages=normalise(self.messages),
-            model=ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token),
+            model=model,
             style=self._style(services),
             toolbox=self.toolbox(),
             body=self.constraint(),

@@ -123,16 +123,16 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     job = Job(new_id("cmpl"), model, generation, prompts, param="prompt", sequences=sequences)
     job.tokens_per_second = body.max_tokens_second
     job.keep_alive = body.keep_alive
-    headers = body.ignored_header(services.presets)
+    job.headers = body.ignored_header(services.presets)
     echoes = _Echoes(job, body.prompt if body.echo else [])
     if body.stream:
         chunks = _Chunks(job, echoes, body.appendix, include_usage=body.include_usage)
-        return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
+        return await stream_response(services, job, chunks, include_usage=body.include_usage)
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job, echoes.resolve)
         choices = [_whole(job, each, echoes.of(each.index), body.appendix) for each in answers]
-        return JSONResponse(_body(job, choices) | {"usage": usage}, headers=headers)
+        return JSONResponse(_body(job, choices) | {"usage": usage}, headers=job.headers)
 
     return await unless_client_leaves(request, answer())
 

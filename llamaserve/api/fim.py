@@ -63,15 +63,15 @@ async def create_fim_completion(body: FimRequest, request: Request, services: Us
     job = Job(new_id("fim"), model, generation, prompts, param="prompt", sequences=generation.choices)
     job.tokens_per_second = body.max_tokens_second
     job.keep_alive = body.keep_alive
-    headers = body.ignored_header(services.presets)
+    job.headers = body.ignored_header(services.presets)
     if body.stream:
         chunks = _Chunks(job, include_usage=body.include_usage)
-        return await stream_response(services, job, chunks, include_usage=body.include_usage, headers=headers)
+        return await stream_response(services, job, chunks, include_usage=body.include_usage)
 
     async def answer() -> Response:
         answers, usage = await generate_whole(services, job)
         choices = [_choice(each) for each in answers]
-        return JSONResponse(_body(job, "chat.completion", choices) | {"usage": usage}, headers=headers)
+        return JSONResponse(_body(job, "chat.completion", choices) | {"usage": usage}, headers=job.headers)
 
     return await unless_client_leaves(request, answer())
 

@@ -130,9 +130,9 @@ async def infill(body: InfillRequest, request: Request, services: UsesServices) 
     job = Job(new_id("infill"), model, generation, prompts, param="input_prefix", sequences=1)
     job.keep_alive = body.keep_alive
     run = _Run(job, body)
-    headers = body.ignored_header(services.presets)
+    job.headers = body.ignored_header(services.presets)
     if body.stream:
-        return await _stream(services, run, headers)
+        return await _stream(services, run)
 
     async def answer() -> Response:
         stream = await open_generation(services, job)
@@ -140,12 +140,12 @@ async def infill(body: InfillRequest, request: Request, services: UsesServices) 
             content = "".join([text async for text in run.pieces(stream)])
         finally:
             close_generation(services, job)
-        return JSONResponse(run.answer(content), headers=headers)
+        return JSONResponse(run.answer(content), headers=job.headers)
 
     return await unless_client_leaves(request, answer())
 
 
-async def _stream(services: Services, run: _Run, headers: Mapping[str, str]) -> Response:
+async def _stream(services: Services, run: _Run) -> Response:
     """Return the stream. As in all of llama-server's own endpoints the answer is its last event, not ``[DONE]``."""
     opening, close = await open_early(services, run.job)
     response = EventStream(
@@ -153,7 +153,7 @@ async def _stream(services: Services, run: _Run, headers: Mapping[str, str]) -> 
         close=close,
         phase=functools.partial(phase, run.job),
         heartbeat=services.settings.heartbeat,
-        headers=headers,
+        headers=run.job.headers,
     )
     response.body_iterator = _without_end(response.body_iterator)
     return response

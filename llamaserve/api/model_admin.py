@@ -18,7 +18,7 @@ from llamaserve.api.fields import ModelName, RequestFields, StrictFields, Text
 from llamaserve.api.options import KeepAlive, header_words, ignored_header
 from llamaserve.api.request_defaults import RequestDefaults, check_names, read_settings
 from llamaserve.api.services import Services, UsesServices
-from llamaserve.errors import ModelNotFound
+from llamaserve.errors import ChatTemplateError, ModelNotFound
 from llamaserve.registry.folder import find, natural
 from llamaserve.registry.load_args import LoadArgs, apply, effective, translate
 from llamaserve.registry.pool import ModelPool
@@ -26,7 +26,8 @@ from llamaserve.registry.pool import ModelPool
 router = APIRouter(tags=["models by command"], dependencies=[Depends(admin)])
 
 _MAX_NAME = 512
-_TEMPLATES = ("instruction_template", "instruction_template_str")
+_SOURCE = "instruction_template_str"
+_TEMPLATES = ("instruction_template", _SOURCE)
 
 
 class LoadRequest(RequestFields):
@@ -68,6 +69,7 @@ async def load_model(body: LoadRequest, services: UsesServices) -> Response:
     """Load a model, and answer ``"OK"`` when that is done. When it fails, all is as before."""
     args = translate(body.args)
     defaults = _defaults(body, services)
+    await _check_templates(body, defaults, services)
     name = await known_name(services.pool, body.model_name, body.called("model_name"))
     apply(services.pool.get(name).listed, args.overrides, args.keys)  # so that mistakes have the client's words
     keep_alive = {} if body.keep_alive is None else {"keep_alive": body.keep_alive}
@@ -121,6 +123,17 @@ def _defaults(body: LoadRequest, services: Services) -> RequestDefaults:
         defaults = RequestDefaults(others | read_settings(templates, place="").values, defaults.ignored)
     check_names(defaults.values, services)
     return defaults
+
+
+async def _check_templates(body: LoadRequest, defaults: RequestDefaults, services: Services) -> None:
+    """Refuse a template that no chat could be written with."""
+    for name in (_SOURCE, "chat_template_str"):
+        if source := defaults.values.get(name):
+            try:
+                await services.conversations.check(source)
+            except ChatTemplateError as error:
+                error.param = name if getattr(body, name, None) else f"settings.{name}"
+                raise
 
 
 def _ignored(body: LoadRequest, args: LoadArgs, defaults: RequestDefaults) -> list[str]:

@@ -84,6 +84,10 @@ class Conversations:
             found = prepared(wish, prompted, form, tools, traits.thinking)
         return replace(found, relaxed=relaxed, dropped=dropped)
 
+    async def check(self, template: str) -> None:
+        """Raise ``ChatTemplateError`` for an instruction template that can't be compiled, or takes for ever."""
+        await _Patience(_PATIENCE).wait(self._guests[1].of(template, "", ""))
+
     async def _closed(self, tool: Tool) -> Tool:
         """Return the tool without arguments that it does not list, if that leaves some arguments possible."""
         other = closed(tool)

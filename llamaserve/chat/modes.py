@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from llamaserve.chat.characters import MAX_NAME, UNNAMED, Character, filled, replaced
 from llamaserve.chat.instruction_templates import OWN, InstructionTemplate
@@ -88,6 +88,9 @@ class ModelTemplate:
     source: str | None
     bos_token: str = ""
     eos_token: str = ""
+
+
+NO_TEMPLATE: Final = ModelTemplate(None)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from llamaserve.chat.answer import THINKING_TAGS, AnswerReader, ThinkingTags
 from llamaserve.chat.form import Calls, Thoughts, answer_form
 from llamaserve.chat.formats.format import AnswerFormat
-from llamaserve.chat.modes import ModelTemplate, Style, Styled
+from llamaserve.chat.modes import Mode, ModelTemplate, Style, Styled
 from llamaserve.chat.reading import Part
 from llamaserve.chat.tools import Tool, Toolbox
 from llamaserve.engine.params import Constraint, Thinking
@@ -61,6 +61,11 @@ class ChatWish:
     variables: Mapping[str, Any] = field(default_factory=dict)
     echo: bool = False
     streamed: bool = False
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the prompt is written by a template of the model's own."""
+        return self.style.mode is not Mode.CHAT and self.style.instruction.source is None
 
     @property
     def continued(self) -> str:

@@ -160,14 +160,24 @@ def test_a_request_for_which_there_is_no_room_says_what_it_waits_for(server: Run
         assert [*two][-1] == "[DONE]"
 
 
-def test_a_stream_that_waits_for_a_load_says_how_much_is_loaded(server: RunningServer) -> None:
+# What a conversation is to be shortened to can be counted by its model only.
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (COMPLETIONS, TINY),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "truncation": "auto"}),
+    ],
+)
+def test_a_stream_that_waits_for_a_load_says_how_much_is_loaded(
+    server: RunningServer, endpoint: str, fields: dict[str, Any]
+) -> None:
     assert ask(server, "one") == " Paris."
     wait_until(lambda: len(children(server)) == 2)  # the next model's process is there already, and is held up
     (spare,) = [pid for pid in children(server) if not any(f"(process {pid})" in line for line in server.lines)]
     os.kill(spare, signal.SIGSTOP)
-    body = {**TINY, "model": "two", "stream": True}
+    body = {**fields, "model": "two", "stream": True}
     try:
-        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=LONGEST) as stream:
+        with httpx.stream("POST", server.url + endpoint, json=body, timeout=LONGEST) as stream:
             lines = stream.iter_lines()
             assert next(iter(comments_of(lines))) == "loading 0%"
             models = {model["id"]: model["status"] for model in server.get("/v1/models")["data"]}
