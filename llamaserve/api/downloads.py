@@ -68,7 +68,9 @@ async def list_downloads(services: UsesServices) -> dict[str, list[dict[str, Any
 
 @router.post("/v1/internal/model/download/cancel", summary="Give a download up")
 async def cancel_download(body: CancelRequest, services: UsesServices) -> dict[str, Any]:
-    """Give a download up. What is here already stays for the next attempt."""
+    """Give a download up. What is here already stays for the next attempt, but for a package of models.yaml's, whose
+    download begins anew.
+    """
     return describe(services.downloads.cancel(body.id))
 
 

@@ -45,13 +45,20 @@ def is_file(path: Path, *, folder: bool = False) -> bool:
 _Value = TypeVar("_Value", bound=msgspec.Struct)
 
 
+State = tuple[int, int, int, int]
+
+
 class _Stamp(msgspec.Struct, frozen=True):
-    """The sum of a file, good as long as size and time of change are the same."""
+    """The sum of a file, good as long as its state is the same."""
 
     path: str
-    size: int
-    mtime_ns: int
+    state: State
     sha256: str
+
+
+def state_of(status: os.stat_result) -> State:
+    """Return what changes when a file does, even if its size and its own time are set back to what they were."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def carry_on() -> None:
@@ -60,7 +67,9 @@ def carry_on() -> None:
 
 def refuse_to_wait() -> None:
     """Give up at once, ``meanwhile`` another process holds a lock."""
-    raise errors.InvalidRequest("it is just being fetched by another process", hint="End that first, or wait for it")
+    raise errors.InvalidRequest(
+        "it is just being fetched, here or by another process", hint="End that first, or wait for it"
+    )
 
 
 def verify(path: Path, sha256: str, meanwhile: Callable[[], None] = carry_on) -> None:
@@ -101,16 +110,16 @@ def digest(path: Path, meanwhile: Callable[[], None] = carry_on) -> str:
 def known_checksum(path: Path) -> str | None:
     """Return the remembered SHA-256 of an unchanged file; None where there is none."""
     status = path.stat()
-    known = recall("checksums", str(path.absolute()), _Stamp)
-    if known is None or (known.size, known.mtime_ns) != (status.st_size, status.st_mtime_ns):
-        return None
-    return known.sha256
+    known = recall("checksums", str(path.resolve()), _Stamp)
+    return known.sha256 if known is not None and known.state == state_of(status) else None
 
 
 def stamp(path: Path, status: os.stat_result, sha256: str) -> None:
-    """Remember a sum, under the file's state before it was read: a change meanwhile makes the stamp worthless."""
-    name = str(path.absolute())
-    remember("checksums", name, _Stamp(name, status.st_size, status.st_mtime_ns, sha256))
+    """Remember a sum, under the file's state before it was read: a change meanwhile makes the stamp worthless. It is
+    known under every name that leads to the file.
+    """
+    name = str(path.resolve())
+    remember("checksums", name, _Stamp(name, state_of(status), sha256))
 
 
 def mismatch(what: object, expected: str, actual: str) -> errors.ChecksumMismatch:

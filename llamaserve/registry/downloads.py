@@ -51,11 +51,14 @@ class State(StrEnum):
 
 
 class Download(msgspec.Struct):
-    """One download: bytes that are here, bytes in all where that is known, and why it failed."""
+    """One download: whether it looks for something newer, bytes that are here, bytes in all where that is known, and
+    why it failed.
+    """
 
     id: str
     model: str
     source: str
+    update: bool = False
     state: State = State.RUNNING
     done: int = 0
     total: int | None = None
@@ -107,17 +110,23 @@ class Downloads:
     ) -> Download:
         """Begin to fetch a model, or return the download that does so already.
 
-        Raises ``InvalidRequest`` for a reference that requests may not use, ``ModelNotFound`` for an unknown name, and
-        ``QueueFull`` when too many downloads run.
+        Raises ``InvalidRequest`` for a reference that requests may not use and for an update of what is just being
+        fetched without, ``ModelNotFound`` for an unknown name, and ``QueueFull`` when too many downloads run.
         """
         name, spec = resolve(registry, reference, param)
         running = [download for download in self._downloads.values() if download.state is State.RUNNING]
         for download in running:
             if download.source == spec.source:
+                if update and not download.update:
+                    raise errors.InvalidRequest(
+                        f"{spec.source} is being fetched as models.lock says; wait for that, or cancel it first",
+                        param="update",
+                    )
                 return download
         if len(running) >= MAX_RUNNING:
             raise errors.QueueFull(f"{len(running)} downloads run already; wait for one of them", retry_after=10.0)
-        download = Download(f"download-{next(self._numbers)}", name, spec.source, started=time.time())
+        number = f"download-{next(self._numbers)}"
+        download = Download(number, name, spec.source, update, started=time.time())
         self._downloads[download.id] = download
         cancelled = self._cancelled[download.id] = Event()
         progress = _Reporter(self, download, cancelled)
@@ -127,7 +136,9 @@ class Downloads:
         return download
 
     def cancel(self, download_id: str) -> Download:
-        """Give a download up; what is here stays for the next attempt. It is ``cancelled`` when its thread ends."""
+        """Give a download up. It is ``cancelled`` when its thread ends. What is here of a hub's file stays for the next
+        attempt; a wheel is begun anew.
+        """
         download = self.get(download_id)
         if download.state is State.RUNNING:
             self._cancelled[download_id].set()
@@ -146,7 +157,7 @@ class Downloads:
         """Return the files that ``delete`` would delete first, and raise as it does."""
         if any(each.source == spec.source and each.state is State.RUNNING for each in self._downloads.values()):
             raise errors.InvalidRequest(f"{spec.source} is being fetched; cancel that first", param=param)
-        return await _named_place(param, partial(deleting.deletable, registry.source(spec), folder))
+        return await _named_place(param, partial(deleting.deletable_with_adapters, registry, spec, folder))
 
     async def delete(
         self, registry: Registry, spec: ModelSpec, folder: Path | None, *, param: str = "model_name"

@@ -247,9 +247,20 @@ def _download_blobs(wanted: Sequence[tuple[Any, Path]], progress: Progress) -> N
     for about, blob in wanted:
         report = _after(before, total, progress)
         with lock(f"hub {blob}", functools.partial(_report_growth, blob, report)):
-            if about.size is not None and not blob.exists():
+            if about.size is not None and not _is_whole(blob, functools.partial(report, about.size, about.size)):
                 _download_blob(about, blob, report)
         before += about.size or 0
+
+
+def _is_whole(blob: Path, meanwhile: Callable[[], None]) -> bool:
+    """Whether a blob is here as it was promised; one that was damaged here is to be fetched anew."""
+    if not blob.exists():
+        return False
+    try:
+        _check_sum(blob, blob.name, meanwhile)
+    except errors.ChecksumMismatch:
+        return False
+    return True
 
 
 def _after(before: int, total: int | None, progress: Progress) -> Progress:
@@ -271,6 +282,11 @@ def _size_here(blob: Path) -> int:
 def _part(blob: Path) -> Path:
     """Return where a blob grows."""
     return blob.with_name(blob.name + _PART)
+
+
+def _blob(part: Path) -> Path:
+    """Return what grows there."""
+    return part.with_name(part.name.removesuffix(_PART))
 
 
 def _remember_commit(source: HubSource, commit: str | None) -> None:
@@ -322,7 +338,7 @@ def _download_blob(about: Any, blob: Path, progress: Progress) -> None:
 
 
 def _check_sum(path: Path, etag: str, meanwhile: Callable[[], None]) -> None:
-    """Check a download against the sum that the hub promised for it: a large file's ETag is its SHA-256.
+    """Check a file against the sum that the hub promised for it: a large file's ETag is its SHA-256.
 
     huggingface_hub itself compares no more than the size when it downloads over plain HTTP.
     """
@@ -337,7 +353,7 @@ def cut_downloads(source: HubSource) -> tuple[Path, ...]:
     names = part_names(file) if file is not None else []
 
     def belongs(part: Path) -> bool:
-        grows = recall("growing", str(part.with_name(part.name.removesuffix(_PART))), _Growing)
+        grows = recall("growing", str(_blob(part)), _Growing)
         if grows is None:
             return False
         of_quant = source.quant is not None and _is_of(source.quant, grows.file)
@@ -348,7 +364,7 @@ def cut_downloads(source: HubSource) -> tuple[Path, ...]:
 
 def delete_files(paths: Sequence[Path]) -> int:
     """Delete files of the cache that are of one commit, and cut downloads; return the bytes that this freed. What
-    another commit or another name needs, too, stays; nothing outside the cache is touched.
+    another commit or another name needs, too, stays; nothing outside the repository's folder is touched.
 
     Raises ``InvalidRequest`` while one of them is being fetched.
     """
@@ -358,9 +374,19 @@ def delete_files(paths: Sequence[Path]) -> int:
     return freed + (_delete_whole(whole) if whole else 0)
 
 
+def require_idle(paths: Sequence[Path]) -> None:
+    """Raise ``InvalidRequest`` while one of these files, as ``delete_files`` takes them, is being fetched."""
+    for path in paths:
+        if path.name.endswith(_PART):
+            with lock(f"hub {_blob(path)}", refuse_to_wait):
+                pass
+
+
 def _delete_part(part: Path) -> int:
-    blob = part.with_name(part.name.removesuffix(_PART))
-    with lock(f"hub {blob}", refuse_to_wait), contextlib.suppress(FileNotFoundError):  # it was fetched to the end
+    with (
+        lock(f"hub {_blob(part)}", refuse_to_wait),
+        contextlib.suppress(FileNotFoundError),
+    ):  # it was fetched to the end
         size = part.stat().st_size
         part.unlink()
         return size
@@ -372,12 +398,7 @@ def _delete_whole(paths: Sequence[Path]) -> int:
     if place is None or place.revision is None:
         raise errors.SourceError(f"{paths[0]} is not in huggingface_hub's cache {cache_root()}")
     folder = _folder(place.repo)
-    snapshot = folder / "snapshots" / place.revision
     snapshots = folder / "snapshots"
-    inside = [path for path in snapshot.rglob("*") if path.is_symlink() or not path.is_dir()]
-    growing = any((folder / "blobs").glob(f"*{_PART}"))  # huggingface_hub would delete it with the last commit
-    if not growing and set(inside) <= set(paths) and (freed := _delete_revision(place.revision)) is not None:
-        return freed
     kept = {path.resolve() for path in snapshots.rglob("*") if path not in paths and path.is_symlink()}
     blobs = {path.resolve() for path in paths} - kept
     freed = 0
@@ -388,19 +409,26 @@ def _delete_whole(paths: Sequence[Path]) -> int:
         if blob.parent == (folder / "blobs").resolve():
             freed += blob.stat().st_size
             blob.unlink()
+    _forget_if_empty(folder, place.revision)
     return freed
 
 
-def _delete_revision(commit: str) -> int | None:
-    """Let huggingface_hub delete all of a commit; None where its cache is in disorder, so that it cannot."""
-    from huggingface_hub import scan_cache_dir
-
-    found = scan_cache_dir(cache_root())
-    if commit not in {revision.commit_hash for repo in found.repos for revision in repo.revisions}:
-        return None
-    strategy = found.delete_revisions(commit)
-    strategy.execute()
-    return int(strategy.expected_freed_size)
+def _forget_if_empty(folder: Path, commit: str) -> None:
+    """Remove a commit's empty folders, and the names for a commit that has nothing left. Another program that fetches
+    has made such folders in advance.
+    """
+    if any((folder / "blobs").glob("*.incomplete")):
+        return
+    snapshot = folder / "snapshots" / commit
+    inner = [path for path in snapshot.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for path in (*sorted(inner, reverse=True), snapshot):
+        with contextlib.suppress(OSError):  # something is in it
+            path.rmdir()
+    if snapshot.exists():
+        return
+    for name in (folder / "refs").rglob("*"):
+        if name.is_file() and name.read_text("utf-8", "replace").strip() == commit:
+            name.unlink()
 
 
 def _hub_files(source: HubSource) -> list[str]:

@@ -30,6 +30,7 @@ from llamaserve.registry.sources import HubSource, Source, parse_source
 VERSION: Final = 1
 MAX_FILE: Final = 4 * 1024 * 1024  # bytes
 _SUM = re.compile(r"[0-9a-f]{64}")
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -105,9 +106,11 @@ class LockFile:
         return self.entries().get(source)
 
     def put(self, source: str, entry: LockEntry) -> None:
-        """Write an entry; the file is replaced as a whole. Raises ``RegistryError`` for a damaged file, and where
-        nothing can be written.
+        """Write an entry; the file is replaced as a whole. Raises ``RegistryError`` for a damaged file, for a source
+        whose name is no text, and where nothing can be written.
         """
+        if _HALF_PAIR.search("".join((source, *(file.name for file in entry.files)))):
+            raise errors.RegistryError(f"{source!r} cannot be noted in {self.path}: its name is no UTF-8")
         try:
             with cache.lock(f"models.lock {self.path}"):
                 entries = self.entries()
@@ -166,6 +169,9 @@ class _Reader:
 
     def _mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
+        for text in (*values, *values.values()):
+            if isinstance(text, str) and _HALF_PAIR.search(text):
+                self._refuse(self._line(json.dumps(text)), f"{text!r} holds half a surrogate pair")
         if len(values) < len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]

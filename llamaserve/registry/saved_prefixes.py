@@ -26,7 +26,7 @@ from typing import Final
 import msgspec
 
 from llamaserve.engine.params import LoadParams
-from llamaserve.registry.cache import cache_folder, recall, remember
+from llamaserve.registry.cache import State, cache_folder, recall, remember, state_of
 from llamaserve.registry.gguf import GGUFHeader, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ _CELLS: Final = 256  # llama.cpp rounds the cells of a cache up to a multiple of
 
 
 class _Fingerprint(msgspec.Struct, frozen=True):
-    """The fingerprint of a model, good as long as sizes and times of change of its files are the same."""
+    """The fingerprint of a model, good as long as the states of its files are the same."""
 
-    files: list[tuple[str, int, int]]
+    files: list[tuple[str, State]]
     value: str
 
 
@@ -185,13 +185,13 @@ def _fingerprint(header: GGUFHeader) -> str:
     tensors and samples of the weights. It is remembered.
     """
     key = str(header.path.absolute())
-    files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in header.paths]
+    files = [(str(path), state_of(path.stat())) for path in header.paths]
     known = recall("fingerprints", key, _Fingerprint)
     if known is not None and known.files == files:
         return known.value
     digest = hashlib.sha256()
     left = _MOST_SMALL
-    for path, (_, size, changed), tensors in zip(header.paths, files, _tensors_by_file(header), strict=True):
+    for path, (_, (size, changed, *_)), tensors in zip(header.paths, files, _tensors_by_file(header), strict=True):
         digest.update(struct.pack("<Qq", size, changed))
         with path.open("rb", buffering=0) as file:
             if path == header.path:

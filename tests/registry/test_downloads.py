@@ -97,6 +97,28 @@ def test_a_source_is_fetched_once_whoever_asks(registry: Registry, lock: LockFil
     assert len([asked for asked in model_hub.requests("GET") if "Q4_1" in asked[1]]) == 1
 
 
+def test_an_update_is_not_taken_for_a_download_without_one(registry: Registry, lock: LockFile, model_hub: Hub) -> None:
+    async def check() -> None:
+        downloads = Downloads()
+        model_hub.gate = threading.Event()
+        plain = downloads.start(registry, "large", lock)
+        with pytest.raises(errors.InvalidRequest, match="wait for that, or cancel it") as caught:
+            downloads.start(registry, "large", lock, update=True)
+        assert caught.value.param == "update"
+        model_hub.gate.set()
+        await downloads.wait(plain.id)
+        model_hub.gate = threading.Event()
+        model_hub.publish(large_Q4_1_gguf=LARGE + bytes(1000))
+        update = downloads.start(registry, "large", lock, update=True)
+        assert downloads.start(registry, "large", lock) is update
+        assert downloads.start(registry, "large", lock, update=True) is update
+        model_hub.gate.set()
+        await downloads.wait(update.id)
+        assert update.state is State.DONE
+
+    asyncio.run(check())
+
+
 def test_a_download_is_given_up_and_goes_on_later_where_it_ended(
     registry: Registry, lock: LockFile, model_hub: Hub
 ) -> None:

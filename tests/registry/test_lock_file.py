@@ -122,6 +122,9 @@ def test_a_file_that_is_no_json_is_told_with_its_line(lock: LockFile) -> None:
         ('"d/a.gguf"', '"../../a.gguf"', 7, "names no source"),
         (f'"{"b" * 64}"', '"bb"', 18, "is no SHA-256 sum"),
         ('"date"', '"template"', 19, '"template" is given twice'),
+        ('"d/a.gguf"', '"\\ud800.gguf"', 7, "'\\ud800.gguf' holds half a surrogate pair"),
+        ('"hf:o/r:Q8_0"', '"hf:o/r/\\udfff.gguf"', 4, "'hf:o/r/\\udfff.gguf' holds half a surrogate pair"),
+        ('"2026-01-02"', '"\\ud800"', 19, "holds half a surrogate pair"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_line(lock: LockFile, old: str, new: str, line: int, said: str) -> None:
@@ -180,6 +183,12 @@ def test_a_disk_that_is_full_is_told_and_leaves_nothing(lock: LockFile, monkeypa
         lock.put(SOURCE, ENTRY)
     assert lock.path.read_text() == before
     assert [path.name for path in lock.path.parent.iterdir() if path.is_file()] == ["models.lock"]
+
+
+def test_a_source_whose_name_is_no_text_is_not_noted(lock: LockFile) -> None:
+    with pytest.raises(errors.RegistryError, match="its name is no UTF-8"):
+        lock.put("file:/m\udcff.gguf", ENTRY)
+    assert not lock.path.exists()
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_another_model_at_the_same_place_is_another_one(
     assert identity != before[1]
 
 
+def test_other_weights_are_noticed_though_size_and_time_are_the_same(
+    saved: SavedPrefixes, header: GGUFHeader, params: LoadParams
+) -> None:
+    os.utime(header.path, ns=(1, 1))
+    before = saved.path_for(header, params)
+    data = bytearray(header.path.read_bytes())
+    data[-1000] ^= 1
+    header.path.write_bytes(data)
+    os.utime(header.path, ns=(1, 1))
+    assert saved.path_for(header, params)[1] != before[1]
+
+
 def test_what_was_written_again_is_another_model(saved: SavedPrefixes, header: GGUFHeader, params: LoadParams) -> None:
     before = saved.path_for(header, params)
     os.utime(header.path, ns=(1, 1))

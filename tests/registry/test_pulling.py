@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf_splitter import split_gguf
-from gguf_writer import File, tiny_llama
+from gguf_writer import File, tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub
+from lora_files import random_lora, shapes_of
 
 from llamaserve import errors
 from llamaserve.registry import cache, hub
-from llamaserve.registry.deleting import deletable, delete, delete_model
+from llamaserve.registry.deleting import deletable, deletable_with_adapters, delete, delete_model
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.pulling import pull
@@ -22,6 +24,8 @@ from llamaserve.registry.spec import ModelSpec, Registry, load_registry
 from llamaserve.registry.verifying import Finding, verify_model
 
 SOURCE = "hf:o/r:Q4_0"
+LORA = random_lora(shapes_of(tiny_llama_tensors()))
+ADAPTER = File(LORA.metadata(), LORA.tensors()).bytes()
 OLD, NEW = tiny_llama(), tiny_llama(general__name="newer", tokenizer__chat_template="{{ messages }}")
 
 
@@ -97,6 +101,23 @@ def test_an_update_downloads_nothing_when_there_is_nothing_new(desk: Desk, model
     assert [asked for asked in model_hub.requests("GET") if "/resolve/" in asked[1]] == []
 
 
+def test_damage_that_a_version_shares_with_an_older_one_is_mended(desk: Desk, model_hub: Hub) -> None:
+    desk.pull()
+    model_hub.publish(tiny_Q8_0_gguf=NEW)
+    desk.pull(update=True)
+    path = locate(HubSource("o/r", quant="Q4_0"))
+    assert path is not None
+    path.resolve().write_bytes(OLD[:-8] + b"12345678")
+    (fix,) = {finding.fix for finding in desk.verify()}
+    assert "rm --yes tiny" in fix
+    delete_model(desk.registry, desk.registry.models["tiny"], None)
+    assert desk.pull() == OLD
+    assert desk.verify() == []
+    old = locate(HubSource("o/r", "tiny-Q4_0.gguf", revision=COMMIT))
+    assert old is not None
+    assert old.read_bytes() == OLD
+
+
 def test_files_with_other_sums_than_the_locked_ones_are_refused(desk: Desk) -> None:
     desk.pull()
     text = desk.lock.path.read_text()
@@ -135,16 +156,48 @@ def test_a_lock_that_cannot_be_written_is_told_and_the_model_can_be_used(
 
 
 def test_adapters_are_fetched_with_their_model(tmp_path: Path, model_hub: Hub) -> None:
-    adapter = File({"general.architecture": "llama", "general.type": "adapter"}).bytes()
-    model_hub.files["lora.gguf"] = adapter
+    model_hub.files["lora.gguf"] = ADAPTER
     desk = Desk(tmp_path, f"  tiny: {{source: '{SOURCE}', lora: [{{source: 'hf:o/r/lora.gguf'}}]}}\n")
     desk.pull()
     assert [*desk.lock.entries()] == ["hf:o/r/lora.gguf", SOURCE]
     assert desk.verify() == []
     lora = locate(HubSource("o/r", "lora.gguf"))
     assert lora is not None
-    delete_model(desk.registry, desk.registry.models["tiny"], None)
+    files = deletable_with_adapters(desk.registry, desk.registry.models["tiny"], None)
+    assert [path.name for path in files] == ["tiny-Q4_0.gguf", "lora.gguf"]
+    assert delete_model(desk.registry, desk.registry.models["tiny"], None).files == files
     assert locate(HubSource("o/r", "lora.gguf")) is None
+
+
+@pytest.mark.parametrize("other", ["hf:o/r/lora.gguf", "hf:o/r/lora.gguf@main", "hf:o/r:LORA"])
+@pytest.mark.parametrize("needed_as", ["lora", "source"])
+def test_an_adapter_that_another_model_needs_stays_whatever_it_is_called_there(
+    tmp_path: Path, model_hub: Hub, other: str, needed_as: str
+) -> None:
+    model_hub.files["lora.gguf"] = ADAPTER
+    needs = f"source: '{other}'" if needed_as == "source" else f"source: 'hf:o/r:Q8_0', lora: [{{source: '{other}'}}]"
+    desk = Desk(
+        tmp_path,
+        f"  tiny: {{source: '{SOURCE}', lora: [{{source: 'hf:o/r/lora.gguf'}}]}}\n  other: {{{needs}}}\n",
+    )
+    desk.pull()
+    desk.pull("other")
+    spec = desk.registry.models["tiny"]
+    files = deletable_with_adapters(desk.registry, spec, None)
+    assert [path.name for path in files] == ["tiny-Q4_0.gguf"]
+    assert delete_model(desk.registry, spec, None).files == files
+    assert locate(HubSource("o/r", "lora.gguf")) is not None
+
+
+def test_an_adapter_of_ones_own_is_not_deleted_with_a_model(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("a.gguf", "own.gguf"):
+        (models / name).write_bytes(OLD)
+    desk = Desk(tmp_path, "  a: {source: 'file:models/a.gguf', lora: [{source: 'file:models/own.gguf'}]}\n")
+    files = deletable_with_adapters(desk.registry, desk.registry.models["a"], models)
+    assert delete_model(desk.registry, desk.registry.models["a"], models).files == files == (models / "a.gguf",)
+    assert (models / "own.gguf").exists()
 
 
 def test_files_of_ones_own_are_noted_when_that_is_asked_for(tmp_path: Path, model_hub: Hub) -> None:
@@ -314,8 +367,9 @@ def _cut_at_once(*_: object) -> None:
 def test_what_another_process_fetches_is_not_deleted(desk: Desk, tmp_path: Path) -> None:
     part = cut_download(desk, "hf:o/r:Q4_1")
     blob = part.with_name(part.name.removesuffix(".llamaserve-part"))
-    with cache.lock(f"hub {blob}"), pytest.raises(errors.InvalidRequest, match="by another process"):
-        delete(parse_source("hf:o/r:Q4_1", tmp_path), None)
+    for refuses in (deletable, delete):  # before anything is unloaded, too
+        with cache.lock(f"hub {blob}"), pytest.raises(errors.InvalidRequest, match="by another process"):
+            refuses(parse_source("hf:o/r:Q4_1", tmp_path), None)
     assert part.exists()
 
 
@@ -329,6 +383,56 @@ def test_deleting_frees_the_file_and_nothing_of_another_model(desk: Desk, model_
     assert locate(HubSource("o/r", quant="Q4_0")) is None
     assert delete(HubSource("o/r", quant="Q8_0"), None).freed == eight_size(model_hub)
     assert desk.lock.get(SOURCE) is not None  # so that the same version is fetched again
+
+
+def links_in_cache(repo: str, commit: str, target: Path) -> Path:
+    """Have a repository in the cache whose commit has one file, a link; return its folder."""
+    folder = hub.cache_root() / f"models--{repo.replace('/', '--')}"
+    for name in ("blobs", "refs", f"snapshots/{commit}/deep"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots" / commit / "deep/m-Q4_0.gguf").symlink_to(target)
+    return folder
+
+
+@pytest.mark.usefixtures("model_hub")
+def test_of_a_link_out_of_the_hubs_cache_only_the_link_is_deleted(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.gguf"
+    mine.write_bytes(OLD)
+    blob = hub.cache_root() / "models--a--b/blobs" / ("1" * 64)
+    links_in_cache("a/b", "b" * 40, blob)
+    blob.write_bytes(NEW)
+    folder = links_in_cache("a/b", "a" * 40, mine)
+    assert delete(HubSource("a/b", "deep/m-Q4_0.gguf"), None).freed == 0
+    assert mine.read_bytes() == OLD
+    assert [path.name for path in (folder / "snapshots").iterdir()] == ["b" * 40]
+    assert blob.exists()
+
+
+@pytest.mark.usefixtures("model_hub")
+def test_a_repository_with_the_same_commit_keeps_its_files() -> None:
+    folders = []
+    for repo in ("a/b", "c/d", "e/f", "g/h"):
+        blob = hub.cache_root() / f"models--{repo.replace('/', '--')}/blobs" / ("1" * 64)
+        folders.append(links_in_cache(repo, "a" * 40, blob))
+        blob.write_bytes(OLD)
+    for number, repo in enumerate(("a/b", "c/d", "e/f", "g/h"), 1):
+        (file,) = delete(HubSource(repo, quant="Q4_0"), None).files
+        assert file.is_relative_to(folders[number - 1])
+        assert [(folder / "refs/main").exists() for folder in folders] == [False] * number + [True] * (4 - number)
+        assert [any((folder / "blobs").iterdir()) for folder in folders] == [False] * number + [True] * (4 - number)
+
+
+@pytest.mark.usefixtures("model_hub")
+def test_what_another_program_fetches_finds_its_folders_afterwards() -> None:
+    blob = hub.cache_root() / "models--a--b/blobs" / ("1" * 64)
+    folder = links_in_cache("a/b", "a" * 40, blob)
+    blob.write_bytes(OLD)
+    (folder / "blobs/2.12345678.incomplete").write_bytes(NEW)
+    assert delete(HubSource("a/b", quant="Q4_0"), None).freed == len(OLD)
+    assert [path.name for path in (folder / "blobs").iterdir()] == ["2.12345678.incomplete"]
+    assert (folder / "snapshots" / ("a" * 40)).exists()
+    assert (folder / "refs/main").exists()
 
 
 def eight_size(hub: Hub) -> int:
@@ -369,7 +473,7 @@ def test_files_of_ones_own_are_deleted_in_the_models_folder_only(tmp_path: Path)
     for path in (tmp_path / "outside.gguf", models / "out/outside.gguf", models / "../outside.gguf"):
         with pytest.raises(errors.InvalidRequest) as caught:
             delete(FileSource(path), models)
-        assert caught.value.hint == f"rm '{path}'"
+        assert caught.value.hint == shlex.join(("rm", str(path)))
     with pytest.raises(errors.InvalidRequest):
         delete(FileSource(models / "sub/a.gguf"), None)
     assert delete(FileSource(models / "link.gguf"), models).freed == 0

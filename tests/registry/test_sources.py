@@ -107,6 +107,8 @@ def test_a_reference_is_read(text: str, source: sources.Source) -> None:
         "hf:o/r//a.gguf",
         "hf:o/r/-a.gguf",
         "hf:o/r/a\\b.gguf",
+        "hf:o/r/\ud800.gguf",
+        "pypi:a==1/\udfff.gguf",
         "hf:o/r/a\n.gguf",
         "hf:o/r/a.gguf@../../main",
         "hf:o/r/a.gguf@-x",
@@ -199,10 +201,17 @@ def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
     os.utime(path, ns=(1, 1))
     cache_module.verify(path, sha256(OTHER))
     assert len(hashed) == 3
+    path.write_bytes(OTHER[::-1])
+    os.utime(path, ns=(1, 1))  # size and time are what they were
+    cache_module.verify(path, sha256(OTHER[::-1]))
+    assert len(hashed) == 4
+    (tmp_path / "link.gguf").symlink_to(path)
+    cache_module.verify(tmp_path / "link.gguf", sha256(OTHER[::-1]))
+    assert len(hashed) == 4
     (stamp,) = (cache / "checksums").iterdir()
     stamp.write_text("no JSON")
-    cache_module.verify(path, sha256(OTHER))
-    assert len(hashed) == 4
+    cache_module.verify(path, sha256(OTHER[::-1]))
+    assert len(hashed) == 5
 
 
 class GivenUp(Exception):
