@@ -111,7 +111,7 @@ def serve(
     )
     registry = read_registry(settings)
     for reference in models or []:
-        require_local(registry, models_folder(settings), reference)
+        require_local(registry, models_folder(settings), reference, settings.options)
     _serve(settings, registry, models or [])
 
 

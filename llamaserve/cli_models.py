@@ -6,8 +6,9 @@ They ask and tell; what they do is in ``registry``. Serving is ``cli``'s busines
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -23,13 +24,15 @@ from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.cli_output import err, models_folder, out, read_registry, read_settings, say, say_json, tell
 from llamaserve.errors import LlamaserveError, ModelFileMissing, RegistryError
 from llamaserve.registry import sources
-from llamaserve.registry.deleting import deletable, delete_model
+from llamaserve.registry.deleting import deletable_with_adapters, delete_model, needs
 from llamaserve.registry.facts import ModelFacts, gather
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import FoundModel, resolve, scan
 from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
+from llamaserve.registry.remedies import Remedies
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.verifying import Finding, verify_model
 
@@ -92,8 +95,9 @@ def show(
 ) -> None:
     """Show all that is known of a model."""
     settings = read_settings(models_file=models_file, models_dir=models_dir)
-    registry = read_registry(settings)
-    name, spec = resolve(registry, models_folder(settings), model)
+    registry, folder = read_registry(settings), models_folder(settings)
+    name, spec = resolve(registry, folder, model)
+    remedies = Remedies(registry, _by_name(registry, folder, model)[0], settings.options)
     facts, header = gather(registry, name, spec, LockFile.beside(registry.path))
     abilities = _abilities(header)
     if as_json:
@@ -102,7 +106,7 @@ def show(
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in _rows(facts, abilities):
+    for label, value in _rows(facts, abilities, remedies.fetch(registry.source(spec))):
         table.add_row(label, escape(value))
     out.print(table)
 
@@ -117,11 +121,14 @@ def verify(
     settings = read_settings(models_file=models_file, models_dir=models_dir)
     registry, folder = read_registry(settings), models_folder(settings)
     lock = LockFile.beside(registry.path)
-    specs = dict(resolve(registry, folder, each) for each in models) if models else _all_here(registry, folder, lock)
+    if models:
+        specs = dict(_by_name(registry, folder, each) for each in models)
+    else:
+        specs = models_here(registry, folder, lock.entries())
     found: list[Finding] = []
     for name, spec in specs.items():
         with err.status(f"reading {escape(name)}"):
-            findings = verify_model(registry, name, spec, lock)
+            findings = verify_model(registry, name, spec, lock, settings.options)
         found += findings
         for finding in findings if not as_json else []:
             say(f"{name}: {finding.problem}\n  fix: {finding.fix}")
@@ -134,18 +141,21 @@ def verify(
 
 
 def list_models(as_json: Json = False, models_file: ModelsFile = None, models_dir: ModelsDir = None) -> None:
-    """List the models of models.yaml and of the models folder, and which of them are on this machine."""
+    """List the models of models.yaml and of the models folder, which of them are on this machine, and what else was
+    fetched.
+    """
     settings = read_settings(models_file=models_file, models_dir=models_dir)
     registry, folder = read_registry(settings), models_folder(settings)
+    listed = _listed(registry, fetched(registry, LockFile.beside(registry.path).entries()))
     found = scan(folder) if folder is not None else []
     if as_json:
-        say_json({"models": _listed(registry), "folder": folder, "found": found})
+        say_json({"models": listed, "folder": folder, "found": found})
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "here", "size", "licence"):
         table.add_column(heading, no_wrap=True)
     table.add_column("what it is")
-    for each in _listed(registry):
+    for each in listed:
         default = " (default)" if each["default"] else ""
         task = "" if each["task"] == "generation" else f"{each['task']}; "
         also = f" (also: {', '.join(each['aliases'])})" if each["aliases"] else ""
@@ -183,8 +193,12 @@ def _bar(name: str) -> Iterator[sources.Progress]:
 
 def _show_deletion(registry: Registry, folder: Path | None, name: str, spec: ModelSpec) -> None:
     """Say what would be deleted; refuse here already what may not be."""
-    files = deletable(registry.source(spec), folder)
-    others = [other for other, each in registry.models.items() if each.source == spec.source and other != name]
+    files = deletable_with_adapters(registry, spec, folder)
+    others = [
+        other
+        for other, each in registry.models.items()
+        if other != name and (each.source == spec.source or needs(registry, each, files))
+    ]
     also = f" (also the file of {', '.join(others)})" if others else ""
     size = sum(file.stat().st_size for file in files)
     tell(f"{name}: {_counted(len(files), 'file')}, {_size(size)}{also}")
@@ -201,40 +215,22 @@ def _confirm(yes: bool, models: list[str]) -> None:
         raise typer.Exit(1)
 
 
-def _all_here(registry: Registry, folder: Path | None, lock: LockFile) -> dict[str, ModelSpec]:
-    """Return all models with files on this machine, also those that only models.lock knows."""
-    specs = {name: spec for name, spec in registry.models.items() if _is_here(registry, spec)}
-    known = {spec.source for spec in registry.models.values()}
-    for text in lock.entries():
-        if text not in known and text.startswith(("hf:", "pypi:")) and not _is_adapter(registry, text):
-            spec = ModelSpec(source=text)
-            if _is_here(registry, spec):
-                specs[text] = spec
-    for model in scan(folder) if folder is not None else []:
-        specs.setdefault(model.name, ModelSpec(source=model.source))
-    return specs
+def _by_name(registry: Registry, folder: Path | None, reference: str) -> tuple[str, ModelSpec]:
+    """Return a model and the name by which other commands know it: that of models.yaml, else what was typed."""
+    name, spec = resolve(registry, folder, reference)
+    return name if reference in registry.models or reference in registry.aliases else reference, spec
 
 
-def _is_adapter(registry: Registry, text: str) -> bool:
-    return any(adapter.source == text for spec in registry.models.values() for adapter in spec.lora)
-
-
-def _is_here(registry: Registry, spec: ModelSpec) -> bool:
-    try:
-        return locate(registry.source(spec)) is not None
-    except LlamaserveError:
-        return False
-
-
-def require_local(registry: Registry, folder: Path | None, reference: str) -> None:
-    """Raise ``ModelFileMissing`` when a model is not on this machine."""
+def require_local(registry: Registry, folder: Path | None, reference: str, options: Sequence[str]) -> None:
+    """Raise ``ModelFileMissing`` when a model is not on this machine. ``options`` make another command see it, too."""
     name, spec = resolve(registry, folder, reference)
     if locate(registry.source(spec)) is None:
-        raise ModelFileMissing(f"{name} is not on this machine", hint=f"llamaserve pull {reference}")
+        hint = shlex.join(("llamaserve", "pull", reference, *options))
+        raise ModelFileMissing(f"{name} is not on this machine", hint=hint)
 
 
 class _Listed(TypedDict):
-    """A model of models.yaml, as scripts get it."""
+    """A model of models.yaml, or one that was fetched by its source, as scripts get it."""
 
     model: str
     aliases: list[str]
@@ -247,20 +243,20 @@ class _Listed(TypedDict):
     description: str | None
 
 
-def _listed(registry: Registry) -> list[_Listed]:
+def _listed(registry: Registry, others: Mapping[str, ModelSpec]) -> list[_Listed]:
     return [
         _Listed(
             model=name,
             aliases=[alias for alias, target in registry.aliases.items() if target == name],
             default=name == registry.default_model,
-            here=_is_here(registry, spec),
+            here=is_here(registry, spec),
             source=spec.source,
             task=spec.task,
             size=spec.size,
             licence=spec.licence,
             description=spec.description,
         )
-        for name, spec in registry.models.items()
+        for name, spec in (*registry.models.items(), *others.items())
     ]
 
 
@@ -297,7 +293,7 @@ def _plain(facts: ModelFacts) -> dict[str, object]:
     return {field: getattr(facts, field) for field in facts.__struct_fields__}
 
 
-def _rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tuple[str, str]]:
+def _rows(facts: ModelFacts, abilities: list[str] | None, fetch: str) -> Iterator[tuple[str, str]]:
     yield "model", facts.model
     if facts.aliases:
         yield "also", ", ".join(facts.aliases)
@@ -306,7 +302,7 @@ def _rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tuple[str,
             yield label, text
     yield "task", facts.task
     yield "source", facts.source
-    yield "here", "yes" if facts.here else f"no; llamaserve pull {facts.model}"
+    yield "here", "yes" if facts.here else f"no; {fetch}"
     for file in facts.files:
         yield "file", file
     if facts.size is not None:

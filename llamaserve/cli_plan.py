@@ -20,10 +20,12 @@ from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.fetching import locate
-from llamaserve.registry.folder import resolve, scan
+from llamaserve.registry.folder import resolve
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
+from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
@@ -61,7 +63,8 @@ def plan(
     registry = read_registry(settings)
     devices = asyncio.run(_devices())
     budget = memory_budget(settings.memory, settings.gpu_memory)(devices)
-    planned = [_plan(name, spec, registry, budget, devices) for name, spec in _chosen(settings, registry, models)]
+    chosen = _chosen(settings, registry, models)
+    planned = [_plan(name, spec, registry, budget, devices) for name, spec in chosen]
     together, left_out = _fitting(planned, budget)
     if as_json:
         say_json(_as_json(planned, together, budget))
@@ -84,16 +87,8 @@ def _chosen(settings: Settings, registry: Registry, references: Sequence[str] | 
     folder = models_folder(settings)
     if references:
         return [resolve(registry, folder, reference) for reference in references]
-    found = [(each.name, resolve(registry, folder, each.name)[1]) for each in (scan(folder) if folder else [])]
-    listed = [(name, spec) for name, spec in registry.models.items() if spec.task == "generation"]
-    return [(name, spec) for name, spec in listed if _is_here(registry, spec)] + found
-
-
-def _is_here(registry: Registry, spec: ModelSpec) -> bool:
-    try:
-        return locate(registry.source(spec)) is not None
-    except LlamaserveError:
-        return False
+    here = models_here(registry, folder, LockFile.beside(registry.path).entries())
+    return [(name, spec) for name, spec in here.items() if spec.task == "generation"]
 
 
 def _plan(name: str, spec: ModelSpec, registry: Registry, budget: Footprint, devices: Sequence[Device]) -> _Planned:

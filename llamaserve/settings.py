@@ -78,3 +78,9 @@ class Settings(BaseSettings):
     cors_origins: list[str] = Field(
         ["*"], description="Origins of web pages that may call the API, never with credentials."
     )
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The words that make another command see the same models."""
+        given = (("--models-file", self.models_file), ("--models-dir", self.models_dir))
+        return tuple(word for option, path in given if path is not None for word in (option, str(path)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 from gguf_splitter import split_gguf
-from gguf_writer import tiny_llama
+from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub, running_hub, settings_for
+from lora_files import random_lora, shapes_of
 from running_server import wait_until
 
 MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
@@ -115,6 +117,42 @@ def test_show_tells_all_that_is_known(desk: Desk) -> None:
     assert "no model is called 'none'" in desk("show", "none", status=1)
 
 
+def test_models_lists_what_was_fetched_by_its_source_alone(desk: Desk) -> None:
+    desk("pull", "hf:o/r:Q8_0")
+    assert "\nhf:o/r:Q8_0     yes" in desk("models")
+    assert (
+        desk.json("models")["models"][-1] | {"model": "hf:o/r:Q8_0", "here": True, "source": "hf:o/r:Q8_0"}
+        == (desk.json("models")["models"][-1])
+    )
+
+
+def test_show_counts_adapters_and_says_what_is_wrong_with_one(desk: Desk) -> None:
+    (desk.folder / "mine.gguf").write_bytes(MODEL)
+    alone = desk.json("show", "mine")["memory"]
+    style = random_lora(shapes_of(tiny_llama_tensors()), rank=8).write(desk.folder / "style.gguf")
+    text = MODELS.replace("'file:mine.gguf'", "'file:mine.gguf', lora: [{source: 'file:style.gguf'}]")
+    (desk.folder / "models.yaml").write_text(text)
+    assert desk.json("show", "mine")["memory"]["weights"] >= alone["weights"] + style.stat().st_size
+    style.write_bytes(MODEL)
+    assert "is no LoRA adapter" in desk.json("show", "mine")["problem"]
+    style.unlink()
+    assert "file:style.gguf of mine is not on this machine" in desk("show", "mine")
+
+
+def test_commands_that_are_proposed_see_the_same_models(desk: Desk) -> None:
+    (desk.folder / "elsewhere").mkdir()
+    (desk.folder / "models.yaml").rename(desk.folder / "elsewhere/my models.yaml")
+    options = ("--models-file", "elsewhere/my models.yaml", "--models-dir", "models")
+    again = "llamaserve pull tiny --models-file 'elsewhere/my models.yaml' --models-dir models"
+    assert f"no; {again}" in desk("show", "tiny", *options)
+    assert f"fix: {again}" in desk("verify", "tiny", *options, status=1)
+    assert again in desk("serve", "tiny", *options, status=1)
+    findings = desk.json("doctor", "tiny", *options, status=1)["findings"]
+    assert any((finding["fix"] or "").endswith(again) for finding in findings)
+    assert "fix: llamaserve pull hf:o/r:Q8_0" in desk("verify", "hf:o/r:Q8_0", *options, status=1)
+    assert 'no; "${EDITOR:-nano}" ' in desk("show", "mine", *options)
+
+
 def test_verify_finds_damage_and_names_the_remedy(desk: Desk) -> None:
     desk("pull", "tiny", "hf:o/r:Q8_0")
     answer = desk("verify", "tiny")
@@ -148,6 +186,29 @@ def test_rm_deletes_what_is_ours_and_says_what_it_freed(desk: Desk) -> None:
     assert "is not on this machine" in desk("rm", "tiny", "--yes", status=1)
 
 
+def test_rm_tells_of_the_adapters_that_it_deletes_and_of_no_others(desk: Desk) -> None:
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        "  tiny: {source: 'hf:o/r:Q4_0', lora: [{source: 'hf:o/r/own.gguf'}, {source: 'hf:o/r/both.gguf'},"
+        " {source: 'file:models/mine.gguf'}]}\n"
+        "  also: {source: 'hf:o/r/a-Q4_0.gguf'}\n"
+        "  other: {source: 'hf:o/r:Q8_0', lora: [{source: 'hf:o/r/both.gguf@main'}]}\n"
+    )
+    (desk.folder / "models/mine.gguf").write_bytes(MODEL)
+    desk.hub.files |= {name: MODEL + name.encode() for name in ("own.gguf", "both.gguf")}
+    desk("pull", "tiny", "other")
+    answer = desk("rm", "--yes", "tiny")
+    assert "tiny: 2 files" in answer
+    assert "(also the file of also)" in answer
+    assert [line.rpartition("/")[2] for line in answer.splitlines() if line.startswith("  ")] == [
+        "a-Q4_0.gguf",
+        "own.gguf",
+    ]
+    assert "tiny: deleted 2 files" in answer
+    assert {path.name for path in (desk.folder / "hf").rglob("*.gguf")} == {"a-Q8_0.gguf", "both.gguf"}
+    assert (desk.folder / "models/mine.gguf").exists()
+
+
 def test_rm_deletes_what_is_here_of_a_cut_download(desk: Desk) -> None:
     desk.hub.gate = threading.Event()
     environment = settings_for(desk.hub, desk.folder)
@@ -175,8 +236,10 @@ def test_rm_refuses_a_file_of_ones_own_before_it_deletes_anything(desk: Desk) ->
     desk("pull", "tiny")
     for name in ("mine", "./mine.gguf"):
         answer = desk("rm", "tiny", name, "--yes", status=1)
-        assert f"rm '{mine}'" in answer
-    assert mine.exists()
+        assert f"rm {mine}\n" in answer
+    anns = mine.rename(mine.with_name("ann's.gguf"))
+    assert shlex.join(("rm", str(anns))) in desk("rm", "./ann's.gguf", "--yes", status=1)
+    assert anns.exists()
     assert next((desk.folder / "hf").rglob("a-Q4_0.gguf")).exists()
 
 
@@ -202,6 +265,12 @@ def test_rm_asks_on_a_terminal(desk: Desk, reply: bytes, deleted: bool) -> None:
     assert (desk.folder / "models/sub/found.gguf").exists() is not deleted
 
 
+def test_plan_has_what_was_fetched_by_its_source_alone(desk: Desk) -> None:
+    (desk.folder / "models/broken.gguf").unlink()
+    desk("pull", "hf:o/r:Q8_0")
+    assert [each["name"] for each in desk.json("plan")["models"]] == ["hf:o/r:Q8_0", "sub/found.gguf"]
+
+
 def test_a_model_in_parts_is_one_model_for_all_commands(desk: Desk) -> None:
     paths = split_gguf(desk.folder / "models/sub/found.gguf", desk.folder / "models/parts", "m", 3)
     name = "parts/m-00001-of-00003.gguf"
@@ -216,5 +285,5 @@ def test_a_model_in_parts_is_one_model_for_all_commands(desk: Desk) -> None:
 
 def test_a_damaged_lock_is_told_with_its_line(desk: Desk) -> None:
     (desk.folder / "models.lock").write_text('{\n"version": 1,\n<<<<<<< HEAD\n')
-    for command in ("pull", "show", "verify"):
-        assert f"{desk.folder}/models.lock:3: this is no JSON" in desk(command, "tiny", status=1)
+    for command in ("pull tiny", "show tiny", "verify tiny", "verify", "models", "plan"):
+        assert f"{desk.folder}/models.lock:3: this is no JSON" in desk(*command.split(), status=1)

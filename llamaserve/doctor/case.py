@@ -20,6 +20,10 @@ class Case:
     machine: Machine = field(default_factory=Machine)
     installation: Installation = field(default_factory=Installation)
 
+    def command(self, *words: object) -> str:
+        """Return the command that calls llamaserve for the same models."""
+        return self.installation.command(*words, *self.settings.options)
+
 
 @dataclass(frozen=True)
 class Check:

@@ -51,7 +51,7 @@ def _findings(check: Check, case: Case) -> Iterator[Finding]:
             finding = found.get(timeout=check.limit)
         except Empty:
             message = f"this check has no answer after {check.limit:g} s, and was given up"
-            yield problem(check.heading, message, case.installation.command("doctor", "--json"))
+            yield problem(check.heading, message, case.command("doctor", "--json"))
             return
         if finding is None:
             return
@@ -65,6 +65,6 @@ def _run(check: Check, case: Case, found: SimpleQueue[Finding | None]) -> None:
     except Exception as error:  # a bug of ours must not keep the other checks from their say
         logger.debug("the check %s failed", check.heading, exc_info=True)
         what = f"this check itself failed: {type(error).__name__}: {str(error)[:300]}"
-        found.put(problem(check.heading, what, case.installation.command("doctor", "--json")))
+        found.put(problem(check.heading, what, case.command("doctor", "--json")))
     finally:
         found.put(None)

@@ -7,8 +7,6 @@ from enum import StrEnum
 
 import msgspec
 
-EDITOR = '"${EDITOR:-nano}"'
-
 
 class Level(StrEnum):
     """How bad it is. A ``note`` costs little or may be meant, a ``warning`` costs speed, a ``problem`` keeps something

@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+
+import msgspec
 
 from llamaserve.chat.modes import ModelTemplate
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.doctor.case import Case
 from llamaserve.doctor.findings import (
-    EDITOR,
     Finding,
     command,
     gigabytes,
     note,
     ok,
-    one_after_the_other,
     problem,
     warning,
 )
 from llamaserve.doctor.llama import Build, NoAnswer, read_build, read_vocabulary
 from llamaserve.doctor.template_lint import lint
 from llamaserve.engine.events import Device
-from llamaserve.errors import (
-    ChecksumMismatch,
-    InsufficientMemory,
-    LlamaserveError,
-    ModelFileMissing,
-    ModelNotFound,
-    RegistryError,
-)
+from llamaserve.errors import ChecksumMismatch, InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
 from llamaserve.registry import folder
+from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
-from llamaserve.registry.sources import FileSource
+from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.remedies import EDITOR, Remedies, caution, told
+from llamaserve.registry.sources import FileSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 
 _READ_AT_ONCE = 2e9  # bytes of a file whose sum is not known yet; it takes some 10 s
@@ -50,9 +47,10 @@ _PLACE = re.compile(r".+?:(\d+): ")
 
 @dataclass(frozen=True)
 class _Model:
-    """A model by the name that commands take."""
+    """A model by the name that commands take, and by the one that a request has."""
 
     name: str
+    served: str
     spec: ModelSpec
 
 
@@ -72,8 +70,14 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
         except NoAnswer:  # which is a finding of its own
             return []
 
+    lock = LockFile.beside(registry.path)
+    locked: list[str] = []
+    try:
+        locked += lock.entries()
+    except RegistryError as error:
+        yield problem("models.lock", error.message, _at_line(error.message, lock.path))
     found = False
-    for item in _named(case, registry) if case.models else _here(case, registry):
+    for item in _named(case, registry) if case.models else _here(case, registry, locked):
         found = True
         if isinstance(item, Finding):
             yield item
@@ -81,8 +85,8 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
             yield from _model(case, registry, item, devices)
     if not found:
         name = registry.default_model or next(iter(registry.models), None)
-        fix = case.installation.command(*(("pull", name) if name else ("models",)))
-        yield note("models", "none is on this machine", fix)
+        fix = _remedies(case, registry, name).fetch(registry.source(registry.models[name])) if name else None
+        yield note("models", "none is on this machine", fix or case.command("models"))
 
 
 def _wrong_list(case: Case, error: RegistryError) -> Iterator[Finding]:
@@ -92,12 +96,21 @@ def _wrong_list(case: Case, error: RegistryError) -> Iterator[Finding]:
         try:
             place = find_models_file()
         except RegistryError:
-            yield problem("models.yaml", error.message, case.installation.command("run", "--help"))
+            yield problem("models.yaml", error.message, case.command("run", "--help"))
             return
     for line in error.message.splitlines():
-        found = _PLACE.match(line)
-        at = f" +{found[1]}" if found else ""
-        yield problem("models.yaml", line, f"{EDITOR}{at} {command(place.expanduser().absolute())}")
+        yield problem("models.yaml", line, _at_line(line, place.expanduser().absolute()))
+
+
+def _at_line(message: str, path: Path) -> str:
+    """Return the command that opens a file in an editor, at the line that a message names."""
+    found = _PLACE.match(message)
+    at = f" +{found[1]}" if found else ""
+    return f"{EDITOR}{at} {command(path)}"
+
+
+def _remedies(case: Case, registry: Registry, name: str) -> Remedies:
+    return Remedies(registry, name, case.settings.options, case.installation.program)
 
 
 # ---- which models ------------------------------------------------------------------------------------------------
@@ -106,30 +119,24 @@ def _wrong_list(case: Case, error: RegistryError) -> Iterator[Finding]:
 def _named(case: Case, registry: Registry) -> Iterator[_Model | Finding]:
     for reference in case.models:
         try:
-            yield _Model(reference, folder.resolve(registry, _models_folder(case), reference)[1])
+            yield _Model(reference, *folder.resolve(registry, _models_folder(case), reference))
         except ModelNotFound as error:
-            yield problem(reference, error.message, case.installation.command("models"))
+            yield problem(reference, error.message, case.command("models"))
         except LlamaserveError as error:
-            told = f"{error.message}; {error.hint}" if error.hint else error.message
-            yield problem(reference, told, case.installation.command("models"))
+            yield problem(reference, told(error), case.command("models"))
 
 
-def _here(case: Case, registry: Registry) -> Iterator[_Model | Finding]:
+def _here(case: Case, registry: Registry, locked: Sequence[str]) -> Iterator[_Model | Finding]:
     """Yield all models whose files are on this machine."""
-    known: set[Path] = set()
-    for name, spec in registry.models.items():
-        try:
-            path = locate(registry.source(spec))
-        except LlamaserveError as error:
-            yield problem(name, error.message, case.installation.command("pull", name))
-            continue
-        if path is not None:
-            known.add(path)
-            yield _Model(name, spec)
     place = _models_folder(case)
-    for inside in folder.scan(place) if place is not None else ():
-        if inside.path not in known:
-            yield _Model(inside.name, folder.resolve(registry, place, inside.name)[1])
+    try:
+        names = models_here(registry, place, locked)
+    except RegistryError as error:
+        fix = command("ls", "-l", place) if place and place.is_dir() else command("mkdir", "-p", place)
+        yield problem("models folder", error.message, fix)
+        place, names = None, models_here(registry, None, locked)
+    for name in names:
+        yield _Model(name, *folder.resolve(registry, place, name))
 
 
 def _models_folder(case: Case) -> Path | None:
@@ -142,26 +149,29 @@ def _models_folder(case: Case) -> Path | None:
 
 
 def _model(case: Case, registry: Registry, model: _Model, devices: Callable[[], list[Device]]) -> Iterator[Finding]:
-    source = registry.source(model.spec)
-    try:
-        path = locate(source)
-    except LlamaserveError as error:
-        yield problem(model.name, error.message, _again(case, registry, model, None))
-        return
+    source, remedies = registry.source(model.spec), _remedies(case, registry, model.name)
+    path = locate(source)
     if path is None:
-        yield problem(model.name, "it is not on this machine", case.installation.command("pull", model.name))
+        yield problem(model.name, "it is not on this machine", remedies.fetch(source))
+        return
+    if not path.name.lower().endswith(".gguf"):
+        yield ok(model.name, "its files are here, and are none of llama.cpp's")
+        yield from _sum(case, registry, model, path)
         return
     try:
         header = read_header(path)
         check_loadable(header)
     except LlamaserveError as error:
-        yield problem(model.name, error.message, _again(case, registry, model, path))
+        yield problem(model.name, error.message + caution(source), remedies.fetch_again(source))
         return
     size = gigabytes(path.stat().st_size) if header.split_count == 1 else f"{header.split_count} files"
     yield ok(model.name, f"{header.architecture}, {header.quantisation}, {size}: the file is whole and can be loaded")
     yield from _sum(case, registry, model, path)
     if model.spec.task == "generation" and not header.is_embedding_model:
-        yield from _fit(case, registry, model, header, devices)
+        if unfit := list(_adapters(case, registry, model, header)):
+            yield from unfit
+        else:
+            yield from _fit(case, registry, model, header, devices)
         yield from asyncio.run(_template(case, model, header))
 
 
@@ -169,15 +179,8 @@ async def _template(case: Case, model: _Model, header: GGUFHeader) -> list[Findi
     template = ModelTemplate(header.chat_template, header.bos_token, header.eos_token)
     vocabulary = partial(read_vocabulary, str(header.path))
     async with TemplateRenderer(1) as renderer:
-        return await lint(model.name, template, vocabulary, case.settings.port, renderer)
-
-
-def _again(case: Case, registry: Registry, model: _Model, path: Path | None) -> str:
-    """Return the command that fetches a file anew; what was not fetched can only be looked at."""
-    if isinstance(registry.source(model.spec), FileSource):
-        return command("ls", "-l", path or registry.source(model.spec))
-    fetch = case.installation.command("pull", model.name)
-    return one_after_the_other(case.installation.command("rm", model.name), fetch)
+        found = await lint(model.served, template, vocabulary, case.settings.port, renderer)
+    return [msgspec.structs.replace(finding, subject=model.name) for finding in found]
 
 
 def _sum(case: Case, registry: Registry, model: _Model, path: Path) -> Iterator[Finding]:
@@ -186,18 +189,41 @@ def _sum(case: Case, registry: Registry, model: _Model, path: Path) -> Iterator[
         return
     if known_checksum(path) is None and path.stat().st_size > _READ_AT_ONCE:
         message = "its checksum has not been looked at yet, which takes a while"
-        yield note(model.name, message, case.installation.command("verify", model.name))
+        yield note(model.name, message, case.command("verify", model.name))
         return
     try:
         check_sum(path, promised)
     except ChecksumMismatch as error:
-        own = isinstance(registry.source(model.spec), FileSource)
+        source = registry.source(model.spec)
         tool = ("shasum", "-a", "256") if case.machine.is_mac else ("sha256sum",)
-        yield problem(model.name, error.message, command(*tool, path) if own else _again(case, registry, model, path))
+        own = command(*tool, path) if isinstance(source, FileSource) else None
+        again = _remedies(case, registry, model.name).fetch_again(source)
+        yield problem(model.name, error.message + caution(source), own or again)
     except RegistryError as error:
         yield problem(model.name, error.message, f"{EDITOR} {command(registry.path)}")
     else:
         yield ok(model.name, "its checksum is that of models.yaml")
+
+
+def _adapters(case: Case, registry: Registry, model: _Model, header: GGUFHeader) -> Iterator[Finding]:
+    """Yield what keeps a model from being loaded with its LoRA adapters."""
+    remedies = _remedies(case, registry, model.name)
+    for adapter in model.spec.lora:
+        source = parse_source(adapter.source, registry.path.parent)
+        path = locate(source)
+        if path is None:
+            message = f"its LoRA adapter {adapter.source} is not on this machine"
+            yield problem(model.name, message, remedies.fetch(source))
+            continue
+        try:
+            its_own = read_header(path)
+        except LlamaserveError as error:
+            yield problem(model.name, error.message + caution(source), remedies.fetch_again(source, adapter=True))
+            continue
+        try:
+            check_adapter(its_own, header)
+        except LlamaserveError as error:
+            yield problem(model.name, told(error), remedies.correct(source))
 
 
 def _fit(
@@ -210,14 +236,10 @@ def _fit(
         adapters = configured_adapters(model.name, model.spec, registry.path.parent)
         params = load_params(model.spec, header, adapters)
         plan = plan_load(model.name, header, params, budget, len(gpus), unified=is_unified(gpus))
-    except ModelFileMissing as error:
-        yield problem(model.name, error.message, case.installation.command("pull", model.name))
-        return
     except InsufficientMemory as error:
         listed = model.name in registry.models or model.name in registry.aliases
-        fix = f"{EDITOR} {command(registry.path)}" if listed else case.installation.command("models")
-        told = f"{error.message}; {error.hint}" if error.hint else error.message
-        yield warning(model.name, told, fix)
+        fix = f"{EDITOR} {command(registry.path)}" if listed else case.command("models")
+        yield warning(model.name, told(error), fix)
         return
     on_gpu = f" and {gigabytes(plan.need.device)} of the GPU's" if plan.need.device else ""
     share = f"{gigabytes(plan.need.host)} of memory{on_gpu}"

@@ -15,7 +15,6 @@ import psutil
 
 from llamaserve.doctor.case import Case
 from llamaserve.doctor.findings import Finding, command, note, ok, problem, warning
-from llamaserve.doctor.installation import Installation
 from llamaserve.doctor.machine import Machine
 
 LOOPBACK = ("127.0.0.1", "::1")
@@ -29,7 +28,7 @@ _HOSTS = "/etc/hosts"
 def network(case: Case) -> Iterator[Finding]:
     """Examine the port, and the ways to it."""
     host, port = case.settings.host, case.settings.port
-    yield from _port(case.installation, (host,) if host else LOOPBACK, port)
+    yield from _port(case, (host,) if host else LOOPBACK, port)
     yield from _loopback(case.machine)
     yield from _proxies(case.machine.environment)
 
@@ -37,7 +36,7 @@ def network(case: Case) -> Iterator[Finding]:
 # ---- the port ----------------------------------------------------------------------------------------------------
 
 
-def _port(installation: Installation, hosts: tuple[str, ...], port: int) -> Iterator[Finding]:
+def _port(case: Case, hosts: tuple[str, ...], port: int) -> Iterator[Finding]:
     if port == 0:
         yield ok("port", "any free one is taken")
         return
@@ -47,7 +46,7 @@ def _port(installation: Installation, hosts: tuple[str, ...], port: int) -> Iter
         except OSError as error:
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "::1" and len(hosts) > 1:
                 continue
-            yield _no_port(installation, host, port, error)
+            yield _no_port(case, host, port, error)
             return
     yield ok("port", f"{port} is free on {' and '.join(hosts)}")
 
@@ -57,30 +56,28 @@ def _listen(host: str, port: int) -> None:
     socket.create_server((host, port), family=family).close()
 
 
-def _no_port(installation: Installation, host: str, port: int, error: OSError) -> Finding:
+def _no_port(case: Case, host: str, port: int, error: OSError) -> Finding:
     if error.errno == errno.EACCES:
         message = f"{port} is one of the ports that only the system's own programs may use"
-        return problem("port", message, _on_another(installation, 8080))
+        return problem("port", message, _on_another(case, 8080))
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
         message = f"{host} is no address of this machine"
-        return problem("port", message, installation.command("run", "--host", "127.0.0.1", "--port", port))
+        return problem("port", message, case.command("run", "--host", "127.0.0.1", "--port", port))
     if error.errno != errno.EADDRINUSE:
-        return problem(
-            "port", f"can't listen on {host}, port {port}: {error.strerror}", _on_another(installation, port + 1)
-        )
+        return problem("port", f"can't listen on {host}, port {port}: {error.strerror}", _on_another(case, port + 1))
     owner = _owner(port)
     if _is_llamaserve(host, port):
-        return note("port", f"a llamaserve serves on {port} already{owner}", _on_another(installation, port + 1))
-    return problem("port", f"{port} on {host} is taken by another program{owner}", _on_another(installation, port + 1))
+        return note("port", f"a llamaserve serves on {port} already{owner}", _on_another(case, port + 1))
+    return problem("port", f"{port} on {host} is taken by another program{owner}", _on_another(case, port + 1))
 
 
-def _on_another(installation: Installation, port: int) -> str:
+def _on_another(case: Case, port: int) -> str:
     """Return the command that serves on the first free port from one on."""
     for each in range(port, min(port + _TRIED, 65536)):
         with contextlib.suppress(OSError):
             _listen(LOOPBACK[0], each)
-            return installation.command("run", "--port", each)
-    return installation.command("run", "--port", 0)
+            return case.command("run", "--port", each)
+    return case.command("run", "--port", 0)
 
 
 def _owner(port: int) -> str:

@@ -6,17 +6,19 @@ This module reads files and headers, and asks no network. It knows nothing of ru
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import msgspec
 
+from llamaserve.engine.params import Adapter, Footprint
 from llamaserve.errors import LlamaserveError
+from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import context_of, load_params
+from llamaserve.registry.load_plan import configured_adapters, context_of, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
-from llamaserve.registry.memory import estimate
 from llamaserve.registry.pulling import hash_of_template
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
@@ -41,7 +43,7 @@ class HeaderFacts(msgspec.Struct, frozen=True):
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
-    """The estimate of the memory that it takes on a CPU, in bytes."""
+    """The estimate of the memory that it takes on a CPU, its adapters included, in bytes."""
 
     weights: int
     cache: int
@@ -76,6 +78,9 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
     """
     path = locate(registry.source(spec))
     header, problem = _header(path)
+    adapters: list[Adapter] = []
+    if header is not None and problem is None:
+        adapters, problem = _adapters(registry, name, spec, header)
     files = [] if path is None else list(part_paths(path))
     facts = ModelFacts(
         model=name,
@@ -91,7 +96,7 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
         lock=lock.get(spec.source),
         adapters=[adapter.source for adapter in spec.lora],
         header=None if header is None else _header_facts(header, spec),
-        memory=None if header is None or problem is not None else _memory(header, spec),
+        memory=None if header is None or problem is not None else _memory(header, spec, adapters),
         problem=problem,
     )
     return facts, header
@@ -107,6 +112,17 @@ def _header(path: Path | None) -> tuple[GGUFHeader | None, str | None]:
     except LlamaserveError as error:
         return header, error.message
     return header, None
+
+
+def _adapters(registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader) -> tuple[list[Adapter], str | None]:
+    """Return the LoRA adapters, or what is wrong with one."""
+    try:
+        adapters = configured_adapters(name, spec, registry.path.parent)
+        for each in adapters:
+            check_adapter(read_header(Path(each.path)), header)
+    except LlamaserveError as error:
+        return [], error.message
+    return adapters, None
 
 
 def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
@@ -139,8 +155,9 @@ def _heads(header: GGUFHeader, key: str) -> int | list[int] | None:
     return each[0] if len(set(each)) == 1 else each
 
 
-def _memory(header: GGUFHeader, spec: ModelSpec) -> MemoryFacts:
-    guess = estimate(header, load_params(spec, header))
+def _memory(header: GGUFHeader, spec: ModelSpec, adapters: list[Adapter]) -> MemoryFacts:
+    everything = Footprint(sys.maxsize)
+    guess = plan_load(spec.source, header, load_params(spec, header, adapters), everything, 0).estimate
     return MemoryFacts(
         weights=guess.weights.host,
         cache=guess.cache.host,

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from doctor_machine import about, bad, case_of, checked, described
-from gguf_writer import tiny_llama
+from gguf_writer import tiny_llama, tiny_llama_tensors
+from local_hub import COMMIT
+from lora_files import random_lora, shapes_of
 
 from llamaserve.doctor import models as examined
 from llamaserve.doctor.findings import Finding, Level
 from llamaserve.doctor.llama import Build, NoAnswer
 from llamaserve.doctor.models import models
+from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile
 from llamaserve.settings import Settings
 
 Write = Callable[[str], Path]
@@ -77,13 +80,92 @@ def test_the_starter_model_is_well(starter_model: Path, listed: Write) -> None:
 def test_models_that_are_not_here(listed: Write) -> None:
     path = listed("models: {a: {source: 'file:none.gguf'}}\ndefaults: {model: a}")
     (note,) = bad(findings(path))
-    assert (note.level, note.fix) == (Level.NOTE, "llamaserve pull a")
+    assert (note.level, note.fix) == (Level.NOTE, f"\"${{EDITOR:-nano}}\" '{path}'")  # nothing could be fetched
     (problem,) = bad(findings(path, "a"))
     assert problem.message == "it is not on this machine"
+    assert problem.fix == f"\"${{EDITOR:-nano}}\" '{path}'"
     (unknown,) = bad(findings(path, "b"))
-    assert unknown.fix == "llamaserve models"
+    assert unknown.fix == f"llamaserve models --models-file '{path}'"
     (nowhere,) = bad(findings(path, "some/where.gguf"))
     assert "there is no file" in nowhere.message
+
+
+def test_commands_see_the_same_models(listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = listed("models: {a: {source: 'hf:o/r:Q4_0'}}\ndefaults: {model: a}")
+    (tmp_path / "folder").mkdir()
+    options = f"--models-file '{path}' --models-dir {tmp_path}/folder"
+    (note,) = bad(findings(path, folder=tmp_path / "folder"))
+    assert note.fix == f"llamaserve pull a {options}"
+    (problem,) = bad(findings(path, "a", folder=tmp_path / "folder"))
+    assert problem.fix == f"llamaserve pull a {options}"
+    cached(tmp_path / "hub", b"GGUF nonsense")
+    (problem,) = bad(findings(path, folder=tmp_path / "folder"))
+    assert problem.fix == f"llamaserve rm --yes a {options} && llamaserve pull a {options}"
+    assert "deletes the files before it fetches them again" in problem.message
+
+
+def cached(hub: Path, data: bytes) -> None:
+    """Put a file into huggingface_hub's cache."""
+    snapshot = hub / "models--o--r/snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "r-Q4_0.gguf").write_bytes(data)
+    (hub / "models--o--r/refs").mkdir()
+    (hub / "models--o--r/refs/main").write_text(COMMIT)
+
+
+def test_a_model_that_was_fetched_by_its_source_alone_counts(
+    listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = listed("models: {}")
+    cached(tmp_path / "hub", tiny_llama(tokenizer__chat_template=None))
+    lock = LockFile.beside(path)
+    lock.put("hf:o/r:Q4_0", LockEntry((LockedFile("r-Q4_0.gguf", 1, "0" * 64),), COMMIT))
+    (note,) = bad(findings(path))
+    assert note.subject == "hf:o/r:Q4_0"
+    assert note.fix is not None
+    assert '"model": "r-Q4_0"' in note.fix  # a request has the name under which it is served
+    lock.path.write_text(lock.path.read_text().replace("version", "vers\nion"))
+    (problem, _) = bad(findings(path))
+    assert (problem.level, problem.subject) == (Level.PROBLEM, "models.lock")
+    assert problem.message.startswith(f"{lock.path}:2: ")
+    assert problem.fix == f'"${{EDITOR:-nano}}" +2 {lock.path}'
+
+
+def test_a_models_folder_that_is_missing_keeps_nothing_else_from_being_said(listed: Write, tmp_path: Path) -> None:
+    tiny(tmp_path / "tiny.gguf")
+    found = findings(listed("models: {tiny: {source: 'file:tiny.gguf'}}"), folder=tmp_path / "none")
+    (problem,) = bad(found)
+    assert problem.fix == f"mkdir -p {tmp_path}/none"
+    assert about(found, "tiny")
+
+
+def test_a_file_for_another_program_is_no_fault(listed: Write, tmp_path: Path) -> None:
+    (tmp_path / "ggml-base.bin").write_bytes(b"lmgg")
+    assert not bad(findings(listed("models: {ear: {source: 'file:ggml-base.bin', task: transcription}}")))
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "fix"),
+    [
+        (b"xxxxxxxxxxxx", "is not a GGUF file", "ls -l {0}/style.gguf"),
+        (tiny_llama(), "is no LoRA adapter", "\"${{EDITOR:-nano}}\" '{0}/my models.yaml'"),
+        (None, "is not on this machine", "\"${{EDITOR:-nano}}\" '{0}/my models.yaml'"),
+    ],
+)
+def test_a_model_is_not_well_without_its_adapters(
+    listed: Write, tmp_path: Path, data: bytes | None, message: str, fix: str
+) -> None:
+    tiny(tmp_path / "tiny.gguf")
+    if data is not None:
+        (tmp_path / "style.gguf").write_bytes(data)
+    path = listed("models: {tiny: {source: 'file:tiny.gguf', lora: [{source: 'file:style.gguf'}]}}")
+    (problem,) = bad(findings(path))
+    assert message in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, fix.format(tmp_path))
+    random_lora(shapes_of(tiny_llama_tensors())).write(tmp_path / "style.gguf")
+    assert not bad(findings(path))
 
 
 def test_a_file_that_is_cut_short(listed: Write, tmp_path: Path) -> None:
@@ -104,7 +186,7 @@ def test_a_large_file_is_not_read_for_its_sum(listed: Write, tmp_path: Path, mon
     monkeypatch.setattr(examined, "_READ_AT_ONCE", 1000)
     tiny(tmp_path / "tiny.gguf")
     (note,) = bad(findings(listed(f"models: {{tiny: {{source: 'file:tiny.gguf', sha256: {'a' * 64}}}}}")))
-    assert note.fix == "llamaserve verify tiny"
+    assert note.fix == f"llamaserve verify tiny --models-file '{tmp_path}/my models.yaml'"
 
 
 def test_faults_of_a_template_are_found_with_the_models_own_vocabulary(listed: Write, tmp_path: Path) -> None:

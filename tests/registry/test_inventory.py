@@ -1,0 +1,54 @@
+"""What is on this machine, by the names that commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf_writer import tiny_llama, tiny_llama_tensors
+from local_hub import Hub
+from lora_files import random_lora, shapes_of
+
+from llamaserve.registry.inventory import fetched, models_here
+from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.pulling import pull
+from llamaserve.registry.spec import ModelSpec, Registry, load_registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path, model_hub: Hub) -> Registry:
+    """A models.yaml of which one model is here, with an adapter; and another that was fetched by its source alone."""
+    style = random_lora(shapes_of(tiny_llama_tensors())).write(tmp_path / "style.gguf")
+    model_hub.files["style.gguf"] = style.read_bytes()
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("a", "found", "shadowed", "little"):
+        (folder / f"{name}.gguf").write_bytes(tiny_llama())
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "defaults: {context: 64}\n"
+        "models:\n"
+        "  a: {source: 'file:models/a.gguf', lora: [{source: 'hf:o/r/style.gguf'}]}\n"
+        "  shadowed.gguf: {source: 'file:none.gguf'}\n"
+        "  absent: {source: 'hf:o/r:Q8_0'}\n"
+        "aliases: {little.gguf: a}\n"
+    )
+    registry, lock = load_registry(path), LockFile.beside(path)
+    for spec in (registry.models["a"], ModelSpec(source="hf:o/r:Q4_0")):
+        pull(registry, spec, lock, lambda *_: None)
+    return registry
+
+
+def test_all_models_are_found_and_each_once(registry: Registry, tmp_path: Path) -> None:
+    locked = LockFile.beside(registry.path).entries()
+    assert "hf:o/r/style.gguf" in locked
+    here = models_here(registry, tmp_path / "models", locked)
+    assert [*here] == ["a", "hf:o/r:Q4_0", "found.gguf"]
+    assert {spec.context for spec in here.values()} == {64}
+    assert [*models_here(registry, None, ())] == ["a"]
+
+
+def test_what_was_deleted_is_not_here(registry: Registry, tmp_path: Path) -> None:
+    assert [*fetched(registry, ["hf:o/r:Q4_0", "hf:o/r:Q8_0", "pypi:a==1/a.gguf"])] == ["hf:o/r:Q4_0"]
+    (tmp_path / "models/a.gguf").unlink()
+    assert "a" not in models_here(registry, None, ())

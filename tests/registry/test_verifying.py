@@ -1,0 +1,140 @@
+"""What verify finds, and that each of its commands mends it or shows more of it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from gguf_writer import tiny_llama, tiny_llama_tensors
+from local_hub import COMMIT, Hub
+from lora_files import random_lora, shapes_of
+
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.pulling import pull
+from llamaserve.registry.sources import HubSource
+from llamaserve.registry.spec import ModelSpec, load_registry
+from llamaserve.registry.verifying import Finding, verify_model
+
+OPTIONS = ("--models-file", "my models.yaml")
+EDITOR = '"${EDITOR:-nano}" '
+
+
+class Desk:
+    """A models.yaml in a folder; findings are those for a user who named it by an option."""
+
+    def __init__(self, folder: Path, models: str) -> None:
+        self.path = folder / "my models.yaml"
+        self.path.write_text(f"models: {{{models}}}")
+        self.registry = load_registry(self.path)
+        self.lock = LockFile.beside(self.path)
+        self.edit = f"{EDITOR}'{self.path}'"
+
+    def pull(self, name: str) -> None:
+        pull(self.registry, self.registry.models[name], self.lock, lambda *_: None)
+
+    def verify(self, name: str) -> list[Finding]:
+        found = verify_model(self.registry, name, self.registry.models[name], self.lock, OPTIONS)
+        for finding in found:  # a shell must understand it, and find a program
+            subprocess.run(["bash", "-n", "-c", finding.fix], check=True)
+            assert finding.fix.startswith(("llamaserve ", EDITOR, "ls -l ", "chmod u+r "))
+        return found
+
+
+def lora(path: Path) -> bytes:
+    return random_lora(shapes_of(tiny_llama_tensors())).write(path).read_bytes()
+
+
+def test_commands_see_the_same_models(tmp_path: Path, model_hub: Hub) -> None:
+    desk = Desk(tmp_path, "tiny: {source: 'hf:o/r:Q4_0'}")
+    (finding,) = desk.verify("tiny")
+    assert finding.fix == "llamaserve pull tiny --models-file 'my models.yaml'"
+    desk.pull("tiny")
+    path = locate(HubSource("o/r", quant="Q4_0"))
+    assert path is not None
+    path.resolve().write_bytes(path.read_bytes()[:-1] + b"x")
+    again = "llamaserve rm --yes tiny {0} && llamaserve pull tiny {0}".format("--models-file 'my models.yaml'")
+    assert {finding.fix for finding in desk.verify("tiny")} == {again}
+
+
+def test_a_users_own_file_that_is_missing_is_a_line_to_correct(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "a: {source: 'file:aa.gguf'}, b: {source: 'file:none/b.gguf'}, c: {source: 'file:folder'}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.gguf").write_bytes(tiny_llama())
+    for name, told in (("a", f"In {tmp_path} there is a.gguf"), ("b", "There is no folder"), ("c", "is a folder")):
+        (finding,) = desk.verify(name)
+        assert told in finding.problem
+        assert finding.fix == desk.edit
+
+
+def test_a_users_own_file_that_is_damaged_is_shown(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "cut: {source: 'file:cut.gguf'}, junk: {source: 'file:junk.gguf'}")
+    (tmp_path / "cut.gguf").write_bytes(tiny_llama()[:-100])
+    (tmp_path / "junk.gguf").write_bytes(b"hello")
+    for name in ("cut", "junk"):
+        (finding,) = desk.verify(name)
+        assert finding.fix == f"ls -l {tmp_path}/{name}.gguf"
+
+
+def test_a_users_own_file_of_another_sum_is_accepted_or_corrected(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, f"a: {{source: 'file:a.gguf'}}, b: {{source: 'file:a.gguf', sha256: {'f' * 64}}}")
+    (tmp_path / "a.gguf").write_bytes(tiny_llama())
+    (finding,) = desk.verify("b")
+    assert finding.fix == desk.edit
+    desk.pull("a")
+    (tmp_path / "a.gguf").write_bytes(tiny_llama()[:-1] + b"x")
+    (finding,) = desk.verify("a")
+    assert finding.fix == "llamaserve pull a --update --models-file 'my models.yaml'"
+
+
+def test_a_file_as_promised_that_cannot_be_loaded_is_not_fetched_again(tmp_path: Path, model_hub: Hub) -> None:
+    model_hub.files["bad-Q8_0.gguf"] = tiny_llama(llama__block_count=0)
+    desk = Desk(tmp_path, "bad: {source: 'hf:o/r/bad-Q8_0.gguf'}")
+    desk.pull("bad")
+    (finding,) = desk.verify("bad")
+    assert "block_count is 0" in finding.problem
+    assert finding.fix == desk.edit
+    spec = ModelSpec(source="hf:o/r/bad-Q8_0.gguf")  # by its source, models.yaml does not have it
+    (finding,) = verify_model(desk.registry, spec.source, spec, desk.lock)
+    assert finding.fix == "llamaserve models"
+
+
+def test_an_adapter_must_go_with_its_model(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "a: {source: 'file:a.gguf', lora: [{source: 'file:style.gguf'}]}")
+    (tmp_path / "a.gguf").write_bytes(tiny_llama())
+    (finding,) = desk.verify("a")
+    assert (finding.problem.split(";")[0], finding.fix) == (f"there is no file {tmp_path}/style.gguf", desk.edit)
+    (tmp_path / "style.gguf").write_bytes(b"xxxxxxxxxxxx")
+    (finding,) = desk.verify("a")
+    assert ("is not a GGUF file" in finding.problem, finding.fix) == (True, desk.edit)
+    (tmp_path / "style.gguf").write_bytes(tiny_llama())
+    (finding,) = desk.verify("a")
+    assert "is no LoRA adapter" in finding.problem
+    lora(tmp_path / "style.gguf")
+    assert desk.verify("a") == []
+
+
+def test_a_damaged_adapter_is_fetched_again_and_the_model_stays(tmp_path: Path, model_hub: Hub) -> None:
+    model_hub.files["style.gguf"] = lora(tmp_path / "x.gguf")
+    desk = Desk(tmp_path, "a: {source: 'file:a.gguf', lora: [{source: 'hf:o/r/style.gguf'}]}")
+    (tmp_path / "a.gguf").write_bytes(tiny_llama())
+    (finding,) = desk.verify("a")
+    assert finding.problem == "the LoRA adapter hf:o/r/style.gguf is not on this machine"
+    assert finding.fix == "llamaserve pull a --models-file 'my models.yaml'"
+    desk.pull("a")
+    assert desk.verify("a") == []
+    path = locate(HubSource("o/r", "style.gguf", revision=COMMIT))
+    assert path is not None
+    path.resolve().write_bytes(path.read_bytes()[:-1] + b"x")
+    again = "llamaserve rm --yes hf:o/r/style.gguf {0} && llamaserve pull a {0}"
+    assert {finding.fix for finding in desk.verify("a")} == {again.format("--models-file 'my models.yaml'")}
+
+
+@pytest.mark.parametrize("what", ["part", "folder"])
+def test_a_model_of_the_folder_has_no_line_to_correct(tmp_path: Path, what: str) -> None:
+    desk = Desk(tmp_path, "")
+    source = "file:m-00001-of-00002.gguf" if what == "part" else "file:sub/x.gguf"
+    spec = ModelSpec(source=source)
+    (finding,) = verify_model(desk.registry, "m", spec, desk.lock)
+    assert finding.fix == f"ls -l {tmp_path}" + ("" if what == "part" else "/sub")
