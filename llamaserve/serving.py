@@ -7,18 +7,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from types import FrameType
 
 import uvicorn
 
 from llamaserve.app import create_app
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.budget import memory_budget
-from llamaserve.registry.cache import cache_folder
 from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
-from llamaserve.registry.saved_prefixes import SavedPrefixes
+from llamaserve.registry.saved_prefixes import SavedPrefixes, saved_prefixes_folder
 from llamaserve.registry.spec import Registry
 from llamaserve.settings import Settings, parse_size
 
@@ -28,17 +29,23 @@ _LOOPBACK = ("127.0.0.1", "::1")  # both, since `localhost` means the one to som
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a machine without IPv6
 _BACKLOG = 2048
 _STOP_LIMIT = 5  # seconds for answers under way when the server stops
+_EVENTS_LIMIT = 3  # seconds of these in which listeners hear how models leave, for which saving may take longer
 
 
 def make_pool(settings: Settings, registry: Registry, references: Sequence[str]) -> ModelPool:
-    """Return the pool of models that the settings want. Raises what the command line should say of its references."""
-    saved_size = parse_size(settings.saved_prefixes)(0)
+    """Return the pool of models that the settings want. What an earlier server has saved of prefixes is removed if none
+    are to be kept. Raises what the command line should say of its references.
+    """
+    size = parse_size(settings.saved_prefixes)(0)
+    saved = SavedPrefixes(saved_prefixes_folder(), size)
+    if not size:
+        saved.prune()
     return ModelPool(
         registry,
         references,
         budget=memory_budget(settings.memory, settings.gpu_memory),
         folder=folder_in_use(settings.models_dir),
-        saved=SavedPrefixes(cache_folder() / "prefixes", saved_size) if saved_size else None,
+        saved=saved if size else None,
     )
 
 
@@ -58,10 +65,32 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
             timeout_graceful_shutdown=_STOP_LIMIT,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(uvicorn.Server(config), sockets, beside(base_url(sockets[0]))))
+            runner.run(_serve(_Server(config, pool), sockets, beside(base_url(sockets[0]))))
     finally:
         for sock in sockets:
             sock.close()
+
+
+class _Server(uvicorn.Server):
+    """Has requests come to their end when a signal comes, rather than waiting for it; a second one ends all at once."""
+
+    def __init__(self, config: uvicorn.Config, pool: ModelPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)  # our processes end when they don't hear from us any more
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and end all requests, models and listeners."""
+        closing = asyncio.create_task(self._pool.aclose())
+        asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
+        await super().shutdown(sockets)
+        await closing
 
 
 async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None]) -> None:

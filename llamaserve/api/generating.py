@@ -48,7 +48,9 @@ class Job:
     prompt_tokens: list[int] = field(default_factory=list)  # known once the job is open
     tokens_per_second: int = 0  # of each answer in a stream, at most; 0: as fast as they come
     truncated_tokens: int = 0  # what the prompts had more; who makes them may have cut some already
+    dropped_messages: int = 0  # of a conversation that was too long; known once the job is open
     keep_alive: float | None = None  # seconds for which the model stays after this, if the request says so
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer; more may come while the job is being opened
     place: Place | None = None
     use: Use | None = None
     stream: GenerationStream | None = None
@@ -70,11 +72,12 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         if job.generation.constraint is not None:
             await services.grammars.check(job.generation.constraint)
         job.place = job.model.admission.enter(job.sequences)
-        job.use = job.use or job.model.use(job.keep_alive)
+        job.use = job.model.use()
         worker = await job.worker()
         job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
         services.running[job.id] = stream
         accepted = await stream.accepted()
+        job.use.keep(job.keep_alive)
         job.prompt_tokens = accepted.prompt_tokens
         job.truncated_tokens += accepted.truncated
     except BaseException as error:
@@ -235,9 +238,7 @@ async def open_early(services: Services, job: Job) -> tuple[asyncio.Task[Generat
     return opening, close
 
 
-async def stream_response(
-    services: Services, job: Job, chunks: ChunkFormat, *, include_usage: bool, headers: Mapping[str, str]
-) -> EventStream:
+async def stream_response(services: Services, job: Job, chunks: ChunkFormat, *, include_usage: bool) -> EventStream:
     """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
     opening, close = await open_early(services, job)
     return EventStream(
@@ -245,7 +246,7 @@ async def stream_response(
         close=close,
         phase=functools.partial(phase, job),
         heartbeat=services.settings.heartbeat,
-        headers=headers,
+        headers=job.headers,
     )
 
 
@@ -253,12 +254,13 @@ class _Pace:
     """Slows a stream down to ``max_tokens_second``."""
 
     def __init__(self, job: Job) -> None:
+        self._model = job.model
         self._seconds = 1 / (job.tokens_per_second * job.sequences) if job.tokens_per_second else 0.0
         self._due = 0.0
 
     def wait(self, event: Delta | Finished) -> float:
         """Return how many seconds to wait before an event may be shown."""
-        if not self._seconds:
+        if not self._seconds or self._model.closing:
             return 0.0
         now = time.monotonic()
         self._due = max(self._due, now) + self._seconds * (event.tokens if isinstance(event, Delta) else 0)

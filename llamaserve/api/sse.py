@@ -19,6 +19,10 @@ from llamaserve.errors import LlamaserveError
 
 logger = logging.getLogger(__name__)
 
+# Seconds for streams to end by themselves once the server is told to end, before they are cut off. It is less than the
+# server waits, so that it need not cancel what runs a request, which would log a traceback.
+_GRACE = 4.0
+
 _json = msgspec.json.Encoder()
 
 
@@ -71,7 +75,14 @@ class EventStream(EventSourceResponse):
         def comment() -> ServerSentEvent:
             return ServerSentEvent(comment=phase(), sep="\n")
 
-        super().__init__(_stream(events), headers=headers, ping=heartbeat, ping_message_factory=comment, sep="\n")
+        super().__init__(
+            _stream(events),
+            headers=headers,
+            ping=heartbeat,
+            ping_message_factory=comment,
+            sep="\n",
+            shutdown_grace_period=_GRACE,
+        )
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

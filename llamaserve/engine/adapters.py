@@ -62,7 +62,7 @@ class Adapters:
     def replace(self, wanted: Sequence[Adapter], digests: Mapping[str, FileDigest] = _NONE) -> None:
         """Have these adapters, and no others for requests that come. Those that are missing are loaded; the others stay
         loaded until ``free``. Files whose ``digests`` are known by path are not read for that again, if they have not
-        changed. Raises ``ModelLoadFailed``, and nothing has changed then.
+        changed. Raises ``ModelLoadFailed``, also for one that is written meanwhile, and nothing has changed then.
         """
         if len(wanted) > MAX_ADAPTERS:
             raise ModelLoadFailed(f"there are {len(wanted)} LoRA adapters; a model has {MAX_ADAPTERS} at most")
@@ -76,10 +76,12 @@ class Adapters:
                     raise ModelLoadFailed(
                         f"LoRA adapter {_shown(adapter.name)} has the scale {adapter.scale}; {_RANGE}"
                     )
-                digest = _digest(adapter.path, digests.get(adapter.path)).value
-                if digest not in self._loaded and digest not in loaded:
-                    loaded[digest] = self._model.load_adapter(adapter.path)
-                named[adapter.name] = _Named(digest, adapter.scale)
+                digest = _digest(adapter.path, digests.get(adapter.path))
+                if digest.value not in self._loaded and digest.value not in loaded:
+                    loaded[digest.value] = self._model.load_adapter(adapter.path)
+                    if _digest(adapter.path, digest).value != digest.value:
+                        raise ModelLoadFailed(f"the LoRA adapter {adapter.path} was replaced while it was loaded")
+                named[adapter.name] = _Named(digest.value, adapter.scale)
             if excess := _excess((each.digest, each.scale) for each in named.values()):
                 raise ModelLoadFailed(
                     f"LoRA adapters that are the same file have the scale {excess} together; {_RANGE}"

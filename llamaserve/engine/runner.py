@@ -106,14 +106,17 @@ class LlamaRunner:
         self._context.interrupt()
 
     def _check(self, rows: list[int]) -> None:
-        """Refuse what LoRA adapters have made of the model if it is not numbers. The last row of each sequence sees all
-        before it, so nothing of that kind stays in the cache unnoticed, where it would spoil others' next steps.
+        """Refuse what LoRA adapters have made of the model if it is not numbers, or the same one for all tokens, which
+        is what llama.cpp's norms make of infinite ones. The last row of each sequence sees all before it, so nothing of
+        that kind stays in the cache unnoticed, where it would spoil others' next steps.
         """
-        if not all(math.isfinite(self._context.logits(row).max()) for row in rows):
-            raise EngineError(
-                "with the LoRA adapters of this request the model computed logits that are not numbers: they are too "
-                "strong together, or damaged. Try smaller scales"
-            )
+        for logits in map(self._context.logits, rows):
+            largest = logits.max()
+            if not math.isfinite(largest) or largest == logits.min():
+                raise EngineError(
+                    "with the LoRA adapters of this request the model computed logits that are not numbers, or no "
+                    "different ones: they are too strong together, or damaged. Try smaller scales"
+                )
 
     def _score(self, chunk: Chunk, row: int) -> None:
         """Take note of the log-probabilities of the prompt's tokens that follow those of the chunk."""

@@ -2,7 +2,7 @@
 
 llama.cpp checks part of this and ends the process over the rest: a value of another type, a third dimension, a type of
 weights that it can't multiply by. And some weights it takes and never uses, so that the adapter would work in part
-only; such a file is refused, too. This module reads headers, never weights, and loads nothing.
+only; such a file is refused, too, and so is one with weights that are no numbers. This module loads nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llamaserve.errors import GGUFError, InvalidRequest, ModelError, ModelFileMissing
-from llamaserve.registry.cache import is_file
+from llamaserve.registry.cache import State, is_file, state_of
 from llamaserve.registry.folder import natural
 from llamaserve.registry.gguf import GGUFHeader, TensorInfo, ValueType, read_header
 
@@ -32,6 +32,13 @@ _UNHEEDED = re.compile(
     r"(?:.*\.)?(?:attn_[kv]_b|ssm_[fg]_[ab]|ssm_beta|ssm_conv1d(?:_[qkv])?|shortconv\.conv|time_mix_(?:decay_)?[wavg][12])"
     r"\.weight"
 )
+_PIECE = 34 << 19  # bytes of weights that are looked at together: whole ones, or whole blocks, of all types
+# Where the highest byte of each weight is, of Q8_0 of each block's scale: the first, and how far it is to the next.
+_HIGHEST = {"F32": (3, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (1, 34)}
+# Highest bytes that are fine: not those of infinities and of what is no number, nor, of the types that have the room,
+# those of numbers from 2⁶³ on, of which a model makes infinite ones.
+_FINE_IN_16 = bytes(byte for byte in range(256) if byte & 0x7C < 0x7C)
+_FINE_IN_32 = bytes(byte for byte in range(256) if byte & 0x7F < 0x5F)
 _REMEMBERED = 1024  # files
 _SHOWN = 100  # characters of a name
 
@@ -115,6 +122,7 @@ def check_adapter(adapter: GGUFHeader, model: GGUFHeader) -> None:
         else:
             _check_shapes(adapter, down, up, base)
         _check_strength(adapter, up)
+    _check_weights(adapter)
 
 
 def _check_kind(adapter: GGUFHeader, model: GGUFHeader) -> None:
@@ -180,6 +188,32 @@ def _check_strength(adapter: GGUFHeader, up: TensorInfo) -> None:
     alpha, rank = adapter.metadata.get(_ALPHA), up.shape[0]
     if isinstance(alpha, float) and abs(alpha) > _MOST_ALPHA * rank:
         _refuse(adapter, f"its {_ALPHA} is {alpha:g}; for the rank {rank} at most {_MOST_ALPHA * rank:g} are possible")
+
+
+def _check_weights(adapter: GGUFHeader) -> None:
+    """Refuse weights that are no numbers: the last layer's norm would make zeros of them, and any answer the same."""
+    try:
+        bad = _bad_weights(adapter.path, state_of(adapter.path.stat()))
+    except OSError as error:
+        _refuse(adapter, f"it can't be read: {error.strerror or error}")
+    if bad is not None:
+        _refuse(adapter, f"its {bad!r} has weights that are no numbers, or beyond measure")
+
+
+@lru_cache(_REMEMBERED)
+def _bad_weights(path: Path, state: State) -> str | None:  # noqa: ARG001  (in another state, it is another file)
+    """Return the name of a tensor with such weights, if there is one."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        for tensor in header.tensors:
+            first, step = _HIGHEST[tensor.type_name]
+            fine = _FINE_IN_32 if tensor.type_name in ("F32", "BF16") else _FINE_IN_16
+            file.seek(header.data_offset + tensor.offset)
+            for done in range(0, tensor.size, _PIECE):
+                data = file.read(min(_PIECE, tensor.size - done))
+                if data[first::step].translate(None, fine):
+                    return tensor.name
+    return None
 
 
 def _dimensions(tensor: TensorInfo) -> _Shape:

@@ -38,6 +38,15 @@ _Reader = Callable[[object], object]  # raises ValueError for what can't be
 
 
 @dataclass(frozen=True)
+class _Yielding:
+    """Read from a value that gives way to another key for the same field: one that leaves it to us, or is of no use
+    beside it. Clients send all their words, with such values for those that nobody has touched.
+    """
+
+    value: object
+
+
+@dataclass(frozen=True)
 class LoadArgs:
     """Translated arguments: by field of ``RunOptions`` the value, and the key that it is from. ``ignored`` are the keys
     that change nothing, with the values that they have, in the order given.
@@ -60,17 +69,20 @@ def translate(args: Mapping[str, object]) -> LoadArgs:
     overrides: dict[str, object] = {}
     keys: dict[str, str] = {}
     ignored: list[str] = []
-    given = [key for key, value in args.items() if value is not None]
-    for key in sorted(given, key=_YIELDING.__contains__):
-        fields, read = _KEYS[key]
-        value = _read(key, read, args[key])
-        if value is _NOTHING or not fields or (key in _YIELDING and fields[0] in overrides):
+    given = {key: _read(key, _KEYS[key][1], value) for key, value in args.items() if value is not None}
+    for key in sorted(given, key=lambda key: isinstance(given[key], _Yielding)):
+        (fields, _), found = _KEYS[key], given[key]
+        yields, value = (True, found.value) if isinstance(found, _Yielding) else (False, found)
+        if value is _NOTHING or not fields:
             ignored.append(key)
             continue
         for name in fields:
             checked = _within_bounds(key, name, value, args[key])
             if name in overrides and not _same(overrides[name], checked):
-                _refuse_contradiction(keys[name], key, args)
+                if not yields:
+                    _refuse_contradiction(keys[name], key, args)
+                ignored.append(key)
+                continue
             overrides.setdefault(name, checked)
             keys.setdefault(name, key)
     return LoadArgs(overrides, tuple(key for key in given if key in ignored), keys)
@@ -171,7 +183,7 @@ def _zero_is(automatic: object, read: _Reader = _integer) -> _Reader:
 
     def reader(value: object) -> object:
         found = read(value)
-        return automatic if found == 0 and not isinstance(found, str | bool) else found
+        return _Yielding(automatic) if found == 0 and not isinstance(found, str | bool) else found
 
     return reader
 
@@ -180,13 +192,13 @@ def _auto_or(read: _Reader) -> _Reader:
     return lambda value: value if value == "auto" else read(value)
 
 
-def _layers(all_of_them: str) -> _Reader:
+def _layers(below_zero: object) -> _Reader:
     """Return a reader of a number of layers, for which -1 means this."""
 
     def reader(value: object) -> object:
         if value in ("auto", "all", "none"):
             return value
-        return {0: "none", -1: all_of_them}.get(number := _integer(value), number)
+        return {0: "none", -1: below_zero}.get(number := _integer(value), number)
 
     return reader
 
@@ -279,7 +291,7 @@ def _factor(value: object) -> float:
 def _alpha(value: object) -> object:
     """Take NTK scaling for the base that it gives a model whose own is 10,000, as text-generation-webui has it."""
     factor = _factor(value)
-    return 10_000 * factor ** (64 / 63) if factor > 1 else _NOTHING
+    return _Yielding(10_000 * factor ** (64 / 63)) if factor > 1 else _NOTHING
 
 
 def _compression(value: object) -> object:
@@ -344,9 +356,6 @@ def _key(*fields: str, read: _Reader) -> tuple[tuple[str, ...], _Reader]:
     return fields, read
 
 
-# What gives way to another key for the same field.
-_YIELDING = frozenset({"alpha_value"})
-
 # Every key: the fields of RunOptions that it sets, and how its values are read.
 _KEYS: Final[Mapping[str, tuple[tuple[str, ...], _Reader]]] = MappingProxyType(
     {
@@ -359,7 +368,7 @@ _KEYS: Final[Mapping[str, tuple[tuple[str, ...], _Reader]]] = MappingProxyType(
         **dict.fromkeys(
             ("batch_threads", "threads_batch", "n_threads_batch"), _key("batch_threads", read=_zero_is(None))
         ),
-        "gpu_layers": _key("gpu_layers", read=_layers("auto")),
+        "gpu_layers": _key("gpu_layers", read=_layers(_Yielding("auto"))),
         "n_gpu_layers": _key("gpu_layers", read=_layers("all")),
         "cpu": _key("gpu_layers", read=_cpu_only),
         **dict.fromkeys(("flash_attention", "flash_attn"), _key("flash_attention", read=_flash_attention)),

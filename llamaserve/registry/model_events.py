@@ -34,6 +34,7 @@ class Subscription:
         self._events: deque[ModelEvent] = deque()
         self._arrived = asyncio.Event()
         self._missed = 0
+        self._ended = False
 
     def put(self, event: ModelEvent) -> None:
         """Add an event. Of a progress that nobody has taken only the latest counts."""
@@ -47,8 +48,13 @@ class Subscription:
         self._events.append(event)
         self._arrived.set()
 
+    def end(self) -> None:
+        """Have what has not been taken yet be the last."""
+        self._ended = True
+        self._arrived.set()
+
     async def __aiter__(self) -> AsyncIterator[ModelEvent]:
-        while True:
+        while self._events or not self._ended:
             await self._arrived.wait()
             self._arrived.clear()
             if self._missed:
@@ -63,6 +69,7 @@ class ModelEvents:
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._ended = False
 
     def publish(self, kind: str, model: str | None = None, **data: Any) -> None:
         """Tell all listeners."""
@@ -71,11 +78,19 @@ class ModelEvents:
             for subscription in self._subscriptions:
                 subscription.put(event)
 
+    def end(self) -> None:
+        """Let listeners go once they have taken what there is."""
+        self._ended = True
+        for subscription in self._subscriptions:
+            subscription.end()
+
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[Subscription]:
         """Listen within a ``with`` block."""
         subscription = Subscription()
         self._subscriptions.add(subscription)
+        if self._ended:
+            subscription.end()
         try:
             yield subscription
         finally:

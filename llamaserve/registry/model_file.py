@@ -9,8 +9,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, LoadParams
 from llamaserve.errors import ModelError, ModelFileMissing, ModelNotCapable
@@ -18,7 +21,14 @@ from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
-from llamaserve.registry.load_plan import LoadPlan, configured_adapters, context_of, load_params, plan_load
+from llamaserve.registry.load_plan import (
+    PROCESS,
+    LoadPlan,
+    configured_adapters,
+    context_of,
+    load_params,
+    plan_load,
+)
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
@@ -102,6 +112,16 @@ class ModelFile:
             )
         params = load_params(spec, header, self.checked(adapters))
         return plan_load(self._name, header, params, budget, len(devices), unified=is_unified(devices))
+
+    def plan_again(
+        self, plan: LoadPlan, adapters: Sequence[Adapter], budget: Footprint, devices: Sequence[Device]
+    ) -> LoadPlan:
+        """Return the plan of a load with other LoRA adapters, which have been checked, and all else as it was. Raises
+        ``InsufficientMemory``.
+        """
+        params = msgspec.structs.replace(plan.params, adapters=tuple(adapters), spill=plan.fixed.host - PROCESS.host)
+        again = plan_load(self._name, self.header, params, budget, len(devices), unified=is_unified(devices))
+        return replace(again, params=msgspec.structs.replace(again.params, spill=plan.params.spill), spill=plan.spill)
 
     def _path(self, sha256: str | None = None) -> Path:
         """Return where it is, checked against a sum if there is one. Raises ``ModelFileMissing``."""

@@ -59,7 +59,7 @@ class ModelPool:
         """
         self.events = ModelEvents()
         self.registry = registry
-        self.registry_problem: str | None = None  # why the last edit of models.yaml does not count
+        self.registry_problem: str | None = None  # why the last edit of models.yaml or models.lock does not count
         self.reloads = 0  # how often models.yaml was read again
         self.folder = folder
         self._budget = budget
@@ -69,6 +69,7 @@ class ModelPool:
         facilities = Facilities(Residency(Footprint()), self.events, self._spares, saved, self._learn_of_hardware)
         self._facilities = facilities
         self._named = dict(resolve(registry, folder, reference) for reference in references)
+        self._coming = list(self._named)  # those that are still to be loaded at the start
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -78,8 +79,10 @@ class ModelPool:
         self._reloading = asyncio.Lock()
         self._commands: dict[str, asyncio.Lock] = {}  # of loads and unloads by command, for each name
         self._found: list[FoundModel] = []
+        self._locked: list[str] = []  # the sources of models.lock
         self._current = next(iter(self._named), None)
-        self._take_over(self._look_into_folder(), self._pulled())
+        self._reject(self._read_lock())
+        self._take_over(self._look_into_folder())
         self._here = self._all_here(list(self._models.values()))
 
     # ---- names ---------------------------------------------------------------------------------------------------
@@ -157,46 +160,51 @@ class ModelPool:
         """Load a model with some settings other than models.yaml's, and make it the current one. When that fails, all
         is as before: the same models are loaded, with the same settings. A caller that gives up does not stop it.
         """
-        return await asyncio.shield(self._background(self._load(name, overrides or {})))
+        loading = self._background(self._load(name, overrides or {}))
+        loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have given up
+        return await asyncio.shield(loading)
 
     async def _load(self, name: str, overrides: Mapping[str, Any]) -> ServedModel:
-        async with self._command(self.get(name).name):
-            old = self.get(name)
-            spec = apply(old.listed, overrides)
-            new = _differ(spec, old.spec, but=_LIGHT)
-            model = self._served(old.name, spec, old.listed, overrides) if new else old
+        name = self.get(name).name
+        async with self._command(name):
             loaded = [each for each in self._models.values() if each.live_worker is not None]
-            model.forgive()
             try:
-                await self._bring(model, spec.keep_alive)
+                while (model := await self._loaded(name, overrides)) is None:
+                    logger.info("the settings of %s have changed while it was loaded; it is loaded again", name)
             except BaseException:
                 await self._restore(loaded)
                 raise
-            if new:
-                self._replace(model, old.listed)
-            else:
-                model.adopt(old.listed, spec, overrides)
-            self._current = model.name
+            self._current = name
             return model
 
-    def _replace(self, model: ServedModel, listed: ModelSpec) -> None:
-        """Let a model that has been loaded have its name. What models.yaml says of it may have changed meanwhile."""
-        old = self._models.get(model.name)
-        if old is None or old.listed != listed:
-            model.retire(old)
-            raise ModelNotFound(f"models.yaml has changed while {model.name} was loaded", param="model_name")
-        model.defaults = dict(old.defaults)
-        self._models[model.name] = model
-        old.retire(model)
+    async def _loaded(self, name: str, overrides: Mapping[str, Any]) -> ServedModel | None:
+        """Return the model after it is loaded with these settings, or None if models.yaml says otherwise meanwhile."""
+        old = self.get(name)
+        spec = apply(old.listed, overrides)
+        new = old.adapted or _differ(spec, old.spec, but=_LIGHT)
+        model = self._served(name, spec, old.listed, overrides) if new else old
+        model.forgive()
+        await self._bring(model, spec.keep_alive)
+        if (now := self._models.get(name)) is not old:
+            if new:
+                model.retire(now)
+            return None
+        model.adopt(old.listed, apply(old.listed, overrides), overrides)
+        if new:
+            model.defaults = dict(old.defaults)
+            self._models[name] = model
+            old.retire(model)
+        return model
 
     def _command(self, name: str) -> asyncio.Lock:
         return self._commands.setdefault(name, asyncio.Lock())
 
     async def _bring(self, model: ServedModel, keep_alive: float | None = None) -> None:
-        """Have a model loaded."""
-        use = model.use(keep_alive)
+        """Have a model loaded, and kept for so long."""
+        use = model.use()
         try:
             await use.worker()
+            use.keep(keep_alive)
         finally:
             use.leave()
 
@@ -206,7 +214,7 @@ class ModelPool:
         """
         for model in sorted(models, key=lambda each: each.last_used):
             try:
-                if model.live_worker is None and not self._facilities.closing:
+                if model.live_worker is None and self._models.get(model.name) is model and not self._facilities.closing:
                     async with model.in_use():
                         pass
             except LlamaserveError as error:
@@ -216,14 +224,18 @@ class ModelPool:
         """Unload a model, or all for None, once what runs there is done. Without a current model, requests must name
         theirs.
         """
-        models = [self.get(name)] if name is not None else list(self._models.values())
-        if any(model.name == self._current for model in models):
+        names = list(self._models) if name is None else [self.get(name).name]
+        self._coming = [each for each in self._coming if each not in names]
+        if self._current in names:
             self._current = None
-        await asyncio.gather(*(self._unload(model) for model in models))
+        await asyncio.gather(*map(self._unload, names))
 
-    async def _unload(self, model: ServedModel) -> None:
-        async with self._command(model.name):
-            await model.unload_when_done("requested")
+    async def _unload(self, name: str) -> None:
+        async with self._command(name):  # and after a load that is under way, which may have made it the current one
+            if self._current == name:
+                self._current = None
+            if (model := self._models.get(name)) is not None:
+                await model.unload_when_done("requested")
 
     def stop_all(self) -> None:
         """End all running requests with a normal finish."""
@@ -233,20 +245,20 @@ class ModelPool:
     # ---- changes of what is on offer -----------------------------------------------------------------------------
 
     async def reload(self) -> None:
-        """Read models.yaml and look into the models folder again. A models.yaml with mistakes changes nothing."""
+        """Read models.yaml and models.lock again, and look into the models folder. What has mistakes counts as it did
+        before.
+        """
         async with self._reloading:
             self.reloads += 1
+            problem: RegistryError | None = None
             try:
                 self.registry = await asyncio.to_thread(load_registry, self.registry.path)
-                self.registry_problem = None
             except RegistryError as error:
-                if error.message != self.registry_problem:
-                    logger.error("models.yaml is not reloaded: %s", error.message)
-                    self.events.publish("registry_rejected", **error.body())
-                self.registry_problem = error.message
+                problem = error
+            locked = await asyncio.to_thread(self._read_lock)
+            self._reject(problem or locked)
             found = await asyncio.to_thread(self._look_into_folder)
-            pulled = await asyncio.to_thread(self._pulled)
-            changed = self._take_over(found, pulled)
+            changed = self._take_over(found)
             self._here = await asyncio.to_thread(self._all_here, list(self._models.values()))
             for model in self._models.values():
                 model.retry()
@@ -259,11 +271,18 @@ class ModelPool:
         """Reload in the background."""
         self._background(self.reload())
 
-    def _take_over(self, found: Sequence[FoundModel], pulled: Sequence[Source]) -> list[str]:
+    def _reject(self, problem: RegistryError | None) -> None:
+        """Take note of why models.yaml or models.lock counts as it was before, if it does."""
+        if problem is not None and problem.message != self.registry_problem:
+            logger.error("models.lock or models.yaml is not reloaded: %s", problem.message)
+            self.events.publish("registry_rejected", **problem.body())
+        self.registry_problem = None if problem is None else problem.message
+
+    def _take_over(self, found: Sequence[FoundModel]) -> list[str]:
         """Offer what models.yaml, the folder and the command line name now; return the names of what has changed.
         Models whose settings have changed go on with what they are doing, and leave then.
         """
-        specs, self._aliases = self._listing(found, pulled)
+        specs, self._aliases = self._listing(found, self._pulled())
         changed = sorted(self._models.keys() - specs.keys())
         for name in changed:
             self._models.pop(name).retire(None)
@@ -310,16 +329,20 @@ class ModelPool:
             logger.warning("%s", error.message)
         return self._found
 
-    def _pulled(self) -> list[Source]:
-        """Return what has been fetched without being in models.yaml: sources in models.lock."""
-        listed = {spec.source for spec in self.registry.models.values()}
+    def _read_lock(self) -> RegistryError | None:
+        """Read which sources models.lock has, or return why they are those that it had before."""
         try:
-            entries = LockFile.beside(self.registry.path).entries()
+            self._locked = list(LockFile.beside(self.registry.path).entries())
         except RegistryError as error:
-            logger.warning("%s", error.message)
-            return []
+            return error
+        return None
+
+    def _pulled(self) -> list[Source]:
+        """Return the models that have been fetched without being in models.yaml: sources in models.lock."""
+        specs = self.registry.models.values()
+        listed = {spec.source for spec in specs} | {adapter.source for spec in specs for adapter in spec.lora}
         base = self.registry.path.parent
-        return [parse_source(text, base) for text in entries if text.startswith("hf:") and text not in listed]
+        return [parse_source(text, base) for text in self._locked if text.startswith("hf:") and text not in listed]
 
     def _all_here(self, models: Sequence[ServedModel]) -> set[str]:
         return {model.name for model in models if model.file.is_here}
@@ -349,9 +372,13 @@ class ModelPool:
     async def _preload(self) -> None:
         if self._facilities.saved is not None:  # what a server that was killed has left behind
             await asyncio.to_thread(self._facilities.saved.prune)
-        for model in self.named:
+        first = self._coming[:1]
+        while self._coming:
+            model = self._models.get(name := self._coming.pop(0))
+            if model is None:
+                continue
             try:
-                if model is self.named[0] or await model.has_room():
+                if name in first or await model.has_room():
                     await self._bring(model)
                 else:
                     logger.warning("there is no room for %s beside the others; it is loaded on demand", model.name)
@@ -360,13 +387,15 @@ class ModelPool:
         self._spares.keep = len(self.models) > 1
 
     async def aclose(self) -> None:
-        """End all processes; what was evaluated is saved."""
+        """End all processes; what was evaluated is saved. Before that all running requests end with a normal finish,
+        those that wait for a model are refused, and who listens to events hears of it all.
+        """
         self._facilities.closing = True
+        while self._facilities.alive:
+            await asyncio.gather(*(model.wind_up() for model in list(self._facilities.alive)))
+        self.events.end()
         for task in self._tasks:
             task.cancel()
-        self.stop_all()
-        while self._facilities.alive:
-            await asyncio.gather(*(model.unload("shutdown") for model in list(self._facilities.alive)))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._spares.aclose()
         if self._fork_server is not None:

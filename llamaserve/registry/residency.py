@@ -4,7 +4,8 @@ Room is a budget of bytes, in main memory and on GPUs, that is never planned pas
 queue. For the first of it room is made in this order: less spill (prefixes in main memory, which cost time and nothing
 else) for the models in memory, then unloading of those that nobody uses, the least recently used first, and if that is
 not enough, no new requests for the least recently used of those in use until they are done. Requests for these stand
-in the queue then, so that nobody waits for ever. Knows footprints and moments, not what a model is.
+in the queue then, so that nobody waits for ever. Those that are leaving anyway are waited for before anybody else has
+to go. Knows footprints and moments, not what a model is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Occupant(Protocol):
         """Whether somebody uses it, or it is being loaded. ``wake`` is called when it ceases to be."""
 
     @property
+    def leaving(self) -> bool:
+        """Whether it is giving its memory back, because of ``vacate`` or of its own accord, and lets no request in."""
+
+    @property
     def wanted(self) -> bool:
         """Whether somebody waits for it."""
 
@@ -37,7 +42,7 @@ class Occupant(Protocol):
         """When it was last used, on any clock."""
 
     async def vacate(self) -> None:
-        """Give all memory back, and say so with ``left``."""
+        """Give all memory back, and say so with ``left``; if it is leaving already, wait for that."""
 
     async def limit_spill(self, size: int) -> None:
         """Keep at most so many bytes of prefixes in main memory."""
@@ -64,12 +69,16 @@ class Residency:
         self._claims: dict[Occupant, _Claim] = {}
         self._queue: list[Occupant] = []
         self._draining: set[Occupant] = set()
+        self._settling: set[Occupant] = set()
         self._change = asyncio.Event()
         self._returning: asyncio.Task[None] | None = None
+        self._relieving: asyncio.Task[None] | None = None
 
     @property
     def claimed(self) -> Footprint:
-        """What all models in memory take together; never more than the budget."""
+        """What all models in memory take together. It is more than the budget only where a load has taken more than was
+        planned, until nobody uses the others.
+        """
         return sum((claim.total for claim in self._claims.values()), Footprint())
 
     def claim_of(self, occupant: Occupant) -> Footprint | None:
@@ -92,17 +101,18 @@ class Residency:
     async def enter(self, occupant: Occupant, need: Footprint, wish: int) -> int:
         """Wait until there is room, make some if need be, and claim it. Returns how many of the ``wish`` bytes of spill
         the model may have. The caller has made sure that ``need`` is within the budget, and calls this once at a time
-        for each model. Raises ``Unavailable`` when nobody wants the model any more.
+        for each model, and for none that is in memory. Raises ``Unavailable`` when nobody wants the model any more.
         """
         self._queue.append(occupant)
         try:
-            while self._queue[0] is not occupant or not await self._make_room(occupant, need):
-                await self._change.wait()
+            while True:
                 if not occupant.wanted:
                     raise Unavailable(f"{occupant.name} is wanted by nobody any more")
-            if (claim := self._claims.get(occupant)) is not None:  # it was to leave, and has been spared
-                return claim.spill
-            left = self.budget - self._sum() - need
+                if self._queue[0] is occupant and (self.claimed + need).fits(self.budget):
+                    break
+                if self._queue[0] is not occupant or not await self._make_room(need):
+                    await self._change.wait()
+            left = self.budget - self.claimed - need
             claim = self._claims[occupant] = _Claim(need, wish, min(wish, left.host))
             return claim.spill
         finally:
@@ -125,14 +135,20 @@ class Residency:
             self.wake()
 
     async def settle(self, occupant: Occupant, need: Footprint) -> None:
-        """Take note of what a model really takes; if that is too much for all, others make room."""
+        """Take note of what a model really takes; if that is too much for all, others make room, those that are in use
+        as soon as they are not.
+        """
         claim = self._claims.get(occupant)
         if claim is None:
             return
         claim.need = need
-        await self._shrink_spills(Footprint())
-        while not self._sum().fits(self.budget) and (idle := self._idle(but=occupant)):
-            await self._evict(idle[0])
+        self._settling.add(occupant)
+        try:
+            await self._shrink_spills(Footprint())
+            await self._relieve()
+        finally:
+            self._settling.discard(occupant)
+            self.wake()
 
     def spill_of(self, occupant: Occupant) -> int:
         """Return how many bytes of spill a model may have now."""
@@ -148,9 +164,13 @@ class Residency:
                 self._returning = asyncio.create_task(self.return_spill())
 
     def wake(self) -> None:
-        """Have those in the queue look again, because a model is not used any more."""
+        """Have those in the queue look again, because a model is not used any more. It has to leave itself where loads
+        have taken more than was planned.
+        """
         self._change.set()
         self._change = asyncio.Event()
+        if not self.claimed.fits(self.budget) and (self._relieving is None or self._relieving.done()):
+            self._relieving = asyncio.create_task(self._relieve())
 
     async def return_spill(self) -> None:
         """Let models in memory have the spill that others have left room for, those used last first. What waits in the
@@ -161,34 +181,30 @@ class Residency:
             claim = self._claims.get(occupant)
             if claim is None or self._queue:
                 continue
-            spill = min(claim.wish, claim.spill + (self.budget - self._sum()).host)
+            spill = min(claim.wish, claim.spill + (self.budget - self.claimed).host)
             if spill > claim.spill:
                 claim.spill = spill
                 await occupant.limit_spill(spill)
 
-    def _sum(self) -> Footprint:
-        return sum((claim.total for claim in self._claims.values()), Footprint())
-
     def _needed(self) -> Footprint:
         return sum((claim.need for claim in self._claims.values()), Footprint())
 
-    def _idle(self, but: Occupant) -> list[Occupant]:
-        """Return the models in memory that nobody uses, those unused longest first."""
-        idle = [each for each in self._claims if not each.busy and each is not but]
-        return sorted(idle, key=lambda each: each.last_used)
+    def _idle(self) -> list[Occupant]:
+        """Return the models in memory that can leave: those that are leaving already, then those that nobody uses, the
+        ones unused longest first.
+        """
+        idle = [each for each in self._claims if each.leaving or not (each.busy or each in self._settling)]
+        return sorted(idle, key=lambda each: (not each.leaving, each.last_used))
 
-    async def _make_room(self, occupant: Occupant, need: Footprint) -> bool:
-        """Make room for a model; False when that takes until others are done."""
-        if occupant in self._claims:
-            return True
-        while not (self._sum() + need).fits(self.budget):
-            if self.has_room_for(need):
-                await self._shrink_spills(need)
-            elif idle := self._idle(but=occupant):
-                await self._evict(idle[0])
-            else:
-                self._drain(need)
-                return False
+    async def _make_room(self, need: Footprint) -> bool:
+        """Make some room for a model; False when that takes until others are done."""
+        if self.has_room_for(need):
+            await self._shrink_spills(need)
+        elif idle := self._idle():
+            await idle[0].vacate()
+        else:
+            self._drain(need)
+            return False
         return True
 
     def _drain(self, need: Footprint) -> None:
@@ -201,18 +217,15 @@ class Residency:
             rest -= self._claims[each].need
             self._draining.add(each)
 
-    async def _evict(self, victim: Occupant) -> None:
-        self._draining.add(victim)  # for those who ask for it meanwhile
-        try:
-            await victim.vacate()
-        except BaseException:
-            self._draining.discard(victim)
-            raise
+    async def _relieve(self) -> None:
+        """Have models leave until the others are within the budget; one that is too large even alone stays."""
+        while len(self._claims) > 1 and not self.claimed.fits(self.budget) and (idle := self._idle()):
+            await idle[0].vacate()
 
     async def _shrink_spills(self, need: Footprint) -> None:
         """Take spill from models in memory until there is room, from those unused longest first."""
         for each in sorted(self._claims, key=lambda each: each.last_used):
-            over = (self._sum() + need - self.budget).host
+            over = (self.claimed + need - self.budget).host
             claim = self._claims.get(each)
             if over <= 0:
                 return

@@ -38,6 +38,7 @@ from llamaserve.worker.supervisor import Status, Supervisor
 logger = logging.getLogger(__name__)
 
 _SAVING_LIMIT = 10.0  # seconds in which a model that leaves must have written its prefixes
+_ANSWERS_LIMIT = 3.0  # seconds for answers to come to their end when the server ends
 
 
 class Facilities:
@@ -96,6 +97,13 @@ class Use:
                 self._model.hold()
         return self._worker
 
+    def keep(self, seconds: float | None) -> None:
+        """Say how long the model is kept after it: so many seconds, -1 for ever, None as its settings say. Nothing but
+        requests that are answered should say so.
+        """
+        if self._model is not None:
+            self._model.keep(seconds)
+
     def leave(self) -> None:
         """Give the hold back; further calls do nothing."""
         model, self._model = self._model, None
@@ -130,7 +138,9 @@ class ServedModel:
         self.file = ModelFile(name, spec, base)
         self._facilities = facilities
         self._supervisor = Supervisor(name, self._prepare, self, facilities.spares)
-        self._adapters: tuple[Adapter, ...] | None = None  # None: those of the settings
+        self._configured: tuple[Adapter, ...] | None = None  # adapters of the settings, once they are looked up
+        self._given: tuple[Adapter, ...] | None = None  # others, by command
+        self._giving = asyncio.Lock()
         self._keep_alive = spec.keep_alive
         self._timer: asyncio.TimerHandle | None = None
         self._waiting = 0  # uses without a process yet
@@ -167,6 +177,11 @@ class ServedModel:
         return self._supervisor.progress
 
     @property
+    def closing(self) -> bool:
+        """Whether the server ends."""
+        return self._facilities.closing
+
+    @property
     def waits_for_room(self) -> bool:
         """Whether it can't be loaded before other models have made room."""
         return self._facilities.residency.waits(self)
@@ -179,9 +194,16 @@ class ServedModel:
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """Its LoRA adapters. Raises ``ModelError`` when one of those that its settings name can't be used."""
-        if self._adapters is None:
-            self._adapters = tuple(self.file.adapters())
-        return self._adapters
+        if self._given is not None:
+            return self._given
+        if self._configured is None:
+            self._configured = tuple(self.file.adapters())
+        return self._configured
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has other LoRA adapters than its settings name, by somebody's command."""
+        return self._given is not None
 
     @property
     def sparable(self) -> bool:
@@ -199,11 +221,14 @@ class ServedModel:
 
     # ---- using it ------------------------------------------------------------------------------------------------
 
-    def use(self, keep_alive: float | None = None) -> Use:
-        """Take hold of it for a request, which may say how many seconds it is kept after that (-1: for ever)."""
-        self._keep_alive = self.spec.keep_alive if keep_alive is None else keep_alive
+    def use(self) -> Use:
+        """Take hold of it for a request."""
         self.hold()
         return Use(self)
+
+    def keep(self, seconds: float | None) -> None:
+        """See ``Use``."""
+        self._keep_alive = self.spec.keep_alive if seconds is None else seconds
 
     def hold(self) -> None:
         """Begin a ``Use``."""
@@ -212,11 +237,8 @@ class ServedModel:
 
     @contextlib.asynccontextmanager
     async def in_use(self) -> AsyncIterator[WorkerProcess]:
-        """Have its process for a moment, within a ``with`` block, loading it first if need be. How long it is kept is
-        for requests to say.
-        """
-        self.hold()
-        use = Use(self)
+        """Have its process for a moment, within a ``with`` block, loading it first if need be."""
+        use = self.use()
         try:
             yield await use.worker()
         finally:
@@ -232,7 +254,12 @@ class ServedModel:
             elif self.live_worker is None:
                 if self._successor is not None and not self._arriving:
                     raise _Replaced(self._successor)
-                worker = await self._arrive()
+                try:
+                    worker = await self._arrive()
+                except Unavailable:
+                    if self._successor is None:
+                        raise
+                    raise _Replaced(self._successor) from None
                 break
             elif self._facilities.residency.admits(self):
                 worker = self.live_worker
@@ -245,10 +272,10 @@ class ServedModel:
 
     async def _arrive(self) -> WorkerProcess:
         self._arriving += 1
+        self._facilities.alive.add(self)  # and not only after the pause that follows crashes
         try:
             worker = await self._supervisor.worker()
-            if self._settling is not None:
-                await asyncio.shield(self._settling)
+            await self._settled()
             return worker
         finally:
             self._arriving -= 1
@@ -272,12 +299,40 @@ class ServedModel:
 
     async def set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Have these LoRA adapters and no others, from the next request on. Raises, and changes nothing, when one of
-        them does not fit the model.
+        them does not fit the model, or all of them not into the memory beside it.
         """
-        checked = await asyncio.to_thread(self.file.checked, adapters)
-        if (worker := self.live_worker) is not None and self._leaving is None:
-            await worker.set_adapters(list(checked))
-        self._adapters = checked  # a load under way takes note of them at its end
+        async with self._giving:
+            checked = await asyncio.to_thread(self.file.checked, adapters)
+            await self._settled()
+            while self.status is Status.LOADING and self._leaving is None:  # with the former ones
+                with contextlib.suppress(LlamaserveError):
+                    await self._supervisor.worker()
+                await self._settled()
+            if (worker := self.live_worker) is not None and self._leaving is None:
+                await self._give(worker, checked)
+            self._given = None if checked == self._configured else checked
+
+    async def _give(self, worker: WorkerProcess, adapters: Sequence[Adapter]) -> None:
+        """Have its process load adapters, once there is room for them. It stays in memory meanwhile."""
+        former, residency = self.plan, self._facilities.residency
+        assert former is not None
+        self._cancel_timer()
+        self._active += 1
+        try:
+            devices = await self._facilities.devices()
+            plan = await asyncio.to_thread(self.file.plan_again, former, adapters, residency.budget, devices)
+            await self._claim(worker, plan)
+            if not (plan.need.fits(former.need) or residency.claimed.fits(residency.budget)):
+                raise Unavailable(
+                    f"there is no room for these LoRA adapters of {self.name} beside the models in use; try again later"
+                )
+            await worker.set_adapters(list(adapters))
+            self.plan = plan
+        except BaseException:
+            await self._claim(worker, former)
+            raise
+        finally:
+            self.detach(attached=True)
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
@@ -287,13 +342,18 @@ class ServedModel:
         return self._active > 0 or self._arriving > 0 or self._supervisor.status is Status.LOADING
 
     @property
+    def leaving(self) -> bool:
+        """Whether it is giving its memory back."""
+        return self._leaving is not None
+
+    @property
     def _unused(self) -> bool:
         return not self._active and not self._waiting
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for it."""
-        return self._waiting > 0
+        """Whether somebody waits for it, and for no other that has its name now."""
+        return self._waiting > 0 and self._successor is None
 
     async def has_room(self) -> bool:
         """Whether it could be loaded without anybody's leaving. Raises why it can't be loaded at all."""
@@ -311,6 +371,16 @@ class ServedModel:
         if self._leaving is not None:
             await asyncio.shield(self._leaving)
 
+    async def wind_up(self) -> None:
+        """Leave memory since the server ends: soon after its answers, which end now with what there is of them."""
+        self.stop_all()
+        if self.live_worker is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ANSWERS_LIMIT):
+                    await self.unload_when_done("shutdown")
+                    return
+        await self.unload("shutdown")
+
     async def unload_when_done(self, reason: str) -> None:
         """Leave memory as soon as what runs is done; what comes meanwhile waits, and loads it again."""
         if not self._active and not self._arriving:
@@ -325,6 +395,7 @@ class ServedModel:
         more. Those that wait for it without need go over to the successor.
         """
         self._retired, self._successor = True, successor
+        self._facilities.residency.wake()  # it may stand in the queue there
         if self._unused:
             self._begin_to_leave("replaced")
 
@@ -367,7 +438,8 @@ class ServedModel:
     def failed(self, error: LlamaserveError) -> None:
         """See ``Listener``."""
         self._forget()
-        self._facilities.events.publish("load_failed", self.name, **error.body())
+        if self._successor is None:
+            self._facilities.events.publish("load_failed", self.name, **error.body())
 
     def crashed(self, error: LlamaserveError, *, quarantined: bool) -> None:
         """See ``Listener``."""
@@ -381,23 +453,30 @@ class ServedModel:
 
     async def _settle(self, worker: WorkerProcess) -> None:
         """Do what a finished load leaves to do: take note of what it took, have others make room if that is more than
-        was planned, and tell the child what has changed meanwhile.
+        was planned, and tell the child if it may have another spill than it was told.
         """
         plan, header, residency = self.plan, self.header, self._facilities.residency
         assert plan is not None
         try:
             await asyncio.to_thread(record, header, plan.params, plan.estimate.total, worker.memory)
-            taken = worker.memory.host + plan.fixed.host  # that of GPUs is measured for all processes together
-            await residency.settle(self, Footprint(max(taken, plan.need.host), plan.need.device))
+            await self._claim(worker, plan)
             if plan.params.spill != plan.fixed.host - PROCESS.host + residency.spill_of(self):
                 await self.limit_spill(residency.spill_of(self))
-            if self._adapters is not None and self._adapters != plan.params.adapters:
-                await worker.set_adapters(list(self._adapters))
         except LlamaserveError as error:  # it has ended just now, which others notice
             logger.warning("%s: %s", self.name, error.message)
         if self._unused:  # those who wanted it have given up
             residency.wake()
             self._rest()
+
+    async def _settled(self) -> None:
+        """Wait until what the last load has left to do is done."""
+        if self._settling is not None:
+            await asyncio.shield(self._settling)
+
+    async def _claim(self, worker: WorkerProcess, plan: LoadPlan) -> None:
+        """Claim what it takes by plan, or what it took when it was loaded if that was more; others make room for it."""
+        taken = worker.memory.host + plan.fixed.host  # that of GPUs is measured for all processes together
+        await self._facilities.residency.settle(self, Footprint(max(taken, plan.need.host), plan.need.device))
 
     def _rest(self) -> None:
         """Leave now or later, since nobody uses it."""
@@ -428,15 +507,17 @@ class ServedModel:
     async def _leave(self, reason: str) -> None:
         worker = self.live_worker
         here = self._supervisor.status in (Status.LOADED, Status.LOADING)
+        facts = {"reason": reason} if worker is None else {"reason": reason, "pid": worker.pid}
         try:
             if worker is not None:
-                self._facilities.events.publish("unloading", self.name, reason=reason)
-                await self._save(worker)
-            await self._supervisor.aclose()
+                self._facilities.events.publish("unloading", self.name, **facts)
+                if not self._active:  # else it has not heard that it is to end its answers, and would not hear of this
+                    await self._save(worker)
         finally:
+            await self._supervisor.aclose()
             if here:
                 logger.info("%s is unloaded (%s)", self.name, reason)
-                self._facilities.events.publish("unloaded", self.name, reason=reason)
+                self._facilities.events.publish("unloaded", self.name, **facts)
             self._leaving = self._departure = None
             self._keep_alive = self.spec.keep_alive
             self._forget()
@@ -458,7 +539,6 @@ class ServedModel:
     async def _prepare(self) -> LoadParams:
         """Check the file anew, since it may have changed since the last load, and wait for room."""
         facilities = self._facilities
-        facilities.alive.add(self)
         devices = await facilities.devices()
         facilities.events.publish("loading", self.name)
         self.plan = plan = await asyncio.to_thread(self._plan, facilities.residency.budget, devices)

@@ -130,7 +130,7 @@ def test_an_edit_of_models_yaml_disturbs_no_stream(
         assert server.get(INFO)["ctx_size"] == 512
         assert server.worker_pid() != pid
         finish(stream)
-        assert listener.wait("unloaded", FIRST)["data"] == {"reason": "replaced"}
+        assert listener.wait("unloaded", FIRST)["data"] == {"reason": "replaced", "pid": pid}
         assert listener.of("crashed") == []
     assert sorted(loaded(server)) == [FIRST, THIRD]
 
@@ -177,7 +177,7 @@ def test_files_of_the_models_folder_come_and_go(server: RunningServer, models_fi
         assert text_of(server.post(COMPLETIONS, {**TINY, "model": "new"})) == " Paris."
         (folder / "new.gguf").unlink()
         assert listener.wait("registry_reloaded", count=2)["data"] == {"changed": ["new.gguf"]}
-        assert listener.wait("unloaded", "new.gguf")["data"] == {"reason": "replaced"}
+        assert listener.wait("unloaded", "new.gguf")["data"]["reason"] == "replaced"
         assert_error(server.post(COMPLETIONS, {**TINY, "model": "new"}), 404, "model_not_found", "model")
 
 

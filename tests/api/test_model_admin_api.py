@@ -263,6 +263,22 @@ def test_defaults_are_those_of_one_model(server: RunningServer) -> None:
 # ---- loads that fail ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"instruction_template_str": "{% for %}"}, "instruction_template_str"),
+        ({"settings": {"instruction_template_str": "{{ a"}}, "settings.instruction_template_str"),
+        ({"settings": {"chat_template_str": "{% endif %}"}}, "settings.chat_template_str"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_is_refused_and_changes_nothing(
+    server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    before = state(server)
+    assert_error(load(server, **fields), 400, "chat_template_error", param)
+    assert state(server) == before
+
+
 def test_a_bad_file_leaves_the_former_state(server: RunningServer) -> None:
     before = state(server)
     message = assert_error(load(server, BAD), 500, "model_load_failed")
@@ -349,6 +365,19 @@ def test_after_an_unload_requests_must_name_a_model(server: RunningServer, conte
     assert_alive(server)
 
 
+def test_a_template_of_the_request_s_own_is_shown_without_a_model(server: RunningServer) -> None:
+    server.post(UNLOAD, {})
+    assert server.get(INFO)["model_name"] == "None"
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    long = {"instruction_template_str": source, "truncation": "auto"}
+    assert server.post(PROMPT, HELLO | long).json()["prompt"] == "<user>Hello"
+    assert "Hello" in server.post(PROMPT, HELLO | {"mode": "chat"}).json()["prompt"]
+    for fields in ({}, {"mode": "chat-instruct"}):
+        assert_error(server.post(PROMPT, HELLO | fields), 503, "model_not_loaded")
+    assert_error(server.post(PROMPT, HELLO | {"model": "nobody"}), 404, "model_not_found", "model")
+    assert loaded(server) == []
+
+
 def test_unloading_nothing_is_ok(server: RunningServer) -> None:
     for _ in range(2):
         assert server.post(UNLOAD, None).json() == "OK"
@@ -403,13 +432,27 @@ def test_an_unload_waits_for_the_answers_under_way(server: RunningServer) -> Non
 
 
 def test_keep_alive_of_a_request_ends_with_the_model(server: RunningServer) -> None:
+    pid = server.worker_pid()
     with Listener(server) as listener:
         assert server.post(COMPLETIONS, {**TINY, "keep_alive": 0}).status_code == 200
-        assert listener.wait("unloaded", FIRST)["data"] == {"reason": "idle"}
+        assert listener.wait("unloaded", FIRST)["data"] == {"reason": "idle", "pid": pid}
     assert loaded(server) == []
     assert server.get(INFO)["model_name"] == FIRST  # after an idle unload its name is still reported
     assert_alive(server)  # and it answers
     assert loaded(server) == [FIRST]
+
+
+def test_keep_alive_of_a_refused_request_does_not_count(server: RunningServer) -> None:
+    pid = server.worker_pid()
+    for path, fields in (
+        (COMPLETIONS, {"prompt": "word " * 20_000}),
+        (COMPLETIONS, {"prompt": "x", "grammar": "root ::= ("}),
+        (CHAT, {**HELLO, "instruction_template_str": "{% for %}"}),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 20_000}], "truncation": "auto"}),
+    ):
+        assert server.post(path, {**fields, "keep_alive": 0}).status_code == 400
+    assert_alive(server)
+    assert server.worker_pid() == pid
 
 
 def test_keep_alive_of_a_load_holds_until_the_next_load(server: RunningServer) -> None:

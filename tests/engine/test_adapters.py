@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
-from fake_model import FakeLoras, FakeModel
+from fake_model import FakeLora, FakeLoras, FakeModel
 from gguf_writer import File
 from lora_files import Lora, in_floats, merge, merged_in_place, random_lora, shapes_of
 from loud_model import loud_model
@@ -380,6 +380,27 @@ def test_an_adapter_that_is_too_strong_costs_others_nothing(
     assert failed.error.message.startswith("with the LoRA adapters of this request")
 
 
+@pytest.mark.parametrize("size", [1e30, float("inf"), float("nan")])
+def test_an_adapter_that_makes_all_logits_the_same_fails_its_requests(
+    running: RunningEngine, undisturbed: RunningEngine, tiny: _Loud, tmp_path: Path, size: float
+) -> None:
+    """The last norm makes zeros of what is infinite, and zeros are finite."""
+    name = sorted(name for name in tiny.loras["a"].pairs if name.endswith("ffn_down.weight"))[-1]
+    down, up = tiny.loras["a"].pairs[name]
+    up = up.copy()
+    up[3, 1] = size
+    bad = Lora({name: (down, up)}).write(tmp_path / "bad.gguf")
+    running.engine.set_adapters([Adapter("bad", str(bad))])
+    running.submit(0, _PROMPT, _generation())
+    failures: list[Failed] = []
+    while not running.engine.idle:
+        failures += [event for event in running.engine.step() if isinstance(event, Failed)]
+    assert [failed.request for failed in failures] == [0]
+    running.submit(1, _PROMPT, _generation(()))
+    running.run()
+    assert running.answers[1, 0].tokens == _tokens(undisturbed, _PROMPT, _generation(()))
+
+
 def test_one_file_under_two_names_works_with_both_scales(
     running: RunningEngine, undisturbed: RunningEngine, tiny: _Loud
 ) -> None:
@@ -576,6 +597,26 @@ def test_files_that_were_read_before_are_read_again_only_if_they_have_changed(
     assert fake.engine._adapters.resolve((("b", 1.0),)) != ((digests[wanted[1].path].value, 1.0),)
     with pytest.raises(ModelLoadFailed, match="can't be read"):
         fake.engine.read_adapters([Adapter("x", str(tmp_path / "nothing"))])
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeModel()
+    fake.engine.set_adapters(_files(tmp_path, "a"))
+    wanted = _files(tmp_path, "b")
+    load = fake.loras.load_adapter
+
+    def replaced_before(path: str) -> FakeLora:
+        (tmp_path / "b").write_text("another")
+        return load(path)
+
+    monkeypatch.setattr(fake.loras, "load_adapter", replaced_before)
+    with pytest.raises(ModelLoadFailed, match="was replaced while it was loaded"):
+        fake.engine.set_adapters(wanted)
+    assert _open(fake.loras) == ["a"]
+    fake.engine.set_adapters(wanted)
+    assert _open(fake.loras) == ["another"]
 
 
 def test_adapters_are_freed_when_their_last_request_is_cancelled(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gguf_writer import (
 from lora_files import Lora, random_lora, shapes_of
 
 from llamaserve.errors import GGUFError, InvalidRequest, ModelError
+from llamaserve.registry import adapters
 from llamaserve.registry.adapters import adapter_file, check_adapter, list_adapters
 from llamaserve.registry.gguf import GGUFHeader, read_header
 
@@ -140,6 +142,44 @@ def test_a_change_that_is_multiplied_beyond_measure_is_refused(
     _check(path, model, lora.metadata() | {"adapter.lora.alpha": 400.0}, _pair(_QUERY, (32, 4), (4, 32)))
     with pytest.raises(GGUFError, match="for the rank 4 at most 400 are possible"):
         _check(path, model, lora.metadata() | {"adapter.lora.alpha": alpha}, _pair(_QUERY, (32, 4), (4, 32)))
+
+
+def _damaged(kind: int, place: int, value: bytes) -> list[Tensor]:
+    """Return an adapter's tensors with some bytes of their own at a place of the second."""
+    down, up = _pair(_QUERY, (32, 32), (32, 32), kind)
+    data = bytearray(_BYTES)
+    data[place : place + len(value)] = value
+    return [down, replace(up, data=bytes(data))]
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), 1e38, -1e30])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, model: GGUFHeader, lora: Lora, number: float) -> None:
+    cases = [(0, struct.pack("<f", number)), (30, struct.pack("<f", number)[2:])]  # F32, BF16
+    if abs(number) not in (1e38, 1e30):
+        cases += [(F16, struct.pack("<e", number)), (8, struct.pack("<e", number))]  # Q8_0
+    for kind, value in cases:
+        for place in (0, 68, 1020):  # where a weight of each type begins, and a block of Q8_0
+            with pytest.raises(GGUFError, match=r"'blk\.0\.attn_q\.weight\.lora_b' has weights that are no numbers"):
+                _check(tmp_path / "x.gguf", model, lora.metadata(), _damaged(kind, place, value))
+
+
+@pytest.mark.parametrize("number", [1e18, -1e-40, 65504.0, -0.0])
+def test_weights_that_are_numbers_are_taken(tmp_path: Path, model: GGUFHeader, lora: Lora, number: float) -> None:
+    path = tmp_path / "x.gguf"
+    _check(path, model, lora.metadata(), _damaged(0, 4, struct.pack("<f", number)))
+    _check(path, model, lora.metadata(), _damaged(30, 4, struct.pack("<f", number)[2:]))
+    if abs(number) < 1e18:
+        _check(path, model, lora.metadata(), _damaged(F16, 4, struct.pack("<e", number)))
+        _check(path, model, lora.metadata(), _damaged(8, 34, struct.pack("<e", number) + b"\x7f\xff" * 16))
+
+
+def test_weights_are_looked_at_to_their_end(
+    tmp_path: Path, model: GGUFHeader, lora: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_PIECE", 34 * 4)
+    for place in (136, 32 * 32 * 4 - 4):
+        with pytest.raises(GGUFError, match="no numbers"):
+            _check(tmp_path / f"{place}.gguf", model, lora.metadata(), _damaged(0, place, struct.pack("<f", np.inf)))
 
 
 _KINDS = ["attn_k_b", "attn_v_b", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b", "ssm_beta", "ssm_conv1d", "ssm_conv1d_q"]

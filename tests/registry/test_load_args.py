@@ -100,6 +100,13 @@ def refusal(args: dict[str, Any]) -> InvalidRequest:
         ({"cache_capacity": "2GB"}, {"spill": 1908}),
         ({"cache_capacity": 1024 * 1024 + 1}, {"spill": 2}),
         ({"spill": "auto"}, {"spill": "auto"}),
+        ({"threads": 0, "n_threads": 4}, {"threads": 4}),
+        ({"n_threads": 4, "threads": 0}, {"threads": 4}),
+        ({"threads": 0, "n_threads": 0}, {"threads": "auto"}),
+        ({"ubatch_size": 256, "n_ubatch": 0}, {"micro_batch": 256}),
+        ({"gpu_layers": -1, "n_gpu_layers": -1}, {"gpu_layers": "all"}),
+        ({"gpu_layers": -1, "n_gpu_layers": 7}, {"gpu_layers": 7}),
+        ({"gpu_layers": -1, "cpu": True}, {"gpu_layers": "none"}),
         ({"parallel": 2}, {"parallel": 2}),
         ({"kv_cells": 0, "queue": 3}, {"kv_cells": None, "queue": 3}),
         ({"keep_alive": "5m", "time_limit": 30}, {"keep_alive": 300.0, "time_limit": 30.0}),
@@ -121,6 +128,7 @@ def test_what_changes_nothing_is_named() -> None:
     args = {"loader": "llama.cpp", "n_ctx": 0, "llama_cpp_seed": 0, "logits_all": True, "ik": False, "mlock": False}
     assert translate(args).ignored == ("loader", "n_ctx", "llama_cpp_seed", "logits_all", "ik")
     assert translate({"alpha_value": 2, "rope_freq_base": 20_000}).ignored == ("alpha_value",)
+    assert translate({"threads": 0, "n_threads": 4}).ignored == ("threads",)
 
 
 @given(
@@ -162,6 +170,8 @@ def test_every_key_is_in_force_or_named(args: dict[str, Any]) -> None:
         ({"cpu": True, "n_gpu_layers": 7}, "args.n_gpu_layers", "cpu (True) and n_gpu_layers (7)"),
         ({"cache_type": "q8_0", "value_type": "f16"}, "args.value_type", "cache_type ('q8_0') and value_type ('f16')"),
         ({"no_mmap": True, "mmap": True}, "args.mmap", "contradict"),
+        ({"threads": "auto", "n_threads": 4}, "args.n_threads", "threads ('auto') and n_threads (4)"),
+        ({"gpu_layers": 20, "n_gpu_layers": -1}, "args.n_gpu_layers", "contradict"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, str | list) else None,
 )

@@ -76,3 +76,19 @@ def test_who_has_left_hears_nothing() -> None:
         raise AssertionError("an event came after the end")
 
     run(work())
+
+
+def test_the_end_is_heard_by_all_once_they_have_taken_what_there_is() -> None:
+    async def work() -> None:
+        events = ModelEvents()
+        with events.subscribe() as slow, events.subscribe() as waiting:
+            hearing = asyncio.create_task(take(waiting, 2))
+            await asyncio.sleep(0)
+            events.publish("unloaded", "a", reason="shutdown")
+            events.end()
+            assert [event.kind for event in await take(slow, 2)] == ["unloaded"]
+            assert [event.kind for event in await hearing] == ["unloaded"]
+        with events.subscribe() as late:
+            assert await take(late, 1) == []
+
+    run(work())

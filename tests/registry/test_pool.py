@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from child_processes import model_processes
+from lora_files import random_lora, shapes_of
 
 from llamaserve.engine.events import Finished
-from llamaserve.engine.params import Footprint, Generation, Sampling
+from llamaserve.engine.params import Adapter, Footprint, Generation, Sampling
 from llamaserve.errors import (
     InsufficientMemory,
     InvalidRequest,
     LlamaserveError,
+    ModelError,
     ModelLoadFailed,
     ModelNotFound,
     ModelNotLoaded,
+    Unavailable,
 )
+from llamaserve.registry import hub, served
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.load_plan import load_params, plan_load
+from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile
 from llamaserve.registry.model_events import ModelEvent
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes
@@ -73,11 +81,12 @@ class House:
     ) -> Finished:
         """Generate a few tokens as a request does."""
         generation = Generation(sampling=Sampling(seed=1, temperature=0.0), max_tokens=tokens)
-        use = self.pool.get(name).use(keep_alive)
+        use = self.pool.get(name).use()
         try:
             stream = (await use.worker()).generate([prompt], generation)
             try:
                 await stream.accepted()
+                use.keep(keep_alive)
                 (finished,) = [event async for event in stream.events() if isinstance(event, Finished)]
             finally:
                 stream.close()
@@ -366,6 +375,42 @@ def test_a_broken_edit_changes_nothing_and_says_so(three: Path) -> None:
     run(pool_of(three), test)
 
 
+def test_a_broken_models_lock_changes_nothing_and_says_so(
+    three: Path, starter_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to a model that was fetched by its source, which goes on running, nor to the list of others."""
+    source = "hf:someone/tiny-GGUF/tiny-Q4_1.gguf"
+    lock = LockFile.beside(three)
+    lock.put(source, LockEntry((LockedFile("tiny-Q4_1.gguf", starter_model.stat().st_size, "0" * 64),), "0" * 40))
+    monkeypatch.setattr(hub, "cached_file", lambda source: starter_model)
+
+    async def test(house: House) -> None:
+        await house.say("tiny-Q4_1")
+        whole = lock.path.read_text()
+        lock.path.write_text(whole + "<<<<<<< ours")
+        await house.pool.reload()
+        await asyncio.sleep(0)
+        assert house.loaded == {"tiny-Q4_1"}
+        assert house.pool.registry_problem is not None
+        assert "models.lock" in house.pool.registry_problem
+        assert [event.kind for event in house.events if event.model is None] == ["registry_rejected"]
+        lock.path.write_text(whole)
+        await house.pool.reload()
+        assert house.pool.registry_problem is None
+        assert house.kinds("tiny-Q4_1") == ["loading", "loaded"]
+
+    run(pool_of(three), test)
+
+
+def test_an_adapter_that_was_fetched_is_no_model(three: Path, starter_model: Path) -> None:
+    source = "hf:someone/style-lora/style-F16.gguf"
+    lock = LockFile.beside(three)
+    lock.put(source, LockEntry((LockedFile("style-F16.gguf", 5, "0" * 64),), "0" * 40))
+    assert "style-F16" in pool_of(three)()._models
+    models_yaml(three.parent, starter_model, "a", fields=f", lora: [{{source: '{source}'}}]")
+    assert set(pool_of(three)()._models) == {"a"}
+
+
 def test_what_matters_to_requests_only_needs_no_new_load(three: Path) -> None:
     async def test(house: House) -> None:
         await house.say("a")
@@ -375,6 +420,117 @@ def test_what_matters_to_requests_only_needs_no_new_load(three: Path) -> None:
         assert house.pool.get("a") is model
         assert model.spec.keep_alive == 300
         assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
+def adapter(starter: Path, folder: Path, name: str, rank: int = 2) -> Adapter:
+    """Return a LoRA adapter for the starter: a quarter of a megabyte for each of its rank."""
+    shapes = shapes_of(read_header(starter).tensors, "ffn_down.weight")
+    lora = random_lora(shapes, rank=rank, seed=len(name), size=2.0, alpha=float(rank))
+    return Adapter(name, str(lora.write(folder / f"{name}.gguf")))
+
+
+def test_adapters_by_command_are_planned_for_like_those_of_the_settings(
+    three: Path, starter_model: Path, tmp_path: Path
+) -> None:
+    one, two, small = (
+        adapter(starter_model, tmp_path, name, rank) for name, rank in (("one", 200), ("two", 200), ("s", 2))
+    )
+    size = Path(one.path).stat().st_size
+    need = need_of(starter_model, three)
+    budget = need + Footprint(int(1.5 * size))
+
+    async def test(house: House) -> None:
+        await house.say("a")
+        model, before = house.pool.get("a"), house.pool.claimed
+        with pytest.raises(InsufficientMemory):
+            await model.set_adapters([one, two])
+        assert (model.adapters, house.pool.claimed) == ((), before)
+        await model.set_adapters([one])
+        assert model.load_params().adapters == (one,)
+        assert size < (house.pool.claimed - before).host < 1.2 * size
+        await house.say("a")
+        await model.set_adapters([small])
+        assert (house.pool.claimed - before).host < 0.1 * size
+        assert house.kinds("a") == ["loading", "loaded"]
+
+    run(pool_of(three, budget), test)
+
+
+def test_adapters_by_command_make_idle_models_leave_and_no_others(
+    three: Path, starter_model: Path, tmp_path: Path
+) -> None:
+    big = adapter(starter_model, tmp_path, "big", 200)
+    budget = times(need_of(starter_model, three), 2) + Footprint(Path(big.path).stat().st_size // 2)
+
+    async def test(house: House) -> None:
+        await house.say("a")
+        await house.say("b")
+        model = house.pool.get("b")
+        async with house.pool.get("a").in_use():
+            with pytest.raises(Unavailable, match="no room for these LoRA adapters of b"):
+                await model.set_adapters([big])
+            assert house.pool.claimed.fits(budget)
+        assert (house.loaded, model.adapters) == ({"a", "b"}, ())
+        await model.set_adapters([big])
+        assert (house.loaded, model.adapters) == ({"b"}, (big,))
+
+    run(pool_of(three, budget), test)
+
+
+def test_of_adapters_set_around_the_end_of_a_load_the_last_ones_are_there(
+    three: Path, starter_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (adapter(starter_model, tmp_path, name) for name in ("one", "second"))
+    before = served.record
+
+    def slow_record(*arguments: Any) -> None:
+        time.sleep(0.2)
+        before(*arguments)
+
+    monkeypatch.setattr(served, "record", slow_record)
+
+    async def test(house: House) -> None:
+        model = house.pool.get("a")
+        use = model.use()
+        loading = asyncio.create_task(use.worker())
+        await until(lambda: model.plan is not None)
+        setting = [asyncio.create_task(model.set_adapters([one]))]
+        await until(lambda: model.live_worker is not None)
+        setting.append(asyncio.create_task(model.set_adapters([two])))
+        worker = await loading
+        await asyncio.gather(*setting)
+        assert model.adapters == model.load_params().adapters == (two,)
+        for name, there in (("one", False), ("second", True)):
+            generation = Generation(sampling=Sampling(seed=1), max_tokens=1, adapters=((name, 1.0),))
+            stream = worker.generate(["Once"], generation)
+            with contextlib.nullcontext() if there else pytest.raises(InvalidRequest, match="no LoRA adapter 'one'"):
+                await stream.accepted()
+            stream.close()
+        use.leave()
+
+    run(pool_of(three), test)
+
+
+def test_a_load_by_command_goes_back_to_the_adapters_of_the_settings(
+    three: Path, starter_model: Path, tmp_path: Path
+) -> None:
+    given = adapter(starter_model, tmp_path, "given")
+
+    async def test(house: House) -> None:
+        await house.pool.load("a")
+        await house.pool.get("a").set_adapters([given])
+        await asyncio.to_thread(Path(given.path).write_text, "damaged")
+        await house.pool.unload()
+        with pytest.raises(ModelError):
+            await house.say("a")
+        with pytest.raises(InsufficientMemory):
+            await house.pool.load("a", {"kv_cells": 1 << 28})
+        assert house.pool.get("a").adapters == (given,), "a failed load leaves all as it was"
+        await house.pool.load("a")
+        assert house.pool.get("a").adapters == ()
+        assert (await house.say("a")).completion_tokens == 4
 
     run(pool_of(three), test)
 
@@ -451,6 +607,46 @@ def test_the_end_during_a_load_leaves_no_process(three: Path, starter_model: Pat
         with pytest.raises((LlamaserveError, asyncio.CancelledError)):
             await loading
         assert model_processes() == set()
+
+    run(pool_of(three), test)
+
+
+def test_the_end_during_the_pause_after_crashes_leaves_nobody_waiting_and_no_process(three: Path) -> None:
+    async def test(house: House) -> None:
+        for _ in range(2):
+            await house.say("a")
+            worker = house.pool.get("a").live_worker
+            assert worker is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            await worker.ended.wait()
+        waiting = asyncio.create_task(house.say("a"))
+        await until(lambda: house.pool.get("a").status is Status.LOADING)
+        await house.pool.aclose()
+        assert house.pool.get("a").status is Status.UNLOADED
+        with pytest.raises(Unavailable):
+            await waiting
+        with pytest.raises(Unavailable, match="shut down"):
+            await house.say("a")
+        assert model_processes() == set()
+
+    run(pool_of(three), test)
+
+
+def test_the_end_finishes_answers_and_does_not_wait_for_ever_for_a_use(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamaserve.registry.served._ANSWERS_LIMIT", 1.0)
+
+    async def test(house: House) -> None:
+        use = house.pool.get("b").use()
+        worker = await use.worker()
+        saying = asyncio.create_task(house.say("a", tokens=200))
+        await until(lambda: house.pool.occupancy.running == 1)
+        await house.pool.aclose()
+        assert (await saying).reason == "stop"
+        assert worker.ended.is_set()
+        assert model_processes() == set()
+        use.leave()
 
     run(pool_of(three), test)
 
@@ -535,5 +731,157 @@ def test_gone_models_are_forgotten(three: Path) -> None:
         await house.pool.reload()
         await until(lambda: house.kinds("a")[-1] == "unloaded")
         assert house.pool.claimed == Footprint()
+
+    run(pool_of(three), test)
+
+
+# ---- commands and requests that meet -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, {"parallel": 1}])
+@pytest.mark.parametrize("loaded_before", [False, True])
+def test_an_unload_during_a_load_by_command_comes_after_it(
+    three: Path, overrides: dict[str, int], loaded_before: bool
+) -> None:
+    async def test(house: House) -> None:
+        if loaded_before:
+            await house.pool.load("b")
+        loading = asyncio.create_task(house.pool.load("b", overrides))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(house.pool.unload("b"), loading)
+        assert house.loaded == set()
+        assert house.pool.current is None
+
+    run(pool_of(three), test)
+
+
+def test_an_unload_of_all_at_the_start_is_the_end_of_the_start(three: Path) -> None:
+    async def test(house: House) -> None:
+        house.pool.start_loading()
+        await until(lambda: "loading" in house.kinds("a"))
+        await house.pool.unload()
+        assert await house.pool.preloaded() == {}
+        assert house.loaded == set()
+        assert house.pool.current is None
+        assert house.kinds("b") == []
+
+    run(pool_of(three, ROOMY, "a", "b"), test)
+
+
+def test_requests_go_over_to_a_model_that_is_loaded_with_other_settings(three: Path, starter_model: Path) -> None:
+    """There is room for one of both, so those that come while the new one is loaded wait for room for the old one."""
+
+    async def test(house: House) -> None:
+        await house.pool.load("a")
+        over = False
+
+        async def client() -> None:
+            while not over:
+                await house.say("a", tokens=3)
+                await asyncio.sleep(0.02)
+
+        clients = [asyncio.create_task(client()) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        await house.pool.load("a", {"parallel": 1})
+        await asyncio.sleep(1)
+        over = True
+        await asyncio.gather(*clients)
+        assert house.kinds("a").count("loaded") == 2
+        assert "load_failed" not in house.kinds("a")
+        current = house.pool.current
+        assert current is not None
+        assert current.load_params().parallel == 1
+        assert current.status is Status.LOADED
+
+    run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
+
+
+def test_how_long_a_model_is_kept_holds_for_requests_that_waited_for_it(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        unloading = asyncio.create_task(house.pool.unload("a"))
+        await asyncio.sleep(0)
+        await house.say("a", keep_alive=0)
+        await unloading
+        await until(lambda: house.loaded == set())
+        await house.say("b")
+        await house.say("a", keep_alive=0)
+        await until(lambda: house.loaded == set())
+
+    run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
+
+
+def test_a_request_that_fails_does_not_say_how_long_a_model_is_kept(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.say("a")
+        with pytest.raises(InvalidRequest):
+            await house.say("a", "word " * 1000, keep_alive=0)
+        await asyncio.sleep(0.1)
+        assert house.loaded == {"a"}
+
+    run(pool_of(three), test)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"parallel": 1}])
+def test_an_edit_of_what_matters_to_requests_during_a_load_is_not_lost(three: Path, overrides: dict[str, int]) -> None:
+    async def test(house: House) -> None:
+        if overrides:
+            await house.pool.load("a")
+        loading = asyncio.create_task(house.pool.load("a", overrides))
+        await asyncio.sleep(0.05)
+        edit(three, ("a: {", "a: {queue: 7, keep_alive: 33, "))
+        await house.pool.reload()
+        model = await loading
+        for _ in range(2):
+            assert (model.spec.queue, model.spec.keep_alive) == (7, 33)
+            assert model.spec.parallel == overrides.get("parallel", 2)
+            assert house.pool.get("a") is model
+            await house.pool.reload()
+
+    run(pool_of(three), test)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"parallel": 1}])
+def test_an_edit_of_how_it_is_loaded_during_a_load_is_followed(three: Path, overrides: dict[str, int]) -> None:
+    async def test(house: House) -> None:
+        loading = asyncio.create_task(house.pool.load("a", overrides))
+        await until(lambda: "loading" in house.kinds("a"))
+        edit(three, ("context: 256", "context: 512"))
+        await house.pool.reload()
+        model = await loading
+        assert house.pool.current is house.pool.get("a") is model
+        assert model.status is Status.LOADED
+        assert model.load_params().context == 512
+        assert model.spec.parallel == overrides.get("parallel", 2)
+        await until(lambda: house.kinds("a").count("loaded") - house.kinds("a").count("unloaded") == 1)
+
+    run(pool_of(three), test)
+
+
+def test_a_model_that_is_taken_off_during_its_load_is_not_found_and_others_are_as_before(
+    three: Path, starter_model: Path
+) -> None:
+    async def test(house: House) -> None:
+        await house.say("b")
+        loading = asyncio.create_task(house.pool.load("a"))
+        await until(lambda: "loading" in house.kinds("a"))
+        edit(three, (f"  a: {{source: 'file:{starter_model}'}}\n", ""))
+        await house.pool.reload()
+        with pytest.raises(ModelNotFound):
+            await loading
+        await until(lambda: house.kinds("a").count("unloaded") == 1)
+        assert house.loaded == {"b"}
+
+    run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
+
+
+def test_which_process_was_unloaded_is_told(three: Path) -> None:
+    async def test(house: House) -> None:
+        await house.pool.load("a")
+        await house.pool.load("a", {"parallel": 1})
+        await until(lambda: house.kinds("a").count("unloaded") == 1)
+        first, second = [event.data["pid"] for event in house.events if event.kind == "loaded"]
+        assert first != second
+        assert [event.data["pid"] for event in house.events if event.kind in ("unloading", "unloaded")] == [first] * 2
 
     run(pool_of(three), test)

@@ -34,6 +34,7 @@ class Tenant:
         self.loads = 0
         self._residency = residency
         self._coming: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -43,12 +44,26 @@ class Tenant:
     def wanted(self) -> bool:
         return self.waiting > 0
 
-    async def vacate(self) -> None:
-        assert not self.users, "a model that is in use was unloaded"
+    @property
+    def leaving(self) -> bool:
+        return self._leaving is not None
+
+    def leave(self) -> asyncio.Task[None]:
+        """Begin to leave, because of somebody else or of its own accord."""
+        if self._leaving is None:
+            assert not self.users, "a model that is in use was unloaded"
+            self._leaving = asyncio.create_task(self._leave())
+        return self._leaving
+
+    async def _leave(self) -> None:
         await asyncio.sleep(0.001)
         self.loaded = False
         self.vacated += 1
+        self._leaving = None
         self._residency.left(self)
+
+    async def vacate(self) -> None:
+        await asyncio.shield(self.leave())
 
     async def limit_spill(self, size: int) -> None:
         self.spill.append(size)
@@ -75,7 +90,10 @@ class Tenant:
         """Be used by one request: load if need be, work, leave."""
         self.waiting += 1
         try:
-            while not (self.loaded and self._residency.admits(self)):
+            while not (self.loaded and not self.leaving and self._residency.admits(self)):
+                if self._leaving is not None:
+                    await asyncio.shield(self._leaving)
+                    continue
                 if self.loaded:
                     await self._residency.wait_turn(self)
                     continue
@@ -226,6 +244,79 @@ def test_a_model_that_takes_more_than_planned_has_idle_ones_make_room() -> None:
     run(work())
 
 
+def test_those_in_use_when_a_model_takes_more_than_planned_make_room_as_soon_as_they_are_not() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b, c, d = (Tenant(name, residency, 7) for name in "abcd")
+        done = asyncio.Event()
+        uses = [asyncio.create_task(each.use(lambda: _until(done))) for each in (a, b, c)]
+        await asyncio.sleep(0.01)
+        await d.use()
+        d.users += 1
+        await residency.settle(d, Footprint(15))
+        assert residency.claimed == Footprint(36)
+        done.set()
+        await asyncio.gather(*uses)
+        await asyncio.sleep(0.01)
+        assert (a.loaded, b.loaded, c.loaded, d.loaded) == (False, True, True, True)
+        assert residency.claimed == Footprint(29)
+
+    run(work())
+
+
+def test_a_model_that_takes_more_than_planned_does_not_leave_itself() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b, c = (Tenant(name, residency, 10) for name in "abc")
+        for tenant in (a, b, c):
+            await tenant.use()
+        await residency.settle(a, Footprint(12))
+        assert (a.loaded, b.loaded, c.loaded) == (True, False, True)
+
+    run(work())
+
+
+def test_a_model_that_takes_more_than_the_budget_stays_when_it_is_alone() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b = Tenant("a", residency, 25), Tenant("b", residency, 5)
+        await b.use()
+        await a.use()
+        await residency.settle(a, Footprint(32))
+        residency.wake()
+        await asyncio.sleep(0.01)
+        assert (a.loaded, b.loaded) == (True, False)
+
+    run(work())
+
+
+@pytest.mark.parametrize(("room", "stays"), [(20, True), (18, False)])
+def test_nobody_has_to_go_when_those_that_are_leaving_leave_enough_room(room: int, stays: bool) -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(room))
+        a, b, c = Tenant("a", residency, 10), Tenant("b", residency, 8), Tenant("c", residency, 10)
+        await a.use()
+        await b.use()
+        b.leave()
+        await c.use()
+        assert (a.loaded, b.loaded, c.loaded) == (stays, False, True)
+
+    run(work())
+
+
+def test_those_that_are_leaving_count_when_a_model_takes_more_than_planned() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b, c = (Tenant(name, residency, 10) for name in "abc")
+        for tenant in (a, b, c):
+            await tenant.use()
+        b.leave()
+        await residency.settle(c, Footprint(18))
+        assert (a.loaded, b.loaded, c.loaded) == (True, False, True)
+
+    run(work())
+
+
 def test_a_model_that_has_become_busy_meanwhile_is_not_unloaded_to_settle() -> None:
     async def work() -> None:
         residency = Residency(Footprint(30))
@@ -266,6 +357,7 @@ def test_who_gives_up_in_the_middle_of_an_eviction_leaves_no_memory_uncounted() 
             await asyncio.shield(leaving[0])
 
         a.vacate = vacate  # type: ignore[method-assign]
+        b.waiting = 1
         entering = asyncio.create_task(residency.enter(b, b.need, 0))
         await begun.wait()
         entering.cancel()
@@ -286,14 +378,47 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_begun() -> None:
         done = asyncio.Event()
         first = asyncio.create_task(a.use(lambda: _until(done)))
         await asyncio.sleep(0.01)
+        b.waiting = 1
         entering = asyncio.create_task(residency.enter(b, b.need, 0))
         await asyncio.sleep(0)
+        b.waiting = 0
         residency.wake()
         with pytest.raises(Unavailable):
             await entering
         assert a.loaded
         done.set()
         await first
+
+    run(work())
+
+
+def test_nobody_has_to_go_for_a_load_that_nobody_waits_for() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(10))
+        a, b = Tenant("a", residency, 10), Tenant("b", residency, 10)
+        await a.use()
+        with pytest.raises(Unavailable):
+            await residency.enter(b, b.need, 0)
+        assert a.loaded
+        assert not residency.waits(b)
+
+    run(work())
+
+
+def test_nobody_else_has_to_go_for_a_load_that_is_given_up() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(20))
+        a, b, c = Tenant("a", residency, 10), Tenant("b", residency, 10), Tenant("c", residency, 20)
+        await a.use()
+        await b.use()
+        c.waiting = 1
+        entering = asyncio.create_task(residency.enter(c, c.need, 0))
+        await asyncio.sleep(0)
+        assert a.leaving
+        c.waiting = 0
+        with pytest.raises(Unavailable):
+            await entering
+        assert (a.loaded, b.loaded) == (False, True)
 
     run(work())
 
@@ -319,6 +444,9 @@ def test_whatever_comes_the_budget_holds_and_everybody_is_served(seed: int) -> N
                 else:
                     await use
                     served += 1
+                tenant = mine.choice(tenants)
+                if mine.random() < 0.1 and tenant.loaded and not tenant.busy:
+                    tenant.leave()  # of its own accord
                 assert residency.claimed.fits(residency.budget)
 
         await asyncio.gather(*(client(number) for number in range(8)))
