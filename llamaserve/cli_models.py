@@ -6,7 +6,6 @@ They ask and tell; what they do is in ``registry``. Serving is ``cli``'s busines
 from __future__ import annotations
 
 import asyncio
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,21 @@ from rich.table import Table
 from llamaserve.chat.formats.known import thinks
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.chat.traits import ProbeJob, Traits
-from llamaserve.cli_output import err, models_folder, out, read_registry, read_settings, say, say_json, tell
-from llamaserve.errors import LlamaserveError, ModelFileMissing, RegistryError
+from llamaserve.cli_output import (
+    by_name,
+    called,
+    err,
+    models_folder,
+    out,
+    read_registry,
+    read_settings,
+    say,
+    say_json,
+    tell,
+)
+from llamaserve.errors import LlamaserveError, RegistryError
 from llamaserve.registry import sources
-from llamaserve.registry.deleting import deletable_with_adapters, delete_model, needs
+from llamaserve.registry.deleting import deletable_with_adapters, delete_model, goes_with
 from llamaserve.registry.facts import ModelFacts, gather
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import FoundModel, resolve, scan
@@ -32,7 +42,7 @@ from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
-from llamaserve.registry.remedies import Remedies
+from llamaserve.registry.remedies import Remedies, command
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.verifying import Finding, verify_model
 
@@ -81,7 +91,7 @@ def rm(
     specs = dict(resolve(registry, folder, reference) for reference in models)
     for name, spec in specs.items():
         _show_deletion(registry, folder, name, spec)
-    _confirm(yes, models)
+    _confirm(yes, models, settings.options)
     for name, spec in specs.items():
         deleted = delete_model(registry, spec, folder)
         say(f"{name}: deleted {_counted(len(deleted.files), 'file')}, which freed {_size(deleted.freed)}")
@@ -97,7 +107,7 @@ def show(
     settings = read_settings(models_file=models_file, models_dir=models_dir)
     registry, folder = read_registry(settings), models_folder(settings)
     name, spec = resolve(registry, folder, model)
-    remedies = Remedies(registry, _by_name(registry, folder, model)[0], settings.options)
+    remedies = Remedies(registry, called(registry, name, model), settings.options)
     facts, header = gather(registry, name, spec, LockFile.beside(registry.path))
     abilities = _abilities(header)
     if as_json:
@@ -122,7 +132,7 @@ def verify(
     registry, folder = read_registry(settings), models_folder(settings)
     lock = LockFile.beside(registry.path)
     if models:
-        specs = dict(_by_name(registry, folder, each) for each in models)
+        specs = dict(by_name(registry, folder, each) for each in models)
     else:
         specs = models_here(registry, folder, lock.entries())
     found: list[Finding] = []
@@ -146,11 +156,28 @@ def list_models(as_json: Json = False, models_file: ModelsFile = None, models_di
     """
     settings = read_settings(models_file=models_file, models_dir=models_dir)
     registry, folder = read_registry(settings), models_folder(settings)
-    listed = _listed(registry, fetched(registry, LockFile.beside(registry.path).entries()))
+    locked, damage = _locked(registry)
+    listed = _listed(registry, fetched(registry, locked))
     found = scan(folder) if folder is not None else []
     if as_json:
         say_json({"models": listed, "folder": folder, "found": found})
-        return
+    else:
+        _print_models(registry, folder, listed, found)
+    if damage is not None:
+        raise damage
+
+
+def _locked(registry: Registry) -> tuple[list[str], RegistryError | None]:
+    """Return the sources of models.lock, or what is wrong with it: what models.yaml has can be listed all the same."""
+    try:
+        return [*LockFile.beside(registry.path).entries()], None
+    except RegistryError as error:
+        return [], error
+
+
+def _print_models(
+    registry: Registry, folder: Path | None, listed: Sequence[_Listed], found: Sequence[FoundModel]
+) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("model", "here", "size", "licence"):
         table.add_column(heading, no_wrap=True)
@@ -160,9 +187,9 @@ def list_models(as_json: Json = False, models_file: ModelsFile = None, models_di
         task = "" if each["task"] == "generation" else f"{each['task']}; "
         also = f" (also: {', '.join(each['aliases'])})" if each["aliases"] else ""
         here = "yes" if each["here"] else "no"
-        table.add_row(
-            f"{each['model']}{default}", here, each["size"], each["licence"], f"{task}{each['description'] or ''}{also}"
-        )
+        what = f"{task}{each['description'] or ''}{also}"
+        cells = (f"{each['model']}{default}", here, each["size"] or "", each["licence"] or "", what)
+        table.add_row(*map(escape, cells))
     for model in found:
         table.add_row(escape(model.name), *_found_columns(model, registry))
     out.print(table)
@@ -195,9 +222,7 @@ def _show_deletion(registry: Registry, folder: Path | None, name: str, spec: Mod
     """Say what would be deleted; refuse here already what may not be."""
     files = deletable_with_adapters(registry, spec, folder)
     others = [
-        other
-        for other, each in registry.models.items()
-        if other != name and (each.source == spec.source or needs(registry, each, files))
+        other for other, each in registry.models.items() if other != name and goes_with(registry, each, spec, files)
     ]
     also = f" (also the file of {', '.join(others)})" if others else ""
     size = sum(file.stat().st_size for file in files)
@@ -206,27 +231,21 @@ def _show_deletion(registry: Registry, folder: Path | None, name: str, spec: Mod
         tell(f"  {file}")
 
 
-def _confirm(yes: bool, models: list[str]) -> None:
+def _confirm(yes: bool, models: list[str], options: Sequence[str]) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise RegistryError("nothing is deleted without asking", hint=f"llamaserve rm --yes {' '.join(models)}")
+        hint = command("llamaserve", "rm", "--yes", *models, *options)
+        raise RegistryError("nothing is deleted without asking", hint=hint)
     if not typer.confirm("Delete?", err=True):
         raise typer.Exit(1)
-
-
-def _by_name(registry: Registry, folder: Path | None, reference: str) -> tuple[str, ModelSpec]:
-    """Return a model and the name by which other commands know it: that of models.yaml, else what was typed."""
-    name, spec = resolve(registry, folder, reference)
-    return name if reference in registry.models or reference in registry.aliases else reference, spec
 
 
 def require_local(registry: Registry, folder: Path | None, reference: str, options: Sequence[str]) -> None:
     """Raise ``ModelFileMissing`` when a model is not on this machine. ``options`` make another command see it, too."""
     name, spec = resolve(registry, folder, reference)
-    if locate(registry.source(spec)) is None:
-        hint = shlex.join(("llamaserve", "pull", reference, *options))
-        raise ModelFileMissing(f"{name} is not on this machine", hint=hint)
+    remedies = Remedies(registry, called(registry, name, reference), tuple(options))
+    remedies.require(registry.source(spec), name)
 
 
 class _Listed(TypedDict):

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from llamaserve.errors import LlamaserveError
-from llamaserve.registry.folder import folder_in_use
-from llamaserve.registry.spec import Registry, find_models_file, load_registry
+from llamaserve.registry.folder import folder_in_use, resolve
+from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.settings import Settings
 
 out = Console()
@@ -68,3 +68,14 @@ def read_registry(settings: Settings) -> Registry:
 def models_folder(settings: Settings) -> Path | None:
     """Return the folder that is searched for models: the one that is set, else ./models if there is one."""
     return folder_in_use(settings.models_dir)
+
+
+def by_name(registry: Registry, folder: Path | None, reference: str) -> tuple[str, ModelSpec]:
+    """Return a model and the name by which other commands know it."""
+    name, spec = resolve(registry, folder, reference)
+    return called(registry, name, reference), spec
+
+
+def called(registry: Registry, name: str, reference: str) -> str:
+    """Return the name by which other commands know a model: that of models.yaml, else what was typed."""
+    return name if reference in registry.models or reference in registry.aliases else reference

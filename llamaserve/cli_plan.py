@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llamaserve.cli_output import models_folder, read_registry, read_settings, say, say_json
+from llamaserve.cli_output import by_name, models_folder, read_registry, read_settings, say, say_json
 from llamaserve.engine.events import Device
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
-from llamaserve.registry.fetching import locate
-from llamaserve.registry.folder import resolve
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockFile
+from llamaserve.registry.remedies import Remedies, told
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
@@ -64,7 +63,7 @@ def plan(
     devices = asyncio.run(_devices())
     budget = memory_budget(settings.memory, settings.gpu_memory)(devices)
     chosen = _chosen(settings, registry, models)
-    planned = [_plan(name, spec, registry, budget, devices) for name, spec in chosen]
+    planned = [_plan(Remedies(registry, name, settings.options), spec, budget, devices) for name, spec in chosen]
     together, left_out = _fitting(planned, budget)
     if as_json:
         say_json(_as_json(planned, together, budget))
@@ -86,19 +85,19 @@ def _chosen(settings: Settings, registry: Registry, references: Sequence[str] | 
     """Return the models named, or all models that generate text and are on this machine."""
     folder = models_folder(settings)
     if references:
-        return [resolve(registry, folder, reference) for reference in references]
+        return [by_name(registry, folder, reference) for reference in references]
     here = models_here(registry, folder, LockFile.beside(registry.path).entries())
     return [(name, spec) for name, spec in here.items() if spec.task == "generation"]
 
 
-def _plan(name: str, spec: ModelSpec, registry: Registry, budget: Footprint, devices: Sequence[Device]) -> _Planned:
-    header = None
+def _plan(remedies: Remedies, spec: ModelSpec, budget: Footprint, devices: Sequence[Device]) -> _Planned:
+    name, registry, header = remedies.name, remedies.registry, None
     try:
-        path = locate(registry.source(spec))
-        if path is None:
-            raise LlamaserveError(f"{name} is not on this machine", hint=shlex.join(("llamaserve", "pull", name)))
-        header = read_header(path)
+        header = read_header(remedies.require(registry.source(spec), name))
         check_loadable(header)
+        for adapter in spec.lora:
+            source = parse_source(adapter.source, registry.path.parent)
+            remedies.require(source, f"the LoRA adapter {adapter.source} of {name}")
         adapters = configured_adapters(name, spec, registry.path.parent)
         for each in adapters:
             check_adapter(read_header(Path(each.path)), header)
@@ -149,7 +148,7 @@ def _print(
         )
     for each in planned:
         if each.error is not None:
-            say(f"\n{each.error.message}")
+            say(f"\n{told(each.error)}")
 
 
 def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:

@@ -226,7 +226,8 @@ def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limi
     ``answer`` returns an answer, and whether the process is spent: then it ends, since its memory is used up. The time
     limit is the parent's business. ``memory_limit`` is the MB of address space of the whole process, Python included.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the socket
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # for the parent, which then closes the socket
     _limit_memory(memory_limit)
     try:
         answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer)

@@ -126,6 +126,12 @@ def test_models_lists_what_was_fetched_by_its_source_alone(desk: Desk) -> None:
     )
 
 
+def test_models_shows_names_with_brackets_as_they_are(desk: Desk) -> None:
+    desk.hub.files["a%5B/b%5D.gguf"] = MODEL  # as it is in an address
+    desk("pull", "hf:o/r/a[/b].gguf")
+    assert "\nhf:o/r/a[/b].gguf" in desk("models")
+
+
 def test_show_counts_adapters_and_says_what_is_wrong_with_one(desk: Desk) -> None:
     (desk.folder / "mine.gguf").write_bytes(MODEL)
     alone = desk.json("show", "mine")["memory"]
@@ -150,7 +156,12 @@ def test_commands_that_are_proposed_see_the_same_models(desk: Desk) -> None:
     findings = desk.json("doctor", "tiny", *options, status=1)["findings"]
     assert any((finding["fix"] or "").endswith(again) for finding in findings)
     assert "fix: llamaserve pull hf:o/r:Q8_0" in desk("verify", "hf:o/r:Q8_0", *options, status=1)
-    assert 'no; "${EDITOR:-nano}" ' in desk("show", "mine", *options)
+    assert f"tiny is not on this machine; {again}" in desk("plan", "little", *options, status=1)
+    assert "hf:o/r:Q8_0 is not on this machine; llamaserve pull hf:o/r:Q8_0" in desk(
+        "plan", "hf:o/r:Q8_0", *options, status=1
+    )
+    assert f"llamaserve rm --yes sub/found {again.partition('tiny ')[2]}" in desk("rm", "sub/found", *options, status=1)
+    assert "no; ${EDITOR:-nano} " in desk("show", "mine", *options)
 
 
 def test_verify_finds_damage_and_names_the_remedy(desk: Desk) -> None:
@@ -279,11 +290,13 @@ def test_a_model_in_parts_is_one_model_for_all_commands(desk: Desk) -> None:
     paths[1].unlink()
     assert f"part 2 of 3 is missing: {paths[1]}" in desk("verify", name, status=1)
     assert f"part 2 of 3 is missing: {paths[1]}" in desk("models")
+    assert f"part 2 of 3 is missing: {paths[1]}" in desk("plan", name, status=1)
     split_gguf(desk.folder / "models/sub/found.gguf", desk.folder / "models/parts", "m", 3)
     assert f"{name}: deleted 3 files" in desk("rm", "-y", name)
 
 
 def test_a_damaged_lock_is_told_with_its_line(desk: Desk) -> None:
     (desk.folder / "models.lock").write_text('{\n"version": 1,\n<<<<<<< HEAD\n')
-    for command in ("pull tiny", "show tiny", "verify tiny", "verify", "models", "plan"):
+    for command in ("pull tiny", "show tiny", "verify tiny", "verify", "models", "models --json", "plan"):
         assert f"{desk.folder}/models.lock:3: this is no JSON" in desk(*command.split(), status=1)
+    assert "\ntiny (default)" in desk("models", status=1)  # what models.yaml has is listed all the same

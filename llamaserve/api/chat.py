@@ -67,7 +67,9 @@ async def chat_prompt(body: ChatRequest, request: Request, services: UsesService
         if model is None and wish.needs_model:
             services.pool.get(None)
         prepared = await _prepared(services, filled, wish)
-        headers = _headers(services, filled, prepared)
+        shortening = "truncation" if filled.truncation else "truncation_length"
+        idle = [filled.called(shortening)] if model is None and filled.shortens else []
+        headers = _headers(services, filled, prepared, idle)
         if filled.shortens and model is not None:
             use = model.use()
             try:
@@ -143,9 +145,11 @@ def _truncated_header(messages: int) -> dict[str, str]:
     return {TRUNCATED_HEADER: f"{messages} messages"} if messages else {}
 
 
-def _headers(services: Services, body: ChatRequest, prepared: Prepared) -> dict[str, str]:
-    """Return the headers that say what has no effect. Raises ``UnsupportedParameter`` if nothing may be without."""
-    idle = [name for place, words in prepared.relaxed.items() for name in _keywords(place, words)]
+def _headers(services: Services, body: ChatRequest, prepared: Prepared, others: Sequence[str] = ()) -> dict[str, str]:
+    """Return the headers that say what has no effect, ``others`` too. Raises ``UnsupportedParameter`` if nothing may be
+    without.
+    """
+    idle = [*others, *(name for place, words in prepared.relaxed.items() for name in _keywords(place, words))]
     if body.changes(ChatRequest).get("reasoning_budget", -1) != -1 and not prepared.thinks:
         idle.append(body.called("reasoning_budget"))
     if idle and body.strict:

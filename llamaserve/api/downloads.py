@@ -15,7 +15,7 @@ from llamaserve.api.access import admin
 from llamaserve.api.fields import ModelName, StrictFields, Text
 from llamaserve.api.services import UsesServices
 from llamaserve.errors import ModelFileMissing, ModelNotFound, from_value
-from llamaserve.registry.deleting import needs
+from llamaserve.registry.deleting import goes_with
 from llamaserve.registry.downloads import LONGEST_REFERENCE, Download, find
 from llamaserve.registry.lock_file import LockFile, lock_path
 from llamaserve.registry.pool import ModelPool
@@ -99,12 +99,10 @@ async def delete_model(body: DeleteRequest, services: UsesServices) -> dict[str,
 
 
 async def _users(pool: ModelPool, spec: ModelSpec, files: Sequence[Path]) -> list[str]:
-    """Return the names of the models that lie in these files of a model's."""
+    """Return the names of the models that are gone when these files of a model's are."""
     models = [(model.name, model.spec) for model in pool.models]
     registry = pool.registry
-    return await asyncio.to_thread(
-        lambda: [name for name, each in models if each.source == spec.source or needs(registry, each, files)]
-    )
+    return await asyncio.to_thread(lambda: [name for name, each in models if goes_with(registry, each, spec, files)])
 
 
 async def _unload(pool: ModelPool, names: Sequence[str]) -> None:

@@ -55,6 +55,11 @@ class Job:
     use: Use | None = None
     stream: GenerationStream | None = None
 
+    @property
+    def answering(self) -> ServedModel:
+        """The model that answers: ``model``, or the one that has replaced it while it was waited for."""
+        return (self.use and self.use.model) or self.model
+
     async def worker(self) -> WorkerProcess:
         """Return the process that answers; the job must be open, or be opened just now."""
         assert self.use is not None
@@ -74,10 +79,12 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         job.place = job.model.admission.enter(job.sequences)
         job.use = job.model.use()
         worker = await job.worker()
-        job.stream = stream = worker.generate(list(await job.prompts()), job.model.limited(job.generation))
+        job.stream = stream = worker.generate(list(await job.prompts()), job.answering.limited(job.generation))
         services.running[job.id] = stream
         accepted = await stream.accepted()
         job.use.keep(job.keep_alive)
+        if job.model.closing:  # and all that was generated has been told so before this came
+            stream.stop()
         job.prompt_tokens = accepted.prompt_tokens
         job.truncated_tokens += accepted.truncated
     except BaseException as error:
@@ -109,10 +116,11 @@ def let_go_when_over(job: Job, stream: GenerationStream) -> None:
 
 def phase(job: Job) -> str:
     """Say in a few words what a client waits for."""
-    if job.model.waits_for_room:
+    model = job.answering
+    if model.waits_for_room:
         return "waiting for other models to make room"
-    if job.model.status is Status.LOADING:
-        return f"loading {job.model.progress:.0%}"
+    if model.status is Status.LOADING:
+        return f"loading {model.progress:.0%}"
     progress = job.stream.progress if job.stream is not None else None
     if progress is None:
         return "working"

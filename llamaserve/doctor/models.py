@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,9 +26,8 @@ from llamaserve.doctor.findings import (
 from llamaserve.doctor.llama import Build, NoAnswer, read_build, read_vocabulary
 from llamaserve.doctor.template_lint import lint
 from llamaserve.engine.events import Device
-from llamaserve.errors import ChecksumMismatch, InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
+from llamaserve.errors import InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
 from llamaserve.registry import folder
-from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
 from llamaserve.registry.fetching import check_sum, locate
@@ -36,10 +35,12 @@ from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
-from llamaserve.registry.lock_file import LockFile
-from llamaserve.registry.remedies import EDITOR, Remedies, caution, told
+from llamaserve.registry.lock_file import LockEntry, LockFile
+from llamaserve.registry.remedies import EDITOR, Files, Remedies, told
 from llamaserve.registry.sources import FileSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
+from llamaserve.registry.split import part_paths
+from llamaserve.registry.verifying import unfit_adapter
 
 _READ_AT_ONCE = 2e9  # bytes of a file whose sum is not known yet; it takes some 10 s
 _PLACE = re.compile(r".+?:(\d+): ")
@@ -71,9 +72,9 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
             return []
 
     lock = LockFile.beside(registry.path)
-    locked: list[str] = []
+    locked: dict[str, LockEntry] = {}
     try:
-        locked += lock.entries()
+        locked |= lock.entries()
     except RegistryError as error:
         yield problem("models.lock", error.message, _at_line(error.message, lock.path))
     found = False
@@ -82,7 +83,7 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
         if isinstance(item, Finding):
             yield item
         else:
-            yield from _model(case, registry, item, devices)
+            yield from _model(case, registry, item, locked, devices)
     if not found:
         name = registry.default_model or next(iter(registry.models), None)
         fix = _remedies(case, registry, name).fetch(registry.source(registry.models[name])) if name else None
@@ -126,7 +127,7 @@ def _named(case: Case, registry: Registry) -> Iterator[_Model | Finding]:
             yield problem(reference, told(error), case.command("models"))
 
 
-def _here(case: Case, registry: Registry, locked: Sequence[str]) -> Iterator[_Model | Finding]:
+def _here(case: Case, registry: Registry, locked: Iterable[str]) -> Iterator[_Model | Finding]:
     """Yield all models whose files are on this machine."""
     place = _models_folder(case)
     try:
@@ -148,31 +149,46 @@ def _models_folder(case: Case) -> Path | None:
 # ---- one model ---------------------------------------------------------------------------------------------------
 
 
-def _model(case: Case, registry: Registry, model: _Model, devices: Callable[[], list[Device]]) -> Iterator[Finding]:
+def _model(
+    case: Case, registry: Registry, model: _Model, locked: Mapping[str, LockEntry], devices: Callable[[], list[Device]]
+) -> Iterator[Finding]:
     source, remedies = registry.source(model.spec), _remedies(case, registry, model.name)
     path = locate(source)
     if path is None:
-        yield problem(model.name, "it is not on this machine", remedies.fetch(source))
+        yield problem(model.name, *remedies.absent(source))
         return
+    files = Files(source, path, locked.get(model.spec.source), model.spec.sha256)
     if not path.name.lower().endswith(".gguf"):
         yield ok(model.name, "its files are here, and are none of llama.cpp's")
-        yield from _sum(case, registry, model, path)
+        yield from _sum(case, remedies, files)
         return
     try:
         header = read_header(path)
         check_loadable(header)
     except LlamaserveError as error:
-        yield problem(model.name, error.message + caution(source), remedies.fetch_again(source))
+        yield _broken(case, remedies, files, error)
         return
     size = gigabytes(path.stat().st_size) if header.split_count == 1 else f"{header.split_count} files"
     yield ok(model.name, f"{header.architecture}, {header.quantisation}, {size}: the file is whole and can be loaded")
-    yield from _sum(case, registry, model, path)
+    yield from _sum(case, remedies, files)
     if model.spec.task == "generation" and not header.is_embedding_model:
-        if unfit := list(_adapters(case, registry, model, header)):
+        if unfit := list(_adapters(remedies, model.spec, header, locked)):
             yield from unfit
         else:
-            yield from _fit(case, registry, model, header, devices)
+            yield from _fit(case, remedies, model.spec, header, devices)
         yield from asyncio.run(_template(case, model, header))
+
+
+def _broken(case: Case, remedies: Remedies, files: Files, error: LlamaserveError) -> Finding:
+    """Say what mends files that cannot be loaded. Their sums tell, which take a while for large files."""
+    if not isinstance(files.source, FileSource) and _takes_long(files.path):
+        return problem(remedies.name, error.message, case.command("verify", remedies.name))
+    return problem(remedies.name, *remedies.mend(files, error))
+
+
+def _takes_long(path: Path) -> bool:
+    """Whether the sums of a model's files are not known yet, and it takes more than some seconds to know them."""
+    return sum(part.stat().st_size for part in part_paths(path) if known_checksum(part) is None) > _READ_AT_ONCE
 
 
 async def _template(case: Case, model: _Model, header: GGUFHeader) -> list[Finding]:
@@ -183,65 +199,50 @@ async def _template(case: Case, model: _Model, header: GGUFHeader) -> list[Findi
     return [msgspec.structs.replace(finding, subject=model.name) for finding in found]
 
 
-def _sum(case: Case, registry: Registry, model: _Model, path: Path) -> Iterator[Finding]:
-    promised = model.spec.sha256
-    if promised is None:
+def _sum(case: Case, remedies: Remedies, files: Files) -> Iterator[Finding]:
+    if files.sha256 is None:
         return
-    if known_checksum(path) is None and path.stat().st_size > _READ_AT_ONCE:
+    if _takes_long(files.path):
         message = "its checksum has not been looked at yet, which takes a while"
-        yield note(model.name, message, case.command("verify", model.name))
+        yield note(remedies.name, message, case.command("verify", remedies.name))
         return
     try:
-        check_sum(path, promised)
-    except ChecksumMismatch as error:
-        source = registry.source(model.spec)
-        tool = ("shasum", "-a", "256") if case.machine.is_mac else ("sha256sum",)
-        own = command(*tool, path) if isinstance(source, FileSource) else None
-        again = _remedies(case, registry, model.name).fetch_again(source)
-        yield problem(model.name, error.message + caution(source), own or again)
-    except RegistryError as error:
-        yield problem(model.name, error.message, f"{EDITOR} {command(registry.path)}")
+        check_sum(files.path, files.sha256)
+    except (LlamaserveError, OSError) as error:
+        yield problem(remedies.name, *remedies.mend(files, error))
     else:
-        yield ok(model.name, "its checksum is that of models.yaml")
+        yield ok(remedies.name, "its checksum is that of models.yaml")
 
 
-def _adapters(case: Case, registry: Registry, model: _Model, header: GGUFHeader) -> Iterator[Finding]:
+def _adapters(
+    remedies: Remedies, spec: ModelSpec, header: GGUFHeader, locked: Mapping[str, LockEntry]
+) -> Iterator[Finding]:
     """Yield what keeps a model from being loaded with its LoRA adapters."""
-    remedies = _remedies(case, registry, model.name)
-    for adapter in model.spec.lora:
-        source = parse_source(adapter.source, registry.path.parent)
+    for adapter in spec.lora:
+        source = parse_source(adapter.source, remedies.registry.path.parent)
         path = locate(source)
         if path is None:
-            message = f"its LoRA adapter {adapter.source} is not on this machine"
-            yield problem(model.name, message, remedies.fetch(source))
+            yield problem(remedies.name, *remedies.absent(source, f"the LoRA adapter {adapter.source}"))
             continue
-        try:
-            its_own = read_header(path)
-        except LlamaserveError as error:
-            yield problem(model.name, error.message + caution(source), remedies.fetch_again(source, adapter=True))
-            continue
-        try:
-            check_adapter(its_own, header)
-        except LlamaserveError as error:
-            yield problem(model.name, told(error), remedies.correct(source))
+        files = Files(source, path, locked.get(adapter.source), adapter=True)
+        if unfit := unfit_adapter(remedies, files, header):
+            yield problem(remedies.name, *unfit)
 
 
 def _fit(
-    case: Case, registry: Registry, model: _Model, header: GGUFHeader, devices: Callable[[], list[Device]]
+    case: Case, remedies: Remedies, spec: ModelSpec, header: GGUFHeader, devices: Callable[[], list[Device]]
 ) -> Iterator[Finding]:
     """Say whether a model fits into the memory that is free now."""
-    gpus = devices()
+    name, registry, gpus = remedies.name, remedies.registry, devices()
     budget = memory_budget(case.settings.memory, case.settings.gpu_memory)(gpus)
     try:
-        adapters = configured_adapters(model.name, model.spec, registry.path.parent)
-        params = load_params(model.spec, header, adapters)
-        plan = plan_load(model.name, header, params, budget, len(gpus), unified=is_unified(gpus))
+        adapters = configured_adapters(name, spec, registry.path.parent)
+        params = load_params(spec, header, adapters)
+        plan = plan_load(name, header, params, budget, len(gpus), unified=is_unified(gpus))
     except InsufficientMemory as error:
-        listed = model.name in registry.models or model.name in registry.aliases
-        fix = f"{EDITOR} {command(registry.path)}" if listed else case.command("models")
-        yield warning(model.name, told(error), fix)
+        yield warning(name, *remedies.unfit(registry.source(spec), error))
         return
     on_gpu = f" and {gigabytes(plan.need.device)} of the GPU's" if plan.need.device else ""
     share = f"{gigabytes(plan.need.host)} of memory{on_gpu}"
     context = plan.params.context
-    yield ok(model.name, f"it takes {share} with {context} tokens of context; {gigabytes(budget.host)} may be used")
+    yield ok(name, f"it takes {share} with {context} tokens of context; {gigabytes(budget.host)} may be used")

@@ -16,6 +16,7 @@ import psutil
 from llamaserve.doctor.case import Case
 from llamaserve.doctor.findings import Finding, command, note, ok, problem, warning
 from llamaserve.doctor.machine import Machine
+from llamaserve.registry.remedies import EDITOR
 
 LOOPBACK = ("127.0.0.1", "::1")
 _ASKING = 1.0  # seconds for what listens on the port to answer
@@ -127,7 +128,7 @@ def _loopback(machine: Machine) -> Iterator[Finding]:
     astray = sorted(each for each in found if not ipaddress.ip_address(each.partition("%")[0]).is_loopback)
     if astray:
         message = f"the name localhost leads to {', '.join(astray)}, which is not this machine's loopback address"
-        yield problem("localhost", message, f'{machine.as_root("")}"${{EDITOR:-nano}}" {_HOSTS}')
+        yield problem("localhost", message, machine.as_root(f"{EDITOR} {_HOSTS}"))
     else:
         yield ok("localhost", f"leads to {' and '.join(sorted(found))}")
 

@@ -32,7 +32,8 @@ _UNHEEDED = re.compile(
     r"(?:.*\.)?(?:attn_[kv]_b|ssm_[fg]_[ab]|ssm_beta|ssm_conv1d(?:_[qkv])?|shortconv\.conv|time_mix_(?:decay_)?[wavg][12])"
     r"\.weight"
 )
-_PIECE = 34 << 19  # bytes of weights that are looked at together: whole ones, or whole blocks, of all types
+# Bytes of weights that are looked at together: whole ones, or whole blocks, of all types. Other threads wait meanwhile.
+_PIECE = 34 << 13
 # Where the highest byte of each weight is, of Q8_0 of each block's scale: the first, and how far it is to the next.
 _HIGHEST = {"F32": (3, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (1, 34)}
 # Highest bytes that are fine: not those of infinities and of what is no number, nor, of the types that have the room,
@@ -193,7 +194,7 @@ def _check_strength(adapter: GGUFHeader, up: TensorInfo) -> None:
 def _check_weights(adapter: GGUFHeader) -> None:
     """Refuse weights that are no numbers: the last layer's norm would make zeros of them, and any answer the same."""
     try:
-        bad = _bad_weights(adapter.path, state_of(adapter.path.stat()))
+        bad = _bad_weights(adapter.path, state_of(adapter.path.stat()), adapter.data_offset, adapter.tensors)
     except OSError as error:
         _refuse(adapter, f"it can't be read: {error.strerror or error}")
     if bad is not None:
@@ -201,14 +202,18 @@ def _check_weights(adapter: GGUFHeader) -> None:
 
 
 @lru_cache(_REMEMBERED)
-def _bad_weights(path: Path, state: State) -> str | None:  # noqa: ARG001  (in another state, it is another file)
+def _bad_weights(
+    path: Path,
+    state: State,  # noqa: ARG001  (in another state, it is another file)
+    data_offset: int,
+    tensors: tuple[TensorInfo, ...],
+) -> str | None:
     """Return the name of a tensor with such weights, if there is one."""
-    header = read_header(path)
     with path.open("rb") as file:
-        for tensor in header.tensors:
+        for tensor in tensors:
             first, step = _HIGHEST[tensor.type_name]
             fine = _FINE_IN_32 if tensor.type_name in ("F32", "BF16") else _FINE_IN_16
-            file.seek(header.data_offset + tensor.offset)
+            file.seek(data_offset + tensor.offset)
             for done in range(0, tensor.size, _PIECE):
                 data = file.read(min(_PIECE, tensor.size - done))
                 if data[first::step].translate(None, fine):

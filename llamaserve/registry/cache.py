@@ -42,6 +42,11 @@ def is_file(path: Path, *, folder: bool = False) -> bool:
         return False
 
 
+def place_of(path: Path) -> Path:
+    """Return where a file lies, links in the way followed; of a link, where that itself lies."""
+    return path.parent.resolve() / path.name
+
+
 _Value = TypeVar("_Value", bound=msgspec.Struct)
 
 
@@ -51,7 +56,6 @@ State = tuple[int, int, int, int]
 class _Stamp(msgspec.Struct, frozen=True):
     """The sum of a file, good as long as its state is the same."""
 
-    path: str
     state: State
     sha256: str
 
@@ -118,8 +122,7 @@ def stamp(path: Path, status: os.stat_result, sha256: str) -> None:
     """Remember a sum, under the file's state before it was read: a change meanwhile makes the stamp worthless. It is
     known under every name that leads to the file.
     """
-    name = str(path.resolve())
-    remember("checksums", name, _Stamp(name, state_of(status), sha256))
+    remember("checksums", str(path.resolve()), _Stamp(state_of(status), sha256))
 
 
 def mismatch(what: object, expected: str, actual: str) -> errors.ChecksumMismatch:

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import shlex
 import stat
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from llamaserve import errors
 from llamaserve.registry import hub, wheels
-from llamaserve.registry.cache import cache_folder
+from llamaserve.registry.cache import cache_folder, place_of
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.sources import FileSource, HubSource, Source, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
 
-_VERSIONS: Final = 100  # of one file in huggingface_hub's cache; a bound for a loop that ends long before
 _LEFT: Final = (errors.InvalidRequest, errors.ModelFileMissing)  # what is said of an adapter that stays
 
 
@@ -35,8 +34,8 @@ class Deleted:
 
 
 def deletable(source: Source, folder: Path | None) -> tuple[Path, ...]:
-    """Return the files that ``delete`` would delete first, what is here of a cut download too. ``folder`` is the models
-    folder.
+    """Return the files that ``delete`` would delete: of all versions that this source may stand for, and what is here
+    of a cut download. ``folder`` is the models folder.
 
     Raises ``ModelFileMissing`` when there is none, ``InvalidRequest`` when they are not ours to delete or just being
     fetched, and ``SourceError`` when the system refuses.
@@ -69,89 +68,87 @@ def deletable(source: Source, folder: Path | None) -> tuple[Path, ...]:
 
 
 def deletable_with_adapters(registry: Registry, spec: ModelSpec, folder: Path | None) -> tuple[Path, ...]:
-    """Return the files that ``delete_model`` would delete first. Raises as ``deletable`` does for the model's own."""
+    """Return the files that ``delete_model`` would delete. Raises as ``deletable`` does for the model's own."""
     files = deletable(registry.source(spec), folder)
-    for source in _own_adapters(registry, spec):
+    for source in _own_adapters(registry, spec, files):
         with contextlib.suppress(*_LEFT):
             files += deletable(source, folder)
     return tuple(dict.fromkeys(files))
 
 
-def needs(registry: Registry, spec: ModelSpec, files: Iterable[Path]) -> bool:
-    """Whether a model lies in one of these files, whatever its source is called."""
-    try:
-        path = locate(registry.source(spec))
-    except errors.LlamaserveError:
-        return False
-    places = {_place(file) for file in files}
-    return path is not None and any(_place(part) in places for part in part_paths(path))
+def goes_with(registry: Registry, other: ModelSpec, spec: ModelSpec, files: Sequence[Path]) -> bool:
+    """Whether another model is gone when these files of a model's are, whatever its source is called."""
+    if other.source == spec.source:
+        return True
+    path = locate(registry.source(other))
+    places = {place_of(file) for file in files}
+    return path is not None and any(place_of(part) in places for part in part_paths(path))
 
 
 def delete(source: Source, folder: Path | None) -> Deleted:
     """Delete all files of a source. Raises as ``deletable`` does."""
-    files: list[Path] = []
-    freed = 0
+    files = deletable(source, folder)
     try:
-        for _ in range(_VERSIONS):
-            paths = deletable(source, folder)
-            freed += _delete(source, paths)
-            files += paths
-            if locate(source) is None:  # huggingface_hub's cache may hold an older version
-                break
+        return Deleted(files, _delete(source, files))
     except OSError as error:
         raise _refused(source, error) from error
-    return Deleted(tuple(files), freed)
 
 
 def delete_model(registry: Registry, spec: ModelSpec, folder: Path | None) -> Deleted:
-    """Delete a model's files, and those adapters that were fetched for it alone.
+    """Delete a model's files, and those adapters that only models need which go with it.
 
-    Raises as ``delete`` does for the model's own.
+    Raises as ``delete`` does for the model's own, and ``SourceError`` for an adapter, too. The model is deleted last:
+    after an error it can be tried again.
     """
-    adapters = _own_adapters(registry, spec)
-    deleted = delete(registry.source(spec), folder)
-    files, freed = deleted.files, deleted.freed
-    for source in adapters:
+    source = registry.source(spec)
+    files = deletable(source, folder)
+    adapters: tuple[Path, ...] = ()
+    freed = 0
+    for adapter in _own_adapters(registry, spec, files):
         with contextlib.suppress(*_LEFT):
-            more = delete(source, folder)
-            files, freed = files + more.files, freed + more.freed
-    return Deleted(files, freed)
+            more = delete(adapter, folder)
+            adapters, freed = adapters + more.files, freed + more.freed
+    deleted = delete(source, folder)
+    return Deleted(deleted.files + adapters, deleted.freed + freed)
 
 
-def _own_adapters(registry: Registry, spec: ModelSpec) -> list[Source]:
-    """Return where the adapters of a model were fetched from that nothing else in models.yaml needs, whatever it is
-    called there. A user's own file is not the model's.
+def _own_adapters(registry: Registry, spec: ModelSpec, files: Sequence[Path]) -> list[Source]:
+    """Return where the adapters of a model, and of those that go with its files, were fetched from that nothing else in
+    models.yaml needs, whatever it is called there. A user's own file is not the model's.
     """
+    models = registry.models.values()
+    if not any(each.lora for each in (spec, *models)):
+        return []
     base = registry.path.parent
-    others = [other for other in registry.models.values() if other.source != spec.source]
+    gone: list[ModelSpec] = [spec]
+    others: list[ModelSpec] = []
+    for each in models:
+        (gone if goes_with(registry, each, spec, files) else others).append(each)
     texts = [text for other in others for text in (other.source, *(each.source for each in other.lora))]
     needed = {parse_source(text, base) for text in texts}
-    places = {_place(file) for source in needed for file in _files(source)}
-    own = dict.fromkeys(parse_source(each.source, base) for each in spec.lora)
+    places = {place_of(file) for source in needed for file in _files(source)}
+    own = dict.fromkeys(parse_source(adapter.source, base) for each in gone for adapter in each.lora)
     return [
         source
         for source in own
         if not isinstance(source, FileSource)
         and source not in needed
-        and places.isdisjoint(_place(file) for file in _files(source))
+        and places.isdisjoint(place_of(file) for file in _files(source))
     ]
 
 
 def _files(source: Source) -> tuple[Path, ...]:
-    """Return what is here of a source: a model's files, and those of cut downloads."""
+    """Return what is here of a source: a model's files in all versions, and those of cut downloads."""
+    if isinstance(source, HubSource):
+        files = [part for path in hub.cached_versions(source) for part in part_paths(path)]
+        return (*files, *hub.cut_downloads(source))
     path = locate(source)
-    files = () if path is None else part_paths(path)
-    return files + hub.cut_downloads(source) if isinstance(source, HubSource) else files
+    return () if path is None else part_paths(path)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file's own place, links in the way followed, is in a folder."""
-    return _place(path).is_relative_to(folder.resolve())
-
-
-def _place(path: Path) -> Path:
-    """Return where a file lies, links in the way followed; of a link, where that itself lies."""
-    return path.parent.resolve() / path.name
+    return place_of(path).is_relative_to(folder.resolve())
 
 
 def _require_idle(source: Source, files: tuple[Path, ...]) -> None:

@@ -154,7 +154,7 @@ class Downloads:
     async def deletable(
         self, registry: Registry, spec: ModelSpec, folder: Path | None, *, param: str = "model_name"
     ) -> tuple[Path, ...]:
-        """Return the files that ``delete`` would delete first, and raise as it does."""
+        """Return the files that ``delete`` would delete, and raise as it does."""
         if any(each.source == spec.source and each.state is State.RUNNING for each in self._downloads.values()):
             raise errors.InvalidRequest(f"{spec.source} is being fetched; cancel that first", param=param)
         return await _named_place(param, partial(deleting.deletable_with_adapters, registry, spec, folder))

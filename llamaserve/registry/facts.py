@@ -1,6 +1,6 @@
 """Everything that is known of a model without loading it, as plain values for a person or a script.
 
-This module reads files and headers, and asks no network. It knows nothing of running servers.
+This module reads headers, and of adapters all weights, and asks no network. It knows nothing of running servers.
 """
 
 from __future__ import annotations

@@ -115,8 +115,13 @@ def resolve(registry: Registry, folder: Path | None, reference: str) -> tuple[st
     if folder is not None and reference not in registry.models and reference not in registry.aliases:
         found = named(folder, reference)
         if found is not None:
-            return found.name, ModelSpec(source=found.source, **registry.defaults.model_dump(exclude={"model"}))
+            return found.name, registry.by_defaults(found.source)
     return registry.resolve_reference(reference)
+
+
+def is_something_else(path: Path) -> bool:
+    """Whether a file says of itself that it is no model, but an adapter or the like."""
+    return _facts(path).other is not None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -80,18 +80,23 @@ def cached_file(source: HubSource) -> Path | None:
     """Return the (first) file of a source if it is here with all its parts: the version that was fetched for this very
     source, else the one that huggingface_hub's cache has for its revision.
     """
+    return next(iter(cached_versions(source)), None)
+
+
+def cached_versions(source: HubSource) -> list[Path]:
+    """Return the (first) file of every version that ``cached_file`` would find in turn, were the others deleted."""
     choice = recall("choices", str(source), _Choice)
+    chosen = None
     if choice is not None and choice.revision is not None:
-        path = _cached(replace(source, revision=choice.revision), choice.file)
-        if path is not None:
-            return path
+        chosen = _cached(replace(source, revision=choice.revision), choice.file)
     file = source.file or (choice.file if choice else None)
     if file is None and source.quant is not None:  # fetched by another program; a bare name is not enough to pick one
         snapshot = _folder(source.repo) / "snapshots" / _known_commit(source)
         there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if is_file(path)]
         with contextlib.suppress(errors.SourceError):
             file = pick(there, source)
-    return None if file is None else _cached(source, file)
+    known = None if file is None else _cached(source, file)
+    return list(dict.fromkeys(path for path in (chosen, known) if path is not None))
 
 
 def _cached(source: HubSource, file: str) -> Path | None:
@@ -363,7 +368,7 @@ def cut_downloads(source: HubSource) -> tuple[Path, ...]:
 
 
 def delete_files(paths: Sequence[Path]) -> int:
-    """Delete files of the cache that are of one commit, and cut downloads; return the bytes that this freed. What
+    """Delete files of the cache that are of one repository, and cut downloads; return the bytes that this freed. What
     another commit or another name needs, too, stays; nothing outside the repository's folder is touched.
 
     Raises ``InvalidRequest`` while one of them is being fetched.
@@ -383,21 +388,20 @@ def require_idle(paths: Sequence[Path]) -> None:
 
 
 def _delete_part(part: Path) -> int:
-    with (
-        lock(f"hub {_blob(part)}", refuse_to_wait),
-        contextlib.suppress(FileNotFoundError),
-    ):  # it was fetched to the end
-        size = part.stat().st_size
-        part.unlink()
-        return size
-    return 0
+    with lock(f"hub {_blob(part)}", refuse_to_wait):
+        try:
+            size = part.stat().st_size
+            part.unlink()
+        except FileNotFoundError:  # it was fetched to the end
+            return 0
+    return size
 
 
 def _delete_whole(paths: Sequence[Path]) -> int:
-    place = origin(paths[0])
-    if place is None or place.revision is None:
+    places = [place for place in map(origin, paths) if place is not None and place.revision is not None]
+    if len(places) < len(paths):
         raise errors.SourceError(f"{paths[0]} is not in huggingface_hub's cache {cache_root()}")
-    folder = _folder(place.repo)
+    folder = _folder(places[0].repo)
     snapshots = folder / "snapshots"
     kept = {path.resolve() for path in snapshots.rglob("*") if path not in paths and path.is_symlink()}
     blobs = {path.resolve() for path in paths} - kept
@@ -409,7 +413,8 @@ def _delete_whole(paths: Sequence[Path]) -> int:
         if blob.parent == (folder / "blobs").resolve():
             freed += blob.stat().st_size
             blob.unlink()
-    _forget_if_empty(folder, place.revision)
+    for commit in {place.revision for place in places if place.revision is not None}:
+        _forget_if_empty(folder, commit)
     return freed
 
 
@@ -427,8 +432,9 @@ def _forget_if_empty(folder: Path, commit: str) -> None:
     if snapshot.exists():
         return
     for name in (folder / "refs").rglob("*"):
-        if name.is_file() and name.read_text("utf-8", "replace").strip() == commit:
-            name.unlink()
+        with contextlib.suppress(OSError):  # a name that cannot be read stays
+            if name.is_file() and name.read_text("utf-8", "replace").strip() == commit:
+                name.unlink()
 
 
 def _hub_files(source: HubSource) -> list[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from llamaserve.errors import LlamaserveError
+from llamaserve.registry.cache import place_of
 from llamaserve.registry.fetching import locate
-from llamaserve.registry.folder import scan
+from llamaserve.registry.folder import is_something_else, scan
 from llamaserve.registry.spec import ModelSpec, Registry
 
 
@@ -21,34 +21,39 @@ def models_here(registry: Registry, folder: Path | None, locked: Iterable[str]) 
     Raises ``RegistryError`` as ``folder.scan`` does.
     """
     specs = {name: spec for name, spec in registry.models.items() if is_here(registry, spec)}
-    files = {locate(registry.source(spec)) for spec in specs.values()}
     specs |= fetched(registry, locked)
+    places = _places(registry, specs.values())
     for model in scan(folder) if folder is not None else ():
         hidden = model.name in registry.models or model.name in registry.aliases
-        if not hidden and model.path not in files:
-            specs[model.name] = _by_defaults(registry, model.source)
+        if not hidden and place_of(model.path) not in places:
+            specs[model.name] = registry.by_defaults(model.source)
     return specs
 
 
 def fetched(registry: Registry, locked: Iterable[str]) -> dict[str, ModelSpec]:
-    """Return the models on this machine that were fetched by their source alone, which is their name; adapters of
-    models.yaml's models are none.
+    """Return the models on this machine that were fetched by their source alone, which is their name: no files that
+    models.yaml has by another name, no adapters, and each file once.
     """
-    known = {spec.source for spec in registry.models.values()}
-    known |= {adapter.source for spec in registry.models.values() for adapter in spec.lora}
-    sources = [text for text in locked if text.startswith(("hf:", "pypi:")) and text not in known]
-    specs = {text: _by_defaults(registry, text) for text in sources}
-    return {text: spec for text, spec in specs.items() if is_here(registry, spec)}
+    places = _places(registry, registry.models.values())
+    known = {adapter.source for spec in registry.models.values() for adapter in spec.lora}
+    specs: dict[str, ModelSpec] = {}
+    for text in locked:
+        if not text.startswith(("hf:", "pypi:")) or text in known:
+            continue
+        spec = registry.by_defaults(text)
+        path = locate(registry.source(spec))
+        if path is not None and place_of(path) not in places and not is_something_else(path):
+            specs[text] = spec
+            places.add(place_of(path))
+    return specs
 
 
 def is_here(registry: Registry, spec: ModelSpec) -> bool:
     """Whether a model's files are all on this machine."""
-    try:
-        return locate(registry.source(spec)) is not None
-    except LlamaserveError:
-        return False
+    return locate(registry.source(spec)) is not None
 
 
-def _by_defaults(registry: Registry, source: str) -> ModelSpec:
-    """Return a model that runs as the defaults of models.yaml say."""
-    return ModelSpec(source=source, **registry.defaults.model_dump(exclude={"model"}))
+def _places(registry: Registry, specs: Iterable[ModelSpec]) -> set[Path]:
+    """Return where the (first) files of models lie, of those that are here."""
+    paths = [locate(registry.source(spec)) for spec in specs]
+    return {place_of(path) for path in paths if path is not None}

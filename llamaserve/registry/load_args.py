@@ -1,8 +1,9 @@
 """What clients say of how a model shall be loaded, as the options of models.yaml.
 
 The ``args`` of ``POST /v1/internal/model/load`` come in the words of text-generation-webui, older and newer, in those
-of llama-cpp-python, which both pass on, and in our own. Each word is a key of a table here. A value of 0, where that
-means "automatic", leaves to a model what models.yaml says. Source: seed-api.md 6.10, read as facts.
+of llama-cpp-python, which both pass on, and in our own. Each word is a key of a table here. A 0 that means "automatic"
+leaves the context and rope to models.yaml; everything else is then decided at the load, whatever models.yaml says.
+Source: seed-api.md 6.10, read as facts.
 
 Pure translation: this module loads nothing, and knows neither files nor memory.
 """

@@ -216,7 +216,7 @@ def _problems(source: str, entry: LockEntry) -> list[tuple[str, str]]:
         found.append((f"{entry.revision!r} is no commit", entry.revision))
     if entry.template is not None and not _is_sum(entry.template):
         found.append((f"{entry.template!r} is no SHA-256 sum", entry.template))
-    if source.startswith("hf:") and entry.files:
+    if source.startswith(("hf:", "pypi:")) and entry.files:
         try:
             parsed = parse_source(source, Path("/"))
             parse_source(str(pinned(parsed, entry)), Path("/"))

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError, ModelNotFound, ModelNotLoaded, RegistryError
-from llamaserve.registry.folder import FoundModel, resolve, scan
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.folder import FoundModel, is_something_else, resolve, scan
 from llamaserve.registry.load_args import apply
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.model_events import ModelEvents
@@ -69,7 +70,7 @@ class ModelPool:
         facilities = Facilities(Residency(Footprint()), self.events, self._spares, saved, self._learn_of_hardware)
         self._facilities = facilities
         self._named = dict(resolve(registry, folder, reference) for reference in references)
-        self._coming = list(self._named)  # those that are still to be loaded at the start
+        self._coming = set(self._named)  # those that are loaded at the start, unless they are unloaded before
         self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -79,7 +80,7 @@ class ModelPool:
         self._reloading = asyncio.Lock()
         self._commands: dict[str, asyncio.Lock] = {}  # of loads and unloads by command, for each name
         self._found: list[FoundModel] = []
-        self._locked: list[str] = []  # the sources of models.lock
+        self._locked: list[str] = []  # the models of models.lock, by source
         self._current = next(iter(self._named), None)
         self._reject(self._read_lock())
         self._take_over(self._look_into_folder())
@@ -225,7 +226,7 @@ class ModelPool:
         theirs.
         """
         names = list(self._models) if name is None else [self.get(name).name]
-        self._coming = [each for each in self._coming if each not in names]
+        self._coming.difference_update(names)
         if self._current in names:
             self._current = None
         await asyncio.gather(*map(self._unload, names))
@@ -308,14 +309,13 @@ class ModelPool:
         """
         specs = {**self._named, **self.registry.models}
         aliases = dict(self.registry.aliases)
-        options = self.registry.defaults.model_dump(exclude={"model"})
         for each in found:
             if each.error is None and each.name not in specs and each.name not in aliases:
-                specs[each.name] = ModelSpec(source=each.source, **options)
+                specs[each.name] = self.registry.by_defaults(each.source)
         named = {spec.source for spec in specs.values()}
         for source in pulled:
             if str(source) not in named and source.name not in specs and source.name not in aliases:
-                specs[source.name] = ModelSpec(source=str(source), **options)
+                specs[source.name] = self.registry.by_defaults(str(source))
         for each in found:
             short = each.name.removesuffix(".gguf")
             if each.name in specs and short not in specs and short not in aliases:
@@ -330,19 +330,24 @@ class ModelPool:
         return self._found
 
     def _read_lock(self) -> RegistryError | None:
-        """Read which sources models.lock has, or return why they are those that it had before."""
+        """Read which models models.lock has, or return why they are those that it had before."""
         try:
-            self._locked = list(LockFile.beside(self.registry.path).entries())
+            entries = LockFile.beside(self.registry.path).entries()
         except RegistryError as error:
             return error
+        self._locked = [text for text in entries if text.startswith("hf:") and self._may_be_model(text)]
         return None
+
+    def _may_be_model(self, source: str) -> bool:
+        path = locate(parse_source(source, self.registry.path.parent))
+        return path is None or not is_something_else(path)
 
     def _pulled(self) -> list[Source]:
         """Return the models that have been fetched without being in models.yaml: sources in models.lock."""
         specs = self.registry.models.values()
         listed = {spec.source for spec in specs} | {adapter.source for spec in specs for adapter in spec.lora}
         base = self.registry.path.parent
-        return [parse_source(text, base) for text in self._locked if text.startswith("hf:") and text not in listed]
+        return [parse_source(text, base) for text in self._locked if text not in listed]
 
     def _all_here(self, models: Sequence[ServedModel]) -> set[str]:
         return {model.name for model in models if model.file.is_here}
@@ -372,18 +377,18 @@ class ModelPool:
     async def _preload(self) -> None:
         if self._facilities.saved is not None:  # what a server that was killed has left behind
             await asyncio.to_thread(self._facilities.saved.prune)
-        first = self._coming[:1]
-        while self._coming:
-            model = self._models.get(name := self._coming.pop(0))
-            if model is None:
-                continue
+        for place, name in enumerate(self._named):
+            model = self._models.get(name)
             try:
-                if name in first or await model.has_room():
+                room = model is not None and (place == 0 or await model.has_room())
+                if model is None or name not in self._coming:
+                    continue
+                if room:
                     await self._bring(model)
                 else:
-                    logger.warning("there is no room for %s beside the others; it is loaded on demand", model.name)
+                    logger.warning("there is no room for %s beside the others; it is loaded on demand", name)
             except LlamaserveError as error:
-                self._failures[model.name] = error
+                self._failures[name] = error
         self._spares.keep = len(self.models) > 1
 
     async def aclose(self) -> None:

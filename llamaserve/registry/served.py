@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
-from llamaserve.errors import LlamaserveError, Unavailable
+from llamaserve.errors import LlamaserveError, ModelError, Unavailable
 from llamaserve.registry.admission import Admission
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, context_of
@@ -43,7 +43,7 @@ _ANSWERS_LIMIT = 3.0  # seconds for answers to come to their end when the server
 
 class Facilities:
     """What all models of a server share. ``ready`` tells what GPUs there are; the budget is known from then on.
-    ``alive`` are the models that are in memory, or on their way in or out.
+    ``alive`` are the models that are in memory or on their way in or out, and some that could not be loaded.
     """
 
     def __init__(
@@ -96,6 +96,11 @@ class Use:
                 self._model = replaced.successor
                 self._model.hold()
         return self._worker
+
+    @property
+    def model(self) -> ServedModel | None:
+        """The model that is held; another one than at first if that was replaced."""
+        return self._model
 
     def keep(self, seconds: float | None) -> None:
         """Say how long the model is kept after it: so many seconds, -1 for ever, None as its settings say. Nothing but
@@ -310,7 +315,15 @@ class ServedModel:
                 await self._settled()
             if (worker := self.live_worker) is not None and self._leaving is None:
                 await self._give(worker, checked)
-            self._given = None if checked == self._configured else checked
+            self._given = None if checked == await asyncio.to_thread(self._found) else checked
+
+    def _found(self) -> tuple[Adapter, ...] | None:
+        """Return the adapters of its settings, or None if one of them can't be used."""
+        try:
+            self._configured = self._configured or tuple(self.file.adapters())
+        except ModelError:
+            return None
+        return self._configured
 
     async def _give(self, worker: WorkerProcess, adapters: Sequence[Adapter]) -> None:
         """Have its process load adapters, once there is room for them. It stays in memory meanwhile."""
@@ -511,17 +524,23 @@ class ServedModel:
         try:
             if worker is not None:
                 self._facilities.events.publish("unloading", self.name, **facts)
-                if not self._active:  # else it has not heard that it is to end its answers, and would not hear of this
+                if not self._active:  # else it does not hear that it is to end its answers, and would not hear of this
                     await self._save(worker)
         finally:
-            await self._supervisor.aclose()
-            if here:
-                logger.info("%s is unloaded (%s)", self.name, reason)
-                self._facilities.events.publish("unloaded", self.name, **facts)
-            self._leaving = self._departure = None
-            self._keep_alive = self.spec.keep_alive
-            self._forget()
-            self._gone.set()
+            try:
+                await self._supervisor.aclose()
+            finally:
+                self._left(here=here, **facts)
+
+    def _left(self, *, here: bool, **facts: object) -> None:
+        """Take note that it has left; ``here``: that it was in memory or on its way there."""
+        if here:
+            logger.info("%s is unloaded (%s)", self.name, facts["reason"])
+            self._facilities.events.publish("unloaded", self.name, **facts)
+        self._leaving = self._departure = None
+        self._keep_alive = self.spec.keep_alive
+        self._forget()
+        self._gone.set()
 
     async def _save(self, worker: WorkerProcess) -> None:
         saved, plan = self._facilities.saved, self.plan
@@ -539,6 +558,7 @@ class ServedModel:
     async def _prepare(self) -> LoadParams:
         """Check the file anew, since it may have changed since the last load, and wait for room."""
         facilities = self._facilities
+        facilities.alive.add(self)  # again, if the end of its last process was noticed only after a request had come
         devices = await facilities.devices()
         facilities.events.publish("loading", self.name)
         self.plan = plan = await asyncio.to_thread(self._plan, facilities.residency.budget, devices)

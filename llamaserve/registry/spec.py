@@ -262,8 +262,11 @@ class Registry:
             fetching.fetch(source)  # downloads nothing: a file is there, or is missing
         else:
             return self.resolve(text)
-        options = self.defaults.model_dump(exclude={"model"})
-        return self._free_name(source.name), ModelSpec(source=str(source), **options)
+        return self._free_name(source.name), self.by_defaults(str(source))
+
+    def by_defaults(self, source: str) -> ModelSpec:
+        """Return a model that models.yaml does not list, which runs as its defaults say."""
+        return ModelSpec(source=source, **self.defaults.model_dump(exclude={"model"}))
 
     def source(self, spec: ModelSpec) -> sources.Source:
         """Return where a model's weights are; relative paths start at the folder of models.yaml."""

@@ -6,6 +6,7 @@ Nothing is fetched, changed or loaded. This module knows files and promises, and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -14,12 +15,12 @@ from llamaserve import errors
 from llamaserve.registry import hub
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.cache import checksum
-from llamaserve.registry.fetching import check_sum, locate, missing
+from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.pulling import differences, template_sum
-from llamaserve.registry.remedies import Remedies, caution, command, make_readable, told
+from llamaserve.registry.remedies import Advice, Files, Remedies
 from llamaserve.registry.sources import FileSource, Source, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
@@ -39,93 +40,82 @@ def verify_model(
     """Return what is wrong with a model and its adapters. ``options`` are the words that make other commands see the
     same models. Raises ``RegistryError`` for a damaged models.lock.
     """
-    verification = _Verification(registry, name, lock, options)
-    source = registry.source(spec)
-    found = list(verification.files(source, spec.source, spec.sha256))
+    base = registry.path.parent
+    verification = _Verification(Remedies(registry, name, options), spec, lock)
+    found = list(verification.files(registry.source(spec), spec.source, spec.sha256))
     header = None
     if not found:
-        try:
-            header = _loadable(source)
-        except errors.LlamaserveError as error:
-            found.append(verification.unloadable(source, error))
+        header, fault = verification.header(registry.source(spec))
+        found += fault
     for adapter in spec.lora:
-        found += verification.adapter(adapter.source, header)
-    return found
+        found += verification.adapter(parse_source(adapter.source, base), adapter.source, header)
+    return [Finding(name, *advice) for advice in found]
 
 
-def _loadable(source: Source) -> GGUFHeader | None:
-    """Return the header of a file that llama.cpp can load; None for one that is not for it."""
-    path = locate(source)
-    if path is None or not path.name.lower().endswith(".gguf"):
-        return None
-    header = read_header(path)
-    check_loadable(header)
-    return header
+def unfit_adapter(remedies: Remedies, files: Files, model: GGUFHeader) -> Advice | None:
+    """Return what keeps a model from being loaded with an adapter that is here; None if nothing does."""
+    try:
+        adapter = read_header(files.path)
+    except errors.LlamaserveError as error:
+        return remedies.mend(files, error)
+    try:
+        check_adapter(adapter, model)
+    except errors.LlamaserveError as error:
+        return remedies.unfit(files.source, error)
+    return None
 
 
+@dataclass(frozen=True)
 class _Verification:
     """What is looked at for one model, file by file."""
 
-    def __init__(self, registry: Registry, name: str, lock: LockFile, options: tuple[str, ...]) -> None:
-        self._base = registry.path.parent
-        self._name = name
-        self._lock = lock
-        self._remedies = Remedies(registry, name, options)
+    remedies: Remedies
+    spec: ModelSpec
+    lock: LockFile
 
-    def files(self, source: Source, text: str, sha256: str | None, *, adapter: bool = False) -> Iterator[Finding]:
+    def files(self, source: Source, text: str, sha256: str | None, *, adapter: bool = False) -> Iterator[Advice]:
         """Compare the files of a source with all that was promised for them. ``text`` is what models.yaml calls it."""
-        path, entry = locate(source), self._lock.get(text)
+        path, entry = locate(source), self.lock.get(text)
         if path is None:
-            yield self._absent(source, f"the LoRA adapter {text}" if adapter else "it")
+            yield self.remedies.absent(source, f"the LoRA adapter {text}" if adapter else "it")
             return
-        again = self._remedies.fetch_again(source, adapter=adapter)
+        files = Files(source, path, entry, sha256, adapter)
         try:
             for what in _broken_promises(path):
-                yield self._finding(what + caution(source), again)
+                yield self.remedies.replace(files, what)
             if entry is not None:
-                fix = self._remedies.accept() if isinstance(source, FileSource) else again
+                own = isinstance(source, FileSource)
                 for what in differences(entry, path):
-                    yield self._finding(what + caution(source), fix)
+                    yield self.remedies.accept(self.spec, what) if own else self.remedies.replace(files, what)
             check_sum(path, sha256)
             if entry is not None and (other := _other_template(entry, path)):
-                yield self._finding(other, self._remedies.accept())
-        except errors.ChecksumMismatch as error:
-            own = isinstance(source, FileSource)
-            yield self._finding(error.message + caution(source), self._remedies.correct(source) if own else again)
-        except errors.RegistryError as error:
-            yield self._finding(told(error), self._remedies.correct(source))
+                yield self.remedies.accept(self.spec, other)
+        except (errors.LlamaserveError, OSError) as error:
+            yield self.remedies.mend(files, error)
+
+    def header(self, source: Source) -> tuple[GGUFHeader | None, list[Advice]]:
+        """Return the header of a file that llama.cpp can load, None for one that is not for it, or what is wrong."""
+        path = locate(source)
+        if path is None or not path.name.lower().endswith(".gguf"):
+            return None, []
+        try:
+            header = read_header(path)
+            check_loadable(header)
         except errors.LlamaserveError as error:
-            yield self._finding(error.message + caution(source), again)
-        except OSError as error:
-            may_not = isinstance(error, PermissionError)
-            fix = make_readable(path) if may_not else command("ls", "-l", path)
-            yield self._finding(f"{path} cannot be read: {error.strerror or error}", fix)
+            files = Files(source, path, self.lock.get(self.spec.source), self.spec.sha256)
+            return None, [self.remedies.mend(files, error)]
+        return header, []
 
-    def unloadable(self, source: Source, error: errors.LlamaserveError) -> Finding:
-        """Return the finding for a file that is the promised one, and still none for llama.cpp."""
-        if isinstance(source, FileSource):
-            return self._finding(error.message, self._remedies.fetch_again(source))
-        return self._finding(told(error), self._remedies.correct(source))
-
-    def adapter(self, text: str, model: GGUFHeader | None) -> Iterator[Finding]:
+    def adapter(self, source: Source, text: str, model: GGUFHeader | None) -> Iterator[Advice]:
         """Compare an adapter with what was promised, and with the model if that is good."""
-        source = parse_source(text, self._base)
         found = list(self.files(source, text, None, adapter=True))
         yield from found
         path = locate(source)
         if found or path is None or model is None:
             return
-        try:
-            check_adapter(read_header(path), model)
-        except errors.LlamaserveError as error:
-            yield self._finding(told(error), self._remedies.correct(source))
-
-    def _absent(self, source: Source, subject: str) -> Finding:
-        what = told(missing(source)) if isinstance(source, FileSource) else f"{subject} is not on this machine"
-        return self._finding(what, self._remedies.fetch(source))
-
-    def _finding(self, what: str, fix: str) -> Finding:
-        return Finding(self._name, what, fix)
+        unfit = unfit_adapter(self.remedies, Files(source, path, self.lock.get(text), adapter=True), model)
+        if unfit is not None:
+            yield unfit
 
 
 def _broken_promises(path: Path) -> Iterator[str]:

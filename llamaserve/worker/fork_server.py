@@ -73,6 +73,8 @@ class ForkServer:
         except BaseException as error:
             channel.close()
             standard_error.close()
+            if isinstance(error, TimeoutError) and self._program is not None and self._program.returncode is None:
+                self._program.kill()
             if isinstance(error, ConnectionError | TimeoutError):
                 raise EngineCrashed(_GONE) from error
             raise
@@ -161,5 +163,6 @@ async def _execute(control: int) -> asyncio.subprocess.Process:
         pass_fds=(control,),
         stdin=DEVNULL,
         stdout=DEVNULL,
+        stderr=None if sys.stderr is not None else DEVNULL,  # it may be closed
         env=ENVIRONMENT | dict(os.environ),
     )

@@ -23,6 +23,7 @@ from llamaserve.worker import host
 from llamaserve.worker.fork_server import NUMBER
 
 _DESCRIPTORS = 3  # that come with each command: the fork's link, its standard error, its channel
+_STANDARD_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -72,7 +73,7 @@ class _ForkServer:
         if pid == 0:
             channel.close()
             self._leave()
-            os.dup2(standard_error, sys.stderr.fileno())
+            os.dup2(standard_error, _STANDARD_ERROR)
             os.close(standard_error)
             _end_with(parent)
             return socket.socket(fileno=link)
@@ -137,8 +138,8 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Be the fork server, or in a forked process serve its link. Ctrl-C is the API process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Be the fork server, or in a forked process serve its link."""
+    host.heed_no_signals()
     gc.collect()
     gc.freeze()  # a collection in a fork would write to, and so copy, what all of them share
     if (link := _ForkServer(socket.socket(fileno=int(sys.argv[1]))).serve()) is not None:

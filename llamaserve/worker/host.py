@@ -264,9 +264,17 @@ def serve(link: socket.socket) -> None:
         Host(FrameSocket(link)).run()
 
 
+def heed_no_signals() -> None:
+    """Leave signals that come to all processes together, such as from a terminal or a service manager, to the API
+    process: it ends us by closing the socket, once answers have come to their end.
+    """
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+
+
 def main() -> None:
-    """Serve over the inherited socket. Ctrl-C is the API process's business: it ends us by closing the socket."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Serve over the inherited socket."""
+    heed_no_signals()
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 

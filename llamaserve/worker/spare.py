@@ -124,7 +124,7 @@ class Spares:
             try:
                 if self._child is None:
                     await self._begin()
-            except OSError as error:
+            except (OSError, EngineCrashed) as error:
                 logger.error("no %s can be started: %s", _NAME, error)
                 self._deaths += 1
         self._coming = None

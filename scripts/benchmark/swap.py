@@ -127,15 +127,15 @@ def _swapping(name: str, settings: dict[str, Any], folder: Path, saved: str) -> 
 
 
 def _swap(lab: Lab, server: _Swapping, number: int) -> None:
-    """Go to the other model and back, twice: with a spare child that is up, and right after a load, when there is
-    none.
+    """Go to the other model and back, twice: with a spare child that is up, and right after a load, when it is not
+    there yet.
     """
     request = Request(1, texts.story(f"swap/{number}"))
     if not server.settle():
         raise NotPossible("no spare child process was started")
     others = [Request(1, texts.story(f"swap/{number}/{other}")) for other in range(3)]
     _add(lab, server, "swap", request, others, server.other)
-    _add(lab, server, "swap_unprepared", request, others, server.one)
+    _add(lab, server, "swap_at_once", request, others, server.one)
 
 
 def _add(
@@ -170,16 +170,17 @@ def _note_return(results: Results, name: str, back: Answer) -> None:
 
 def rows(results: Results) -> list[Row]:
     """Loads, swaps and returns."""
-    swap = ("swap", OURS, "swap")
+    swap, at_once = ("swap", OURS, "swap"), ("swap", OURS, "swap_at_once")
     talk = f"back to a conversation of {_CONVERSATION} tokens"
     return [
         results.row(("swap", BARE, "load"), "load of a model in llama.cpp alone", "s"),
         results.row(("swap", OURS, "load"), "load of a model in a child that is up", "s"),
         results.row(("swap", OURS, "start"), "start of a child process, without a model", "s"),
         results.row(swap, "swap of two models: a request waits longer", "s"),
-        results.row(("swap", OURS, "swap_unprepared"), "swap right after another one, with no spare child", "s"),
+        results.row(at_once, "swap right after another one: a request waits longer", "s"),
         results.ratio(swap, ("swap", OURS, "load"), "swap / load in a child that is up", target=at_most(1.3)),
         results.ratio(swap, ("swap", BARE, "load"), "swap / load in llama.cpp alone"),
+        results.ratio(at_once, ("swap", OURS, "load"), "swap right after another one / load", target=at_most(1.3)),
         results.row(("swap", OURS, "back"), f"{talk}: first token", "s"),
         results.row(("swap", OURS, "cached_share"), f"{talk}: share reported as cached", "x"),
         results.ratio(

@@ -369,8 +369,15 @@ def test_a_template_of_the_request_s_own_is_shown_without_a_model(server: Runnin
     server.post(UNLOAD, {})
     assert server.get(INFO)["model_name"] == "None"
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    long = {"instruction_template_str": source, "truncation": "auto"}
-    assert server.post(PROMPT, HELLO | long).json()["prompt"] == "<user>Hello"
+    own = {"instruction_template_str": source}
+    assert server.post(PROMPT, HELLO | own).json()["prompt"] == "<user>Hello"
+    for name, value in (("truncation", "auto"), ("truncation_length", 100)):
+        response = server.post(PROMPT, HELLO | own | {name: value})  # nobody can count its tokens
+        assert response.json()["prompt"] == "<user>Hello"
+        assert response.headers["x-llamaserve-ignored"] == name
+        assert_error(
+            server.post(PROMPT, HELLO | own | {name: value, "strict": True}), 400, "unsupported_parameter", name
+        )
     assert "Hello" in server.post(PROMPT, HELLO | {"mode": "chat"}).json()["prompt"]
     for fields in ({}, {"mode": "chat-instruct"}):
         assert_error(server.post(PROMPT, HELLO | fields), 503, "model_not_loaded")

@@ -129,6 +129,16 @@ def test_a_paced_stream_is_not_slow_any_more(server: RunningServer) -> None:
     assert last["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_to_all_processes_is_one_to_the_server(server: RunningServer, group: bool) -> None:
+    """As a service manager, a terminal that closes or `timeout` sends it."""
+    with Client(server, COMPLETIONS, {**LONG, "stream": True}) as client:
+        wait_until(lambda: client.text.count("data: ") > 3)
+        (os.killpg if group else os.kill)(server.process.pid, signal.SIGTERM)
+        assert client.events()[-1]["choices"][0]["finish_reason"] == "stop"
+    assert server.process.wait(20) in (0, -signal.SIGTERM, 143)
+
+
 @pytest.mark.parametrize("how", SIGNALS)
 def test_listeners_hear_that_models_leave_and_then_nothing_more(server: RunningServer, how: signal.Signals) -> None:
     with Client(server, EVENTS, None) as client:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from doctor_machine import about, bad, case_of, checked, described
+from gguf_splitter import split_gguf
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT
 from lora_files import random_lora, shapes_of
@@ -16,6 +17,7 @@ from llamaserve.doctor import models as examined
 from llamaserve.doctor.findings import Finding, Level
 from llamaserve.doctor.llama import Build, NoAnswer
 from llamaserve.doctor.models import models
+from llamaserve.registry import hub
 from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile
 from llamaserve.settings import Settings
 
@@ -56,7 +58,7 @@ def test_mistakes_in_the_list_are_told_with_their_lines(listed: Write) -> None:
     path = listed("models:\n  a: {source: 'nonsense:x'}\n  b: {}\n")
     one, two = findings(path)
     assert one.message.startswith("my models.yaml:2: ")
-    assert one.fix == f"\"${{EDITOR:-nano}}\" +2 '{path}'"
+    assert one.fix == f"${{EDITOR:-nano}} +2 '{path}'"
     assert two.level is Level.PROBLEM
     assert findings(path.with_name("none.yaml"))[0].level is Level.PROBLEM
 
@@ -80,10 +82,10 @@ def test_the_starter_model_is_well(starter_model: Path, listed: Write) -> None:
 def test_models_that_are_not_here(listed: Write) -> None:
     path = listed("models: {a: {source: 'file:none.gguf'}}\ndefaults: {model: a}")
     (note,) = bad(findings(path))
-    assert (note.level, note.fix) == (Level.NOTE, f"\"${{EDITOR:-nano}}\" '{path}'")  # nothing could be fetched
+    assert (note.level, note.fix) == (Level.NOTE, f"${{EDITOR:-nano}} '{path}'")  # nothing could be fetched
     (problem,) = bad(findings(path, "a"))
-    assert problem.message == "it is not on this machine"
-    assert problem.fix == f"\"${{EDITOR:-nano}}\" '{path}'"
+    assert problem.message.startswith(f"it is not on this machine: there is no file {path.parent}/none.gguf")
+    assert problem.fix == f"${{EDITOR:-nano}} '{path}'"
     (unknown,) = bad(findings(path, "b"))
     assert unknown.fix == f"llamaserve models --models-file '{path}'"
     (nowhere,) = bad(findings(path, "some/where.gguf"))
@@ -91,7 +93,7 @@ def test_models_that_are_not_here(listed: Write) -> None:
 
 
 def test_commands_see_the_same_models(listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path / "hub")
     path = listed("models: {a: {source: 'hf:o/r:Q4_0'}}\ndefaults: {model: a}")
     (tmp_path / "folder").mkdir()
     options = f"--models-file '{path}' --models-dir {tmp_path}/folder"
@@ -105,19 +107,19 @@ def test_commands_see_the_same_models(listed: Write, tmp_path: Path, monkeypatch
     assert "deletes the files before it fetches them again" in problem.message
 
 
-def cached(hub: Path, data: bytes) -> None:
+def cached(folder: Path, data: bytes) -> None:
     """Put a file into huggingface_hub's cache."""
-    snapshot = hub / "models--o--r/snapshots" / COMMIT
+    snapshot = folder / "models--o--r/snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "r-Q4_0.gguf").write_bytes(data)
-    (hub / "models--o--r/refs").mkdir()
-    (hub / "models--o--r/refs/main").write_text(COMMIT)
+    (folder / "models--o--r/refs").mkdir()
+    (folder / "models--o--r/refs/main").write_text(COMMIT)
 
 
 def test_a_model_that_was_fetched_by_its_source_alone_counts(
     listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path / "hub")
     path = listed("models: {}")
     cached(tmp_path / "hub", tiny_llama(tokenizer__chat_template=None))
     lock = LockFile.beside(path)
@@ -130,7 +132,7 @@ def test_a_model_that_was_fetched_by_its_source_alone_counts(
     (problem, _) = bad(findings(path))
     assert (problem.level, problem.subject) == (Level.PROBLEM, "models.lock")
     assert problem.message.startswith(f"{lock.path}:2: ")
-    assert problem.fix == f'"${{EDITOR:-nano}}" +2 {lock.path}'
+    assert problem.fix == f"${{EDITOR:-nano}} +2 {lock.path}"
 
 
 def test_a_models_folder_that_is_missing_keeps_nothing_else_from_being_said(listed: Write, tmp_path: Path) -> None:
@@ -150,8 +152,8 @@ def test_a_file_for_another_program_is_no_fault(listed: Write, tmp_path: Path) -
     ("data", "message", "fix"),
     [
         (b"xxxxxxxxxxxx", "is not a GGUF file", "ls -l {0}/style.gguf"),
-        (tiny_llama(), "is no LoRA adapter", "\"${{EDITOR:-nano}}\" '{0}/my models.yaml'"),
-        (None, "is not on this machine", "\"${{EDITOR:-nano}}\" '{0}/my models.yaml'"),
+        (tiny_llama(), "is no LoRA adapter", "${{EDITOR:-nano}} '{0}/my models.yaml'"),
+        (None, "is not on this machine", "${{EDITOR:-nano}} '{0}/my models.yaml'"),
     ],
 )
 def test_a_model_is_not_well_without_its_adapters(
@@ -177,9 +179,42 @@ def test_a_file_that_is_cut_short(listed: Write, tmp_path: Path) -> None:
 
 
 def test_another_file_than_promised(listed: Write, tmp_path: Path) -> None:
-    path = tiny(tmp_path / "tiny.gguf")
-    (problem,) = bad(findings(listed(f"models: {{tiny: {{source: 'file:tiny.gguf', sha256: {'a' * 64}}}}}")))
-    assert problem.fix == f"sha256sum {path}"
+    tiny(tmp_path / "tiny.gguf")
+    path = listed(f"models: {{tiny: {{source: 'file:tiny.gguf', sha256: {'a' * 64}}}}}")
+    (problem,) = bad(findings(path))
+    assert f"{'a' * 64} was promised" in problem.message
+    assert problem.fix == f"${{EDITOR:-nano}} '{path}'"
+
+
+def test_a_file_as_promised_is_not_fetched_again(
+    listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path / "hub")
+    path = listed("models: {a: {source: 'hf:o/r:Q4_0'}}")
+    data = tiny_llama(llama__block_count=0)
+    cached(tmp_path / "hub", data)
+    (problem,) = bad(findings(path))
+    assert problem.fix == "llamaserve rm --yes a {0} && llamaserve pull a {0}".format(f"--models-file '{path}'")
+    entry = LockEntry((LockedFile("r-Q4_0.gguf", len(data), hashlib.sha256(data).hexdigest()),), COMMIT)
+    LockFile.beside(path).put("hf:o/r:Q4_0", entry)
+    (problem,) = bad(findings(path))
+    assert "block_count is 0" in problem.message
+    assert "the file is not damaged: it is as models.lock promises" in problem.message
+    assert problem.fix == f"${{EDITOR:-nano}} '{path}'"
+    monkeypatch.setattr(examined, "_READ_AT_ONCE", 1000)
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "other cache"))
+    (problem,) = bad(findings(path))
+    assert problem.fix == f"llamaserve verify a --models-file '{path}'"
+
+
+def test_a_part_that_is_missing_is_named(listed: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    paths = split_gguf(tiny(tmp_path / "tiny.gguf"), folder, "m", 3)
+    paths[1].unlink()
+    (problem,) = bad(findings(listed("models: {}"), folder=folder))
+    assert f"part 2 of 3 is missing: {paths[1]}" in problem.message
+    assert problem.fix == f"ls -l {folder}"
 
 
 def test_a_large_file_is_not_read_for_its_sum(listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +245,7 @@ def test_a_model_that_does_not_fit_into_memory(listed: Write, tmp_path: Path) ->
     path = listed("models: {tiny: {source: 'file:tiny.gguf'}}")
     (warning,) = bad(findings(path, memory="1MB"))
     assert warning.level is Level.WARNING
-    assert warning.fix == f"\"${{EDITOR:-nano}}\" '{path}'"
+    assert warning.fix == f"${{EDITOR:-nano}} '{path}'"
 
 
 def test_models_of_the_folder_count_too(listed: Write, tmp_path: Path) -> None:

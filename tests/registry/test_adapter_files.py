@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,19 @@ def test_weights_are_looked_at_to_their_end(
     for place in (136, 32 * 32 * 4 - 4):
         with pytest.raises(GGUFError, match="no numbers"):
             _check(tmp_path / f"{place}.gguf", model, lora.metadata(), _damaged(0, place, struct.pack("<f", np.inf)))
+
+
+def test_few_weights_are_held_at_a_time(tmp_path: Path, lora: Lora) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(File(lora.metadata(), [Tensor(f"{_QUERY}.lora_a", (1024, 4096), 0, bytes(1 << 24))]).bytes())
+    header = read_header(path)
+    tracemalloc.start()
+    try:
+        adapters._check_weights(header)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 1 << 20  # while a piece is looked at, no other thread runs
 
 
 _KINDS = ["attn_k_b", "attn_v_b", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b", "ssm_beta", "ssm_conv1d", "ssm_conv1d_q"]

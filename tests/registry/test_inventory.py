@@ -52,3 +52,22 @@ def test_what_was_deleted_is_not_here(registry: Registry, tmp_path: Path) -> Non
     assert [*fetched(registry, ["hf:o/r:Q4_0", "hf:o/r:Q8_0", "pypi:a==1/a.gguf"])] == ["hf:o/r:Q4_0"]
     (tmp_path / "models/a.gguf").unlink()
     assert "a" not in models_here(registry, None, ())
+
+
+def test_a_file_of_several_names_is_one_model(registry: Registry, tmp_path: Path, model_hub: Hub) -> None:
+    (tmp_path / "models/sub").mkdir()
+    text = registry.path.read_text().replace("file:models/a.gguf", "file:models/sub/../a.gguf")
+    registry.path.write_text(text)
+    lock = LockFile.beside(registry.path)
+    pull(registry, ModelSpec(source="hf:o/r/tiny-Q4_0.gguf"), lock, lambda *_: None)
+    pull(registry, ModelSpec(source="hf:o/r:Q8_0"), lock, lambda *_: None)
+    pull(registry, ModelSpec(source="hf:o/r/tiny-Q8_0.gguf"), lock, lambda *_: None)
+    here = models_here(load_registry(registry.path), tmp_path / "models", lock.entries())
+    assert [*here] == ["a", "absent", "hf:o/r/tiny-Q4_0.gguf", "found.gguf"]
+
+
+def test_an_adapter_that_models_yaml_has_no_more_is_no_model(registry: Registry) -> None:
+    registry.path.write_text(registry.path.read_text().replace("hf:o/r/style.gguf", "file:style.gguf"))
+    locked = LockFile.beside(registry.path).entries()
+    assert "hf:o/r/style.gguf" in locked
+    assert [*fetched(load_registry(registry.path), locked)] == ["hf:o/r:Q4_0"]

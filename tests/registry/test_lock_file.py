@@ -136,6 +136,13 @@ def test_a_wrong_value_is_told_with_its_line(lock: LockFile, old: str, new: str,
     assert found[0] == line
 
 
+@pytest.mark.parametrize("source", ["pypi:garbage", "hf:garbage", "hf:", "pypi:a==1/../m.gguf"])
+def test_a_source_that_cannot_be_read_is_told(lock: LockFile, source: str) -> None:
+    lock.put(SOURCE, ENTRY)
+    text = lock.path.read_text().replace(json.dumps(SOURCE), json.dumps(source))
+    assert "names no source" in damaged(lock, text)[1]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["files", "name", SOURCE]), inner),

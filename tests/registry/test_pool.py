@@ -402,12 +402,18 @@ def test_a_broken_models_lock_changes_nothing_and_says_so(
     run(pool_of(three), test)
 
 
-def test_an_adapter_that_was_fetched_is_no_model(three: Path, starter_model: Path) -> None:
+def test_an_adapter_that_was_fetched_is_no_model(
+    three: Path, starter_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = "hf:someone/style-lora/style-F16.gguf"
     lock = LockFile.beside(three)
     lock.put(source, LockEntry((LockedFile("style-F16.gguf", 5, "0" * 64),), "0" * 40))
     assert "style-F16" in pool_of(three)()._models
     models_yaml(three.parent, starter_model, "a", fields=f", lora: [{{source: '{source}'}}]")
+    assert set(pool_of(three)()._models) == {"a"}
+    models_yaml(three.parent, starter_model, "a")  # has it no more; the file says itself what it is
+    lora = Path(adapter(starter_model, tmp_path, "style").path)
+    monkeypatch.setattr(hub, "cached_file", lambda source: lora)
     assert set(pool_of(three)()._models) == {"a"}
 
 
@@ -883,5 +889,16 @@ def test_which_process_was_unloaded_is_told(three: Path) -> None:
         first, second = [event.data["pid"] for event in house.events if event.kind == "loaded"]
         assert first != second
         assert [event.data["pid"] for event in house.events if event.kind in ("unloading", "unloaded")] == [first] * 2
+
+    run(pool_of(three), test)
+
+
+def test_the_adapters_of_the_settings_given_by_command_are_no_others(three: Path) -> None:
+    async def test(house: House) -> None:
+        model = house.pool.get("a")
+        await model.set_adapters([])
+        assert not model.adapted
+        assert await house.pool.load("a") is model
+        assert house.kinds("a") == ["loading", "loaded"]
 
     run(pool_of(three), test)

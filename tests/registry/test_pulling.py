@@ -15,7 +15,14 @@ from lora_files import random_lora, shapes_of
 
 from llamaserve import errors
 from llamaserve.registry import cache, hub
-from llamaserve.registry.deleting import deletable, deletable_with_adapters, delete, delete_model
+from llamaserve.registry.deleting import (
+    Deleted,
+    deletable,
+    deletable_with_adapters,
+    delete,
+    delete_model,
+    goes_with,
+)
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.pulling import pull
@@ -515,3 +522,101 @@ def test_what_came_out_of_a_wheel_is_deleted(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(errors.InvalidRequest, match="leads out of"):
         delete(source, None)
     assert (tmp_path / "er/m.gguf").exists()
+
+
+def two_versions(desk: Desk, model_hub: Hub, file: str, **changes: bytes) -> HubSource:
+    """Fetch a file in two versions, of which its source stands for the newer, and ``main`` is the older one."""
+    source = HubSource("o/r", file)
+    pull(desk.registry, ModelSpec(source=str(source)), desk.lock, lambda *_: None)
+    commit = model_hub.publish(**changes)
+    path = pull(desk.registry, ModelSpec(source=f"{source}@{commit}"), desk.lock, lambda *_: None)
+    hub.choose(source, path)
+    return source
+
+
+def test_what_is_shown_is_what_is_deleted_in_all_versions(tmp_path: Path, model_hub: Hub) -> None:
+    file = "tiny-Q4_0.gguf"
+    desk = Desk(tmp_path, f"  a: {{source: 'hf:o/r/{file}'}}\n  b: {{source: 'hf:o/r/{file}@{COMMIT}'}}\n")
+    source = two_versions(desk, model_hub, file, tiny_Q4_0_gguf=NEW)
+    one, other = (desk.registry.models[name] for name in "ab")
+    files = deletable_with_adapters(desk.registry, one, None)
+    assert [path.read_bytes() for path in files] == [NEW, OLD]
+    assert goes_with(desk.registry, other, one, files)
+    assert delete_model(desk.registry, one, None) == Deleted(files, len(OLD) + len(NEW))
+    assert locate(source) is None
+    folder = hub.cache_root() / "models--o--r"
+    assert [path for name in ("blobs", "snapshots", "refs") for path in (folder / name).iterdir()] == []
+
+
+def test_an_adapter_of_which_another_model_needs_an_older_version_stays(tmp_path: Path, model_hub: Hub) -> None:
+    model_hub.files["l.gguf"] = ADAPTER
+    desk = Desk(
+        tmp_path,
+        f"  m: {{source: '{SOURCE}', lora: [{{source: 'hf:o/r/l.gguf'}}]}}\n"
+        f"  n: {{source: 'hf:o/r:Q8_0', lora: [{{source: 'hf:o/r/l.gguf@{COMMIT}'}}]}}\n",
+    )
+    desk.pull("m")
+    two_versions(
+        desk, model_hub, "l.gguf", l_gguf=File(LORA.metadata() | {"general.name": "x"}, LORA.tensors()).bytes()
+    )
+    files = deletable_with_adapters(desk.registry, desk.registry.models["m"], None)
+    assert [path.name for path in files] == ["tiny-Q4_0.gguf"]
+    assert delete_model(desk.registry, desk.registry.models["m"], None).files == files
+    assert locate(HubSource("o/r", "l.gguf", revision=COMMIT)) is not None
+
+
+@pytest.mark.parametrize("deleted", ["a", "b", "c"])
+def test_the_adapters_of_all_models_that_lie_in_a_file_go_with_it(tmp_path: Path, model_hub: Hub, deleted: str) -> None:
+    model_hub.files |= dict.fromkeys(("x.gguf", "y.gguf", "z.gguf"), ADAPTER)
+    x, y, z = (f"{{source: 'hf:o/r/{name}.gguf'}}" for name in "xyz")
+    desk = Desk(
+        tmp_path,
+        f"  a: {{source: '{SOURCE}', lora: [{x}]}}\n"
+        f"  b: {{source: '{SOURCE}', lora: [{x}, {y}]}}\n"
+        f"  c: {{source: 'hf:o/r/tiny-Q4_0.gguf', lora: [{z}]}}\n"
+        f"  other: {{source: 'hf:o/r:Q8_0', lora: [{z}]}}\n",
+    )
+    for name in desk.registry.models:
+        desk.pull(name)
+    files = deletable_with_adapters(desk.registry, desk.registry.models[deleted], None)
+    assert sorted(path.name for path in files) == ["tiny-Q4_0.gguf", "x.gguf", "y.gguf"]
+    assert delete_model(desk.registry, desk.registry.models[deleted], None).files == files
+
+
+def test_a_model_stays_when_one_of_its_adapters_cannot_be_deleted(
+    tmp_path: Path, model_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_hub.files["lora.gguf"] = ADAPTER
+    desk = Desk(tmp_path, f"  tiny: {{source: '{SOURCE}', lora: [{{source: 'hf:o/r/lora.gguf'}}]}}\n")
+    desk.pull()
+    spec, unlink = desk.registry.models["tiny"], Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "lora.gguf":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(errors.SourceError, match=r"lora\.gguf cannot be deleted: "):
+            delete_model(desk.registry, spec, None)
+    assert locate(HubSource("o/r", quant="Q4_0")) is not None
+    assert len(delete_model(desk.registry, spec, None).files) == 2
+
+
+@pytest.mark.usefixtures("model_hub")
+def test_a_name_of_a_commit_that_cannot_be_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = hub.cache_root() / "models--a--b/blobs" / ("1" * 64)
+    folder = links_in_cache("a/b", "a" * 40, blob)
+    blob.write_bytes(OLD)
+    (folder / "refs/another").write_text("a" * 40)
+    read_text = Path.read_text
+
+    def refuse(path: Path, *options: Any) -> str:
+        if path.name == "another":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert delete(HubSource("a/b", "deep/m-Q4_0.gguf", revision="a" * 40), None).freed == len(OLD)
+    assert [path.name for path in (folder / "refs").iterdir()] == ["another"]

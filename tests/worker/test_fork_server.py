@@ -7,8 +7,11 @@ import contextlib
 import errno
 import gc
 import os
+import shlex
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -151,6 +154,42 @@ def test_how_a_fork_ended_is_heard_of() -> None:
     _run(test)
 
 
+def test_signals_that_come_to_all_processes_are_left_to_the_api_process() -> None:
+    async def test(forks: ForkServer) -> None:
+        child = await forks.start("child")
+        assert await child.up()
+        assert forks.pid is not None
+        for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(child.pid, sent)
+            os.kill(forks.pid, sent)
+        other = await forks.start("other")
+        assert await other.up()
+        assert not child.ended
+        for each in (child, other):
+            await each.aclose()
+            assert each.end == "ended"
+
+    _run(test)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_forks_are_started_by_a_process_without_standard_error(closed: bool) -> None:
+    script = (
+        "import asyncio\n"
+        "from llamaserve.worker.fork_server import ForkServer\n"
+        "async def main():\n"
+        "    forks = ForkServer()\n"
+        "    child = await forks.start('child')\n"
+        "    print(await child.up())\n"
+        "    await child.aclose()\n"
+        "    await forks.aclose()\n"
+        "asyncio.run(main())\n"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}" + (" 2>&-" if closed else "")
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=_TIMEOUT)
+    assert done.stdout == "True\n"
+
+
 def test_a_fork_of_which_nothing_is_wanted_ends_by_itself() -> None:
     async def test(forks: ForkServer) -> None:
         child = await forks.start("unused")
@@ -209,7 +248,7 @@ def test_a_fork_server_that_ends_at_once_fails_the_start(monkeypatch: pytest.Mon
     _run(test)
 
 
-def test_a_fork_server_that_hangs_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_server_that_hangs_fails_the_start_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     execute = fork_server._execute
     monkeypatch.setattr(fork_server, "_START_LIMIT", 0.3)
 
@@ -221,10 +260,17 @@ def test_a_fork_server_that_hangs_fails_the_start(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fork_server, "_execute", stopped)
 
     async def test(forks: ForkServer) -> None:
-        with pytest.raises(EngineCrashed):
+        with pytest.raises(EngineCrashed, match="has ended"):
             await forks.start("vain")
-        assert forks.pid is not None
-        os.kill(forks.pid, signal.SIGCONT)
+        monkeypatch.undo()
+        while True:  # until its end is noticed
+            try:
+                child = await forks.start("next")
+                break
+            except EngineCrashed:
+                await asyncio.sleep(0.01)
+        assert await child.up()
+        await child.aclose()
 
     _run(test)
 

@@ -241,6 +241,28 @@ def test_a_spare_that_dies_is_replaced(params: LoadParams, caplog: pytest.LogCap
     assert "the spare process was ended by SIGKILL" in caplog.text
 
 
+@pytest.mark.parametrize("error", [OSError("no more processes"), EngineCrashed("the fork server is gone")])
+def test_a_spare_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(spare, "_PAUSE_AFTER_DEATH", 0.05)
+
+    async def test(spares: Spares, starts: Starts) -> None:
+        failures = [error, error]
+
+        async def start(name: str) -> Child:
+            if failures:
+                raise failures.pop()
+            return await starts(name)
+
+        spares._start = start
+        spares.keep = True
+        await _spare(spares)
+
+    _run(test)
+    assert caplog.text.count("no spare process can be started") == 2
+
+
 def test_a_spare_that_has_just_died_is_not_used(params: LoadParams) -> None:
     async def test(spares: Spares, starts: Starts) -> None:
         spares.keep = True
