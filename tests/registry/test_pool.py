@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -902,3 +903,19 @@ def test_the_adapters_of_the_settings_given_by_command_are_no_others(three: Path
         assert house.kinds("a") == ["loading", "loaded"]
 
     run(pool_of(three), test)
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_children_are_forked_where_that_is_safe_and_programs_elsewhere(three: Path, platform: str) -> None:
+    def pool() -> ModelPool:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "platform", platform)
+            return pool_of(three)()
+
+    async def test(house: House) -> None:
+        await house.say("a")
+        worker = house.pool.get("a").live_worker
+        assert worker is not None
+        assert ("llamaserve.worker.host" in psutil.Process(worker.pid).cmdline()) == (platform == "darwin")
+
+    run(pool, test)
