@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 NUMBER: Final = struct.Struct(">q")
 
 _START_LIMIT = 60.0  # seconds, for the fork server's own start, too
+_EXIT_GRACE = 5.0  # seconds between closing the control socket and SIGKILL
 _GONE = "the process that starts those of the models has ended"
 
 
@@ -102,7 +103,11 @@ class ForkServer:
             self._control.close()
             self._control = None
         if self._program is not None:
-            await self._program.wait()
+            try:
+                await asyncio.wait_for(self._program.wait(), _EXIT_GRACE)
+            except TimeoutError:  # it hangs
+                self._program.kill()
+                await self._program.wait()
             self._program = None
 
 

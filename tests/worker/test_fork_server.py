@@ -320,6 +320,22 @@ def test_the_fork_server_ends_after_its_forks() -> None:
     _run(test)
 
 
+def test_a_fork_server_that_hangs_is_ended_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "_EXIT_GRACE", 0.2)
+
+    async def test(forks: ForkServer) -> None:
+        child = await forks.start("child")
+        assert await child.up()
+        assert forks.pid is not None
+        os.kill(forks.pid, signal.SIGSTOP)
+        await forks.aclose()
+        await child.closed()
+        assert child.end == "was ended by SIGKILL"
+        await child.aclose()
+
+    _run(test)
+
+
 def test_a_fork_that_the_system_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise OSError(errno.EAGAIN, "no more processes")
