@@ -199,11 +199,7 @@ class ServedModel:
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """Its LoRA adapters. Raises ``ModelError`` when one of those that its settings name can't be used."""
-        if self._given is not None:
-            return self._given
-        if self._configured is None:
-            self._configured = tuple(self.file.adapters())
-        return self._configured
+        return self._of_settings() if self._given is None else self._given
 
     @property
     def adapted(self) -> bool:
@@ -315,15 +311,18 @@ class ServedModel:
                 await self._settled()
             if (worker := self.live_worker) is not None and self._leaving is None:
                 await self._give(worker, checked)
-            self._given = None if checked == await asyncio.to_thread(self._found) else checked
+            self._given = None if await asyncio.to_thread(self._are_of_settings, checked) else checked
 
-    def _found(self) -> tuple[Adapter, ...] | None:
-        """Return the adapters of its settings, or None if one of them can't be used."""
-        try:
-            self._configured = self._configured or tuple(self.file.adapters())
-        except ModelError:
-            return None
+    def _of_settings(self) -> tuple[Adapter, ...]:
+        if self._configured is None:
+            self._configured = tuple(self.file.adapters())
         return self._configured
+
+    def _are_of_settings(self, adapters: tuple[Adapter, ...]) -> bool:
+        try:
+            return adapters == self._of_settings()
+        except ModelError:  # one that its settings name can't be used
+            return False
 
     async def _give(self, worker: WorkerProcess, adapters: Sequence[Adapter]) -> None:
         """Have its process load adapters, once there is room for them. It stays in memory meanwhile."""
