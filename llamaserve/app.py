@@ -17,6 +17,7 @@ from llamaserve.api import (
     chat,
     completions,
     downloads as downloads_api,
+    embeddings,
     fim,
     infill,
     internal,
@@ -24,6 +25,7 @@ from llamaserve.api import (
     model_admin,
     model_events,
     models,
+    rerank,
 )
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
@@ -41,7 +43,7 @@ from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, models, internal),
+    *(completions, chat, fim, infill, embeddings, rerank, models, internal),
     *(model_admin, lora, downloads_api, model_events),
 )
 
@@ -91,7 +93,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         allow_origins=settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[IGNORED_HEADER, chat.TRUNCATED_HEADER, "Retry-After"],
+        expose_headers=[IGNORED_HEADER, chat.TRUNCATED_HEADER, rerank.METHOD_HEADER, "Retry-After"],
     )
     return app
 

@@ -44,6 +44,7 @@ from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
 from llamaserve.registry.remedies import Remedies, command
 from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.registry.tasks import task_of
 from llamaserve.registry.verifying import Finding, verify_model
 
 ModelsFile = Annotated[
@@ -270,7 +271,7 @@ def _listed(registry: Registry, others: Mapping[str, ModelSpec]) -> list[_Listed
             default=name == registry.default_model,
             here=is_here(registry, spec),
             source=spec.source,
-            task=spec.task,
+            task=task_of(spec, None),
             size=spec.size,
             licence=spec.licence,
             description=spec.description,

@@ -82,12 +82,12 @@ async def _devices() -> list[Device]:
 
 
 def _chosen(settings: Settings, registry: Registry, references: Sequence[str] | None) -> list[tuple[str, ModelSpec]]:
-    """Return the models named, or all models that generate text and are on this machine."""
+    """Return the models named, or all models on this machine that this server can load."""
     folder = models_folder(settings)
     if references:
         return [by_name(registry, folder, reference) for reference in references]
     here = models_here(registry, folder, LockFile.beside(registry.path).entries())
-    return [(name, spec) for name, spec in here.items() if spec.task == "generation"]
+    return [(name, spec) for name, spec in here.items() if spec.task != "transcription"]
 
 
 def _plan(remedies: Remedies, spec: ModelSpec, budget: Footprint, devices: Sequence[Device]) -> _Planned:

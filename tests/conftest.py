@@ -44,6 +44,14 @@ def starter_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedding_model() -> Path:
+    """The GGUF file of the starter embedding model, all-MiniLM-L6-v2 in F16, as `llamaserve pull` makes it."""
+    registry = load_registry(ROOT / "models.yaml")
+    _, spec = registry.resolve("all-minilm-l6-v2")
+    return fetch(parse_source(spec.source, ROOT), spec.sha256, newest=True)
+
+
+@pytest.fixture(scope="session")
 def load_params(starter_model: Path) -> LoadParams:
     """Small settings of the exact level: flash attention off, so that batching does not change a logit."""
     return LoadParams(

@@ -19,6 +19,7 @@ from llamaserve.chat.modes import NO_TEMPLATE, ModelTemplate
 from llamaserve.chat.preparation import ChatWish, Prepared
 from llamaserve.errors import ChatTemplateError, UnsupportedParameter
 from llamaserve.registry.served import ServedModel, Use
+from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter()
@@ -35,6 +36,7 @@ _KEYWORD = re.compile(r'"([\w$]+)"')
 async def create_chat_completion(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
+    await model.require(*GENERATING)
     body = with_defaults(body, model.defaults)
     wish = body.wish(services, await _template_of(model))
     prepared = await _prepared(services, body, wish)

@@ -24,6 +24,7 @@ from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel, Use
+from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.process import GenerationStream, WorkerProcess
 from llamaserve.worker.protocol import Prompt
 from llamaserve.worker.supervisor import Status
@@ -74,6 +75,7 @@ def new_id(prefix: str) -> str:
 async def open_generation(services: Services, job: Job) -> GenerationStream:
     """Load the model if need be, and start generating. Raises whatever makes the request impossible."""
     try:
+        await job.model.require(*GENERATING)
         if job.generation.constraint is not None:
             await services.grammars.check(job.generation.constraint)
         job.place = job.model.admission.enter(job.sequences)

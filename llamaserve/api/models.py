@@ -17,6 +17,7 @@ from llamaserve.errors import ModelError
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
+from llamaserve.registry.tasks import GENERATING, task_of
 from llamaserve.worker.supervisor import Status
 
 router = APIRouter(tags=["models"])
@@ -40,22 +41,25 @@ def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
 def capabilities(model: ServedModel) -> dict[str, bool]:
     """Return what this server does with the model; not all that the model was trained for."""
     header = model.file.known_header
-    template = header.chat_template if header is not None and not header.is_embedding_model else None
-    chat = bool(template)
+    task = task_of(model.spec, header)
+    generates = header is not None and task in GENERATING
+    template = header.chat_template if header is not None and generates else None
     return {
-        "completion": header is not None and not header.is_embedding_model,
-        "chat": chat,
-        "tools": chat,
+        "completion": generates,
+        "chat": bool(template),
+        "tools": bool(template),
         "vision": False,
         "reasoning": thinks(template or ""),
-        "fim": header is not None and _fills(header),
-        "embeddings": False,
+        "fim": header is not None and generates and _fills(header),
+        "embeddings": header is not None and task == "embedding",
+        "rerank": header is not None and task in ("embedding", "rerank"),
+        "moderation": header is not None and task == "moderation",
     }
 
 
 def _fills(header: GGUFHeader) -> bool:
     try:
-        return not header.is_embedding_model and header.fim_tokens is not None
+        return header.fim_tokens is not None
     except ModelError:  # the file was changed or taken away since its header was read
         return False
 

@@ -40,6 +40,7 @@ from llamaserve.registry.remedies import EDITOR, Files, Remedies, told
 from llamaserve.registry.sources import FileSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.registry.split import part_paths
+from llamaserve.registry.tasks import GENERATING, task_of
 from llamaserve.registry.verifying import unfit_adapter
 
 _READ_AT_ONCE = 2e9  # bytes of a file whose sum is not known yet; it takes some 10 s
@@ -171,11 +172,13 @@ def _model(
     size = gigabytes(path.stat().st_size) if header.split_count == 1 else f"{header.split_count} files"
     yield ok(model.name, f"{header.architecture}, {header.quantisation}, {size}: the file is whole and can be loaded")
     yield from _sum(case, remedies, files)
-    if model.spec.task == "generation" and not header.is_embedding_model:
+    task = task_of(model.spec, header)
+    if task != "transcription":
         if unfit := list(_adapters(remedies, model.spec, header, locked)):
             yield from unfit
         else:
             yield from _fit(case, remedies, model.spec, header, devices)
+    if task in GENERATING:
         yield from asyncio.run(_template(case, model, header))
 
 
@@ -207,7 +210,7 @@ def _sum(case: Case, remedies: Remedies, files: Files) -> Iterator[Finding]:
         yield note(remedies.name, message, case.command("verify", remedies.name))
         return
     try:
-        check_sum(files.path, files.sha256)
+        check_sum(files.source, files.path, files.sha256)
     except (LlamaserveError, OSError) as error:
         yield problem(remedies.name, *remedies.mend(files, error))
     else:

@@ -40,6 +40,7 @@ from llamaserve.engine.sequence import AdapterKey, Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
 from llamaserve.engine.spill import Spill
 from llamaserve.engine.threads import ThreadController
+from llamaserve.engine.work import MAX_TEXT, Work
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -51,18 +52,14 @@ from llamaserve.errors import (
     to_value,
 )
 
-MAX_TEXT = 1024 * 1024  # characters of one text to tokenise, which takes a second or two and much stack
-MAX_TOKENS = 256 * 1024  # token ids to turn into text at once
-_PROBE = 16  # characters a token: of a text that is longer a part is looked at first, which mostly settles it at once
 _PROGRESS_INTERVAL = 0.5  # seconds
 _PLAIN = Generation(sampling=Sampling(seed=0))
 _MAX_SHOWN = 64  # names of control tokens
 _MAX_NAME = 256  # characters
 _UNREAD: Mapping[str, FileDigest] = {}
-_TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
-class Engine:
+class Engine(Work):
     """One model's sequences, from submission to their last event."""
 
     def __init__(
@@ -84,7 +81,7 @@ class Engine:
         """``drafted_rows``: how many guessed tokens a step may evaluate; 0 switches speculation off. ``drafter`` makes
         what guesses, from a sequence's own list of tokens. ``identity`` says for which engines saved prefixes are good.
         """
-        self.vocab = vocab
+        super().__init__(vocab)
         self._runner = runner
         self._cache = cache
         self._context = context
@@ -157,12 +154,10 @@ class Engine:
 
     def _encode_text(self, text: str, generation: Generation) -> list[int]:
         """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it."""
-        if len(text) > MAX_TEXT:
-            raise self._too_long(f"{len(text)} characters, which is more than is tokenised ({MAX_TEXT})")
-        if len(text) > _PROBE * self._context and not generation.truncate:
-            part = self.vocab.tokenize(text[: _PROBE * self._context], add_bos=generation.add_bos, parse_special=True)
-            if len(part) > self._context + _TOKENS_CUT:
-                raise self._too_long(f"at least {len(part)} tokens")
+        if len(text) > MAX_TEXT or not generation.truncate:
+            size = self.size_if_over(text, self._context)
+            if size is not None:
+                raise self._too_long(size)
         return self.vocab.tokenize(text, add_bos=generation.add_bos, parse_special=True)
 
     def _too_long(self, size: str, context: int | None = None) -> ContextLengthExceeded:
@@ -171,18 +166,6 @@ class Engine:
             which, advice = "The request's truncation_length", "raise it"
         message = f"{which} is {context or self._context} tokens, but the prompt has {size}."
         return ContextLengthExceeded(f"{message} Shorten the prompt, or {advice}.", param="prompt")
-
-    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the tokens of any text within ``MAX_TEXT``. Thread-safe."""
-        if len(text) > MAX_TEXT:
-            raise InvalidRequest(f"the text has {len(text)} characters; at most {MAX_TEXT} are tokenised", param="text")
-        return self.vocab.tokenize(text, add_bos=add_bos, parse_special=parse_special)
-
-    def detokenize(self, tokens: TokenSequence[int], *, special: bool) -> str:
-        """Return the text of at most ``MAX_TOKENS`` tokens. Thread-safe."""
-        if len(tokens) > MAX_TOKENS:
-            raise InvalidRequest(f"there are {len(tokens)} token ids; at most {MAX_TOKENS} are taken", param="tokens")
-        return self.vocab.detokenize(tokens, special=special)
 
     def check(self, generation: Generation) -> None:
         """Refuse sampling options, constraints and what else can't work with this model. Thread-safe."""

@@ -88,6 +88,18 @@ class Finished(msgspec.Struct, frozen=True, tag=True, array_like=True):
         return self.stopped or self.reason == "length"
 
 
+class Embedded(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """All inputs of a request, in their order: rows of ``width`` little-endian 32-bit floats in ``vectors``, of how
+    many tokens each was made, and how many more it had before it was cut.
+    """
+
+    request: int
+    width: int
+    vectors: bytes
+    tokens: list[int]
+    truncated: list[int]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The request, with all its sequences, ended in an error."""
 
@@ -114,4 +126,4 @@ class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cells: int = 0
 
 
-EngineEvent = Delta | Finished | Failed | Progress | Occupancy
+EngineEvent = Delta | Finished | Embedded | Failed | Progress | Occupancy

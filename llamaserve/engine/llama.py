@@ -33,6 +33,7 @@ with without_package("llama_cpp"):
 _KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 _SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}  # llama_split_mode
+_POOLING = {"mean": 1, "cls": 2, "last": 3, "rank": 4}  # llama_pooling_type
 _LOAD_MODES = {  # llama_load_mode, by mmap and mlock; -1 maps the file where the devices have no reason against it
     (True, False): -1,
     (False, False): 0,
@@ -41,6 +42,8 @@ _LOAD_MODES = {  # llama_load_mode, by mmap and mlock; -1 maps the file where th
 }
 _NUMA_STRATEGIES = {"distribute": 1, "isolate": 2, "numactl": 3}  # ggml_numa_strategy
 _ALL_LAYERS = -1
+_WORDPIECE = 3  # llama_vocab_type
+_CHANCES = ("qwen3", "qwen3vl")  # architectures whose scores llama.cpp puts through a softmax
 _LOG_WARNING, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5
 
 _recent_errors: deque[str] = deque(maxlen=4)
@@ -157,7 +160,19 @@ def context_params(params: LoadParams) -> Any:
     native.rope_freq_base = params.rope_freq_base
     native.rope_freq_scale = params.rope_freq_scale
     native.no_perf = True
+    if params.pooling is not None:
+        _prepare_pooling(native, params)
     return native
+
+
+def _prepare_pooling(native: Any, params: LoadParams) -> None:
+    """Have vectors computed instead of logits. llama.cpp ends the process when a step can't be divided evenly among the
+    sequences, and when there is not an output for each token.
+    """
+    native.embeddings = True
+    native.pooling_type = _POOLING[params.pooling or ""]
+    native.n_seq_max = params.parallel
+    native.n_batch = native.n_ubatch = native.n_outputs_max = -(-params.batch // params.parallel) * params.parallel
 
 
 def _scratch_sequences(params: LoadParams) -> int:
@@ -204,23 +219,43 @@ class Vocab:
         """Turn text into token ids. ``add_bos`` puts the begin token first where the model wants one and the text does
         not already start with it; ``parse_special`` reads the names of control tokens as those tokens.
         """
+        tokens = self._tokenize(text, add_special=False, parse_special=parse_special)
+        if add_bos and self.add_bos and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        return tokens
+
+    def _tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"character {error.start} of the text is half of a surrogate pair") from error
         room = len(data) + 2
         buffer = (lib.llama_token * room)()
-        count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
+        count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, add_special, parse_special)
         if count < 0 and count != -(2**31):
             room = -count
             buffer = (lib.llama_token * room)()
-            count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
+            count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, add_special, parse_special)
         if count < 0:
             raise EngineError("llama.cpp could not tokenise the text")
-        tokens = buffer[:count]
-        if add_bos and self.add_bos and tokens[:1] != [self.bos]:
-            tokens.insert(0, self.bos)
-        return list(tokens)
+        return list(buffer[:count])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that the model wants before and after a text, such as ``[CLS]`` and ``[SEP]``."""
+        bare = self._tokenize("a", add_special=False, parse_special=False)
+        whole = self._tokenize("a", add_special=True, parse_special=False)
+        start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
+    @cached_property
+    def separator(self) -> list[int]:
+        """The tokens that the model wants between two texts: the end of the first and, for RoBERTa and its kin, the
+        start of the second.
+        """
+        _, after = self.frame
+        doubled = lib.llama_vocab_type(self._vocab) != _WORDPIECE and lib.llama_vocab_get_add_sep(self._vocab)
+        return [*after, lib.llama_vocab_sep(self._vocab)] if doubled else after
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes that a token stands for, which need not be whole characters.
@@ -285,10 +320,42 @@ class Model:
         del callback  # kept alive until the load returned
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp can't load {params.path}: {_why()}")
-        if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
+        if lib.llama_model_has_encoder(self.handle) and lib.llama_model_has_decoder(self.handle):
             self.close()
-            raise ModelLoadFailed(f"{params.path} is an encoder; it can't generate text token by token")
+            raise ModelLoadFailed(f"{params.path} translates with an encoder and a decoder, which is not supported")
         self.vocab = Vocab(self.handle)
+
+    @property
+    def width(self) -> int:
+        """The length of the vectors that it computes for tokens."""
+        return int(lib.llama_model_n_embd_out(self.handle))
+
+    @property
+    def labels(self) -> int:
+        """How many scores it gives a pair of texts, if it gives any."""
+        return int(lib.llama_model_n_cls_out(self.handle))
+
+    @property
+    def gives_chances(self) -> bool:
+        """Whether the first score that it gives a pair is the probability that they fit, and not its logit."""
+        return self._metadata("general.architecture") in _CHANCES
+
+    @property
+    def rank_template(self) -> str | None:
+        """The text in which it wants to see a ``{query}`` and a ``{document}``; most want them one behind the other."""
+        text = lib.llama_model_chat_template(self.handle, b"rerank")
+        return None if text is None else bytes(text).decode("utf-8", "replace")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token also sees those behind it, so that a text can only be evaluated as a whole."""
+        name = self._metadata("general.architecture")
+        return self._metadata(f"{name}.attention.causal") == "false"
+
+    def _metadata(self, key: str) -> str | None:
+        buffer = ctypes.create_string_buffer(128)
+        count = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return None if count < 0 else buffer.value.decode("utf-8", "replace")
 
     @property
     def has_state(self) -> bool:
@@ -356,6 +423,10 @@ class Context:
         if not self.handle:
             raise ModelLoadFailed(f"llama.cpp can't make a context of {params.kv_cells} tokens: {_why()}")
         self._memory = lib.llama_get_memory(self.handle)
+        self._encodes = bool(lib.llama_model_has_encoder(model.handle))  # T5
+        if not self.remembers and params.pooling is None:
+            self.close()
+            raise ModelLoadFailed(f"{params.path} is an encoder; it can't generate text token by token")
         self._abort = lib.ggml_abort_callback(lambda _user_data: _interrupting)
         self._no_abort = lib.ggml_abort_callback()
         self._interruptible = False
@@ -366,6 +437,7 @@ class Context:
         self._batch_threads = params.batch_threads or params.threads
         self._scratch = params.parallel  # the sequence id for saving and restoring
         self._logits: dict[int, npt.NDArray[np.float32]] = {}  # by address: one for each row that had some
+        self._pooled_width = model.labels if params.pooling == "rank" else model.width
 
     def evaluate(self, batch: Batch, *, interruptible: bool = False) -> None:
         """Run the batch through the model; logits are then there for the rows that asked for them.
@@ -377,7 +449,7 @@ class Context:
         if interruptible != self._interruptible:
             self._interruptible = interruptible
             lib.llama_set_abort_callback(self.handle, self._abort if interruptible else self._no_abort, None)
-        code = lib.llama_decode(self.handle, batch.native)
+        code = (lib.llama_encode if self._encodes else lib.llama_decode)(self.handle, batch.native)
         _interrupting = False  # not before: it may have been asked for while the batch was being filled
         if code == 1:
             raise OutOfCells("the key-value cache is full")
@@ -396,6 +468,18 @@ class Context:
         if view is None:  # making one takes longer than all that is done with it
             view = self._logits[address] = np.ctypeslib.as_array(pointer, (self._vocab_size,))
         return view
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps what was evaluated; if not, each evaluation must have its texts whole."""
+        return bool(self._memory) and not self._encodes
+
+    def pooled(self, sequence: int) -> npt.NDArray[np.float32]:
+        """Return what the last evaluation has made of a sequence's tokens in it: a vector, or scores."""
+        pointer = lib.llama_get_embeddings_seq(self.handle, sequence)
+        if not pointer:
+            raise EngineError(f"llama.cpp has computed no vector for sequence {sequence}")
+        return np.ctypeslib.as_array(pointer, (self._pooled_width,)).copy()
 
     def truncate(self, sequence: int, length: int) -> int:
         """Keep the first ``length`` tokens of a sequence and return how many were kept: ``length``, or 0 where the
@@ -508,6 +592,11 @@ class Batch:
         )
         self.native.logits = self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         self.clear()
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return int(self.native.n_tokens)
 
     def clear(self) -> None:
         """Drop all rows."""

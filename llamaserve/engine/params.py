@@ -11,8 +11,10 @@ FlashAttention = Literal["auto", "on", "off"]
 KVType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 SplitMode = Literal["none", "layer", "row"]
 NumaStrategy = Literal["off", "distribute", "isolate", "numactl"]
+Pooling = Literal["mean", "cls", "last", "rank"]
 
 DRAFTED_ROWS = 16  # guessed tokens in a step at most, of all sequences together; each has a row of logits
+UNTILED = 63  # tokens of the largest step for vectors that a CPU does not compute in tiles (see ``embedder``)
 SCORED_ROWS = 64  # prompt tokens in a step at most of which the logits are wanted, too
 
 
@@ -58,8 +60,10 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     is mapped unless somebody decides otherwise), ``mlock`` keeps it from being swapped out. ``gpu_cache`` puts the
     cache of layers on a GPU there, too; ``tensor_split`` are the shares of several GPUs and ``split_mode`` says what is
     divided among them. ``rope_freq_base`` and ``rope_freq_scale`` replace the model's own (0: they don't).
-    ``full_window`` keeps the cells behind a sliding window, so that beginnings can be reused. ``adapters`` are loaded
-    with the model, and ``saved_prefixes`` is a file from which prefixes of an earlier life are taken, if it is good and
+    ``full_window`` keeps the cells behind a sliding window, so that beginnings can be reused. A model with ``pooling``
+    generates nothing: it makes one vector of all those that it computes for a text of at most ``context`` tokens, their
+    mean or the first or last of them, or gives a score for a pair of texts (``rank``). ``adapters`` are loaded with the
+    model, and ``saved_prefixes`` is a file from which prefixes of an earlier life are taken, if it is good and
     was written under the same ``prefixes_identity``.
     """
 
@@ -89,6 +93,7 @@ class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
     rope_freq_base: float = 0.0
     rope_freq_scale: float = 0.0
     full_window: bool = False
+    pooling: Pooling | None = None
     adapters: tuple[Adapter, ...] = ()
     saved_prefixes: str | None = None
     prefixes_identity: str = ""
@@ -306,3 +311,14 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     thinking: Thinking | None = None
     next_token: NextToken | None = None
     adapters: tuple[tuple[str, float], ...] | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What to make of texts: vectors of length 1 with the first ``dimensions`` of the model's (None: all of them).
+
+    A text that is longer than the model's context loses its end or its start with ``truncate``; otherwise it is
+    refused.
+    """
+
+    dimensions: int | None = None
+    truncate: Literal["none", "end", "start"] = "none"

@@ -22,6 +22,7 @@ from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.pulling import hash_of_template
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
+from llamaserve.registry.tasks import task_of
 
 
 class HeaderFacts(msgspec.Struct, frozen=True):
@@ -86,7 +87,7 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
         model=name,
         aliases=sorted(alias for alias, target in registry.aliases.items() if target == name),
         source=spec.source,
-        task=spec.task,
+        task=task_of(spec, header),
         description=spec.description,
         licence=spec.licence,
         here=path is not None,
@@ -126,6 +127,7 @@ def _adapters(registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader
 
 
 def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
+    heads, key_value_heads = (_heads(header, key) for key in ("head_count", "head_count_kv"))
     return HeaderFacts(
         architecture=header.architecture,
         name=header.name,
@@ -133,8 +135,8 @@ def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
         quantisation=header.quantisation,
         layers=header.block_count,
         width=header.embedding_length,
-        heads=_heads(header, "head_count"),
-        key_value_heads=_heads(header, "head_count_kv"),
+        heads=heads,
+        key_value_heads=heads if key_value_heads is None else key_value_heads,
         context=context_of(spec, header),
         trained_context=header.context_length,
         vocabulary=header.vocabulary_size,

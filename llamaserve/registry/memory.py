@@ -232,7 +232,7 @@ class Estimation:
         self._devices = devices
         self._model = read_layers(header)
         self._features = cpu_features()
-        self._step = _largest_step(self._model, params)
+        self._step = _largest_step(self._model, params) if params.pooling is None else _step_for_vectors(params)
 
     def estimate(self, gpu_layers: int, *, mmap: bool | None = None) -> Estimate:
         """Return the estimate with so many layers on GPUs. Without ``mmap`` the settings say whether it is mapped, and
@@ -243,7 +243,7 @@ class Estimation:
         adapters, pairs = _adapters(self._params, gpu_layers / (self._model.blocks + 1))
         lasting = self._lasting(first)
         buffers = self._buffers(first) + Footprint(pairs * _PAIR_AT_WORK)
-        later = Footprint(buffers.host)
+        later = Footprint(buffers.host + self._late_outputs())
         compute, vocabulary = lasting + buffers, _vocabulary(self._header)
         return Estimate(self._weights(first, mapped) + adapters, self._cache(first), compute, vocabulary, later)
 
@@ -293,6 +293,8 @@ class Estimation:
 
     def _cache(self, first: int) -> Footprint:
         params, host, device = self._params, 0, 0
+        if not self._header.remembers:
+            return Footprint()
         widest = max((layer.value for layer in self._model.layers), default=0)
         for number, layer in enumerate(self._model.layers):
             value = widest if layer.value and not self._step.flash else layer.value
@@ -308,12 +310,29 @@ class Estimation:
 
     def _lasting(self, first: int) -> Footprint:
         """Return what the context itself and the logits of the last step take."""
-        logits = self._used_outputs() * self._model.vocabulary * _FLOAT
+        logits = self._used_outputs() * self._output
         context = _CONTEXT + _CONTEXT_OF_TENSOR * len(self._header.tensors)
         return Footprint(context + logits, self._devices * _DEVICE_CONTEXT if first <= self._model.blocks else 0)
 
+    @property
+    def _output(self) -> int:
+        """The bytes of what llama.cpp keeps of a token for which something is wanted; of logits it has room for all,
+        even if none are computed.
+        """
+        return (self._model.vocabulary + (self._model.width if self._params.pooling else 0)) * _FLOAT
+
+    def _late_outputs(self) -> int:
+        """Return the bytes of outputs that no load uses: for vectors there is one of each token, and at first of no
+        more than there may be texts.
+        """
+        if self._params.pooling is None:
+            return 0
+        return max(0, self._used_outputs() - self._step.sequences) * self._output
+
     def _used_outputs(self) -> int:
         """Return how many rows of logits are wanted at once: seldom for all tokens that could be guessed or scored."""
+        if self._params.pooling is not None:
+            return self._step.outputs
         guessed = DRAFTED_ROWS // 2 if self._params.speculation else 0
         return min(self._step.outputs, self._step.sequences + guessed)
 
@@ -324,11 +343,16 @@ class Estimation:
         embedded = step.tokens * model.width * _FLOAT
         if first > model.blocks:
             seldom = replace(step, outputs=self._used_outputs())
-            host = step_buffer(model, here, seldom) + self._scratch(here)
+            host = step_buffer(model, here, seldom, logits=self._computes_logits) + self._scratch(here)
             return Footprint(int(_TOUCHED * host))
         host = step_buffer(model, here, step, logits=False) + self._scratch(here) if here else 0
-        device = step_buffer(model, there, step) + embedded
+        device = step_buffer(model, there, step, logits=self._computes_logits) + embedded
         return Footprint(int(_TOUCHED * max(host, input_bytes(model, step) + embedded)), device * self._devices)
+
+    @property
+    def _computes_logits(self) -> bool:
+        """Whether there are logits, which nobody wants of a decoder that makes vectors, and which are computed."""
+        return self._params.pooling is None or self._header.remembers
 
     def _scratch(self, layers: Iterable[Layer]) -> int:
         """Return the memory in which a CPU converts what weights or values are multiplied by. Half of it is a byte a
@@ -383,6 +407,20 @@ def _largest_step(model: ModelLayers, params: LoadParams) -> Step:
         turned_values=params.value_type not in _UNQUANTISED,
         wide_keys=params.key_type == "f32",
         wide_values=params.value_type == "f32",
+    )
+
+
+def _step_for_vectors(params: LoadParams) -> Step:
+    """Return the largest step of a model that makes vectors. What keeps no cache looks at the step itself."""
+    tokens = _padded(params.batch, params.parallel)
+    cells = max(tokens, _padded(params.kv_cells, _CELLS))
+    return Step(
+        tokens=tokens,
+        sequences=params.parallel,
+        outputs=tokens,
+        cells=cells,
+        sliding_cells=cells,
+        flash=params.flash_attention != "off",
     )
 
 

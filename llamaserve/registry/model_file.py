@@ -25,7 +25,6 @@ from llamaserve.registry.load_plan import (
     PROCESS,
     LoadPlan,
     configured_adapters,
-    context_of,
     load_params,
     plan_load,
 )
@@ -102,15 +101,16 @@ class ModelFile:
         ``ModelNotCapable`` and ``InsufficientMemory``.
         """
         header, spec = self._checked_header(), self.spec
-        if header.is_embedding_model or spec.task != "generation":
-            raise ModelNotCapable(f"{self._name} does not generate text, and this server offers only text generation")
-        context = context_of(spec, header)
-        if context < spec.context:
+        try:
+            params = load_params(spec, header, self.checked(adapters))
+        except ModelNotCapable as error:
+            raise ModelNotCapable(f"{self._name} can't be loaded: {error.message}") from error
+        context = params.context
+        if context < spec.context and params.pooling is None:
             logger.warning(
                 "%s was trained for %d tokens of context; the configured %d are cut to that",
                 *(self._name, context, spec.context),
             )
-        params = load_params(spec, header, self.checked(adapters))
         return plan_load(self._name, header, params, budget, len(devices), unified=is_unified(devices))
 
     def plan_again(

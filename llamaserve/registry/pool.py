@@ -27,7 +27,8 @@ from llamaserve.registry.residency import Residency
 from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.served import Facilities, ServedModel
 from llamaserve.registry.sources import Source, parse_source
-from llamaserve.registry.spec import ModelSpec, Registry, load_registry
+from llamaserve.registry.spec import ModelSpec, Registry, Task, load_registry
+from llamaserve.registry.tasks import task_of
 from llamaserve.worker.child import Child
 from llamaserve.worker.fork_server import ForkServer
 from llamaserve.worker.protocol import Device
@@ -40,7 +41,7 @@ T = TypeVar("T")
 _COMPARED = 1000  # names that may be meant by one that is unknown; comparing them takes time
 
 # What matters to requests only. A change of these needs no new load.
-_LIGHT = frozenset({"queue", "time_limit", "keep_alive", "size", "licence", "description"})
+_LIGHT = frozenset({"queue", "time_limit", "keep_alive", "prefixes", "size", "licence", "description"})
 
 
 class ModelPool:
@@ -138,6 +139,19 @@ class ModelPool:
         if model is None or not (self._offers(model) or model.file.is_here):  # it may have been fetched since we looked
             raise self._not_found(name, model)
         return model
+
+    def get_for(self, task: Task, name: str | None) -> ServedModel:
+        """Return the model with this name or alias; for None the one that models.yaml has for this task, or else the
+        current model if that is there for it.
+        """
+        if name is not None:
+            return self.get(name)
+        if (default := self.registry.default_models.get(task)) is not None:
+            return self.get(default)
+        current = self.current
+        if current is not None and task_of(current.spec, current.file.known_header) == task:
+            return current
+        raise ModelNotLoaded(f"the request names no model, and models.yaml has no `{task}_model` under `defaults`")
 
     def _offers(self, model: ServedModel) -> bool:
         return model.name in self._here or model.name in self._named or model.live_worker is not None

@@ -17,7 +17,7 @@ from llamaserve.registry.cache import checksum
 from llamaserve.registry.fetching import locate, missing
 from llamaserve.registry.lock_file import LockEntry
 from llamaserve.registry.pulling import differences
-from llamaserve.registry.sources import FileSource, Source
+from llamaserve.registry.sources import FileSource, Source, WheelSource
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
 
@@ -65,6 +65,8 @@ class Files:
             return None if differences(self.entry, self.path) else "models.lock"
         if None not in promised:
             return "the hub"
+        if isinstance(self.source, WheelSource) and self.source.quant is not None:
+            return None  # its sum in models.yaml is that of the weights which it was converted from
         return "models.yaml" if self.sha256 is not None and sums == [self.sha256.lower()] else None
 
 

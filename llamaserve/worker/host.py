@@ -21,18 +21,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from llamaserve.engine.adapters import FileDigest
+from llamaserve.engine.embedder import Embedder, Encoded, LoadedEmbedder
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
 from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
-from llamaserve.errors import LlamaserveError, to_value
+from llamaserve.engine.work import Work
+from llamaserve.errors import LlamaserveError, ModelNotCapable, to_value
 from llamaserve.frames import FrameSocket
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
     Detokenize,
     Done,
+    Embed,
     Event,
     Generate,
     Hello,
@@ -40,6 +44,7 @@ from llamaserve.worker.protocol import (
     Load,
     LoadFailed,
     Loading,
+    Rank,
     Ready,
     Saved,
     SavePrefixes,
@@ -63,11 +68,26 @@ _FRAME = 0.012
 # process. This is address space, not memory, and enough for ``MAX_TEXT``.
 _VOCABULARY_STACK = 512 << 20
 
-# What reaches the engine's thread: a request whose prompts are encoded and whether it was stopped meanwhile, adapters
+
+class _Texts(NamedTuple):
+    """A request whose texts are to be embedded or scored, and are encoded."""
+
+    command: Embed | Rank
+    encoded: list[Encoded]
+
+
+# What reaches the engine's thread: a request whose texts are encoded and whether it was stopped meanwhile, adapters
 # whose files were read, or a command about requests.
-_Digests = dict[str, FileDigest]
-_Job = tuple[Generate, list[list[int]], bool] | tuple[SetAdapters, _Digests] | Cancel | Stop | LimitSpill | SavePrefixes
-_VocabularyJob = Generate | Tokenize | Detokenize | SetAdapters
+_Job = (
+    tuple[Generate, list[list[int]], bool]
+    | _Texts
+    | tuple[SetAdapters, dict[str, FileDigest]]
+    | Cancel
+    | Stop
+    | LimitSpill
+    | SavePrefixes
+)
+_VocabularyJob = Generate | Embed | Rank | Tokenize | Detokenize | SetAdapters
 
 
 class Host:
@@ -94,7 +114,8 @@ class Host:
             raise TypeError(f"the first command is {type(command).__name__}, not Load")
         before = memory_in_use()
         try:
-            engine = LoadedEngine(command.params, self._progress_reporter())
+            kind = LoadedEngine if command.params.pooling is None else LoadedEmbedder
+            engine = kind(command.params, self._progress_reporter())
         except LlamaserveError as error:
             self._send([LoadFailed(to_value(error))])
             return
@@ -110,7 +131,7 @@ class Host:
     def _progress_reporter(self) -> _ProgressReporter:
         return _ProgressReporter(lambda fraction: self._send([Loading(fraction)]))
 
-    def _run_engine(self, engine: Engine) -> None:
+    def _run_engine(self, engine: Work) -> None:
         while True:
             if engine.idle and self._jobs.empty() and engine.save_ahead():
                 continue
@@ -119,7 +140,7 @@ class Host:
             else:
                 self._report(engine, list(engine.step()))
 
-    def _report(self, engine: Engine, events: list[Event]) -> None:
+    def _report(self, engine: Work, events: list[Event]) -> None:
         """Send what has happened in one frame. Text waits for the next step's if the last text is not a moment old."""
         events += engine.progress()
         if (changed := engine.occupancy()) is not None:
@@ -134,7 +155,7 @@ class Host:
             self._send(self._unsent)
             self._unsent = []
 
-    def _take(self, engine: Engine, job: _Job) -> list[Event]:
+    def _take(self, engine: Work, job: _Job) -> list[Event]:
         try:
             return self._carry_out(engine, job)
         except LlamaserveError as error:
@@ -142,27 +163,31 @@ class Host:
             assert request is not None
             return [Failed(request, to_value(error))]
 
-    def _carry_out(self, engine: Engine, job: _Job) -> list[Event]:
+    def _carry_out(self, engine: Work, job: _Job) -> list[Event]:
         match job:
             case (Generate(request, _, generation), prompts, stopped):
-                engine.submit(request, prompts, generation)
+                _generator(engine).submit(request, prompts, generation)
                 if stopped:
                     return list(engine.stop(request))
+            case _Texts(command, encoded):
+                embedding = command.embedding if isinstance(command, Embed) else None
+                _embedder(engine).submit(command.request, encoded, embedding)
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):
                 return list(engine.stop(target))
             case (SetAdapters(request, adapters), digests):
-                engine.set_adapters(adapters, digests)
+                _generator(engine).set_adapters(adapters, digests)
                 return [Done(request)]
             case LimitSpill(request, size):
-                engine.limit_spill(size)
+                if isinstance(engine, Engine):
+                    engine.limit_spill(size)
                 return [Done(request)]
             case SavePrefixes(request, path, size):
-                return [Saved(request, *engine.save_prefixes(Path(path), size))]
+                return [Saved(request, *_generator(engine).save_prefixes(Path(path), size))]
         return []
 
-    def _read_commands(self, engine: Engine) -> None:
+    def _read_commands(self, engine: Work) -> None:
         """Pass commands on until the API process is gone, which ends this one at once."""
         with contextlib.suppress(ConnectionError):  # it died in the middle of a frame
             while (frame := self._link.read()) is not None:
@@ -174,13 +199,13 @@ class Host:
                 if isinstance(command, LimitSpill | SavePrefixes):
                     self._jobs.put(command)
                     continue
-                if isinstance(command, Generate):
+                if isinstance(command, Generate | Embed | Rank):
                     with self._lock:
                         self._encoding[command.request] = None
                 self._vocabulary_jobs.put(command)
         os._exit(0)
 
-    def _end_requests(self, engine: Engine, command: Cancel | Stop) -> None:
+    def _end_requests(self, engine: Work, command: Cancel | Stop) -> None:
         """Let a cancel or stop reach its requests wherever they are; it does not wait for a long prompt's step."""
         with self._lock:
             for request in self._encoding if command.request is None else {command.request} & self._encoding.keys():
@@ -189,7 +214,7 @@ class Host:
             self._jobs.put(command)
         engine.interrupt(command.request)
 
-    def _use_vocabulary(self, engine: Engine) -> None:
+    def _use_vocabulary(self, engine: Work) -> None:
         while True:
             job = self._vocabulary_jobs.get()
             try:
@@ -199,36 +224,65 @@ class Host:
                     self._encoding.pop(job.request, None)
                 self._send([Failed(job.request, to_value(error))])
 
-    def _answer(self, engine: Engine, job: _VocabularyJob) -> None:
+    def _answer(self, engine: Work, job: _VocabularyJob) -> None:
         match job:
-            case Generate(request, prompts, generation):
-                engine.check(generation)
-                self._start(engine, job, [engine.encode(prompt, generation) for prompt in prompts])
+            case Generate():
+                self._encode_prompts(_generator(engine), job)
+            case Embed(request, inputs, embedding):
+                embedder = _embedder(engine)
+                embedder.check(embedding)
+                encoded = [embedder.encode(text, f"input[{n}]", embedding) for n, text in enumerate(inputs)]
+                self._hand_over(request, lambda _: _Texts(job, encoded))
+            case Rank(request, query, documents, truncate):
+                pairs = _embedder(engine).encode_pairs(query, documents, truncate=truncate)
+                self._hand_over(request, lambda _: _Texts(job, pairs))
             case Tokenize(request, text, add_bos, parse_special):
                 tokens = engine.tokenize(text, add_bos=add_bos, parse_special=parse_special)
                 self._send([Tokens(request, tokens)])
             case Detokenize(request, tokens, special):
                 self._send([Text(request, engine.detokenize(tokens, special=special))])
             case SetAdapters(_, adapters):  # behind the requests that came before it and may still have been encoded
-                self._jobs.put((job, engine.read_adapters(adapters)))
+                self._jobs.put((job, _generator(engine).read_adapters(adapters)))
 
-    def _start(self, engine: Engine, command: Generate, whole: list[list[int]]) -> None:
-        """Hand an encoded request to the engine, with what came for it meanwhile."""
-        prompts = [engine.cut(tokens, command.generation) for tokens in whole]
+    def _encode_prompts(self, engine: Engine, command: Generate) -> None:
+        """Encode a request's prompts, and hand it to the engine with what came for it meanwhile."""
+        generation = command.generation
+        engine.check(generation)
+        whole = [engine.encode(prompt, generation) for prompt in command.prompts]
+        prompts = [engine.cut(tokens, generation) for tokens in whole]
         lengths = [len(tokens) for tokens in prompts]
-        truncated = sum(map(len, whole)) - sum(lengths)
+        accepted = Accepted(command.request, lengths, sum(map(len, whole)) - sum(lengths))
+        self._hand_over(command.request, lambda stopped: (command, prompts, stopped), accepted)
+
+    def _hand_over(self, request: int, job: Callable[[bool], _Job], accepted: Accepted | None = None) -> None:
+        """Queue a request whose texts are encoded, unless it was cancelled meanwhile; ``job`` is told whether it was
+        stopped.
+        """
         with self._lock:
-            ending = self._encoding.pop(command.request)
+            ending = self._encoding.pop(request)
             if isinstance(ending, Cancel):
                 return
-            self._send([Accepted(command.request, lengths, truncated)])
-            self._jobs.put((command, prompts, ending is not None))
+            if accepted is not None:
+                self._send([accepted])
+            self._jobs.put(job(ending is not None))
 
 
-def _or_die(work: Callable[[Engine], None], engine: Engine) -> None:
+def _generator(engine: Work) -> Engine:
+    if not isinstance(engine, Engine):
+        raise ModelNotCapable("this model makes vectors of texts; it does not generate any")
+    return engine
+
+
+def _embedder(engine: Work) -> Embedder:
+    if not isinstance(engine, Embedder):
+        raise ModelNotCapable("this model is loaded to generate text; it makes no embeddings")
+    return engine
+
+
+def _or_die(task: Callable[[Work], None], engine: Work) -> None:
     """Run a thread's work; a bug in it ends the process loudly, since without the thread it would be deaf."""
     try:
-        work(engine)
+        task(engine)
     except ConnectionError:
         os._exit(0)  # the API process is gone
     finally:

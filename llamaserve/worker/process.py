@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from llamaserve.engine.events import Delta, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
+from llamaserve.engine.events import Delta, Embedded, Failed, Finished, Occupancy, Progress
+from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
 from llamaserve.errors import EngineCrashed, from_value, to_value
 from llamaserve.worker.child import Child
 from llamaserve.worker.protocol import (
@@ -24,6 +24,7 @@ from llamaserve.worker.protocol import (
     Command,
     Detokenize,
     Done,
+    Embed,
     Event,
     Generate,
     LimitSpill,
@@ -31,6 +32,7 @@ from llamaserve.worker.protocol import (
     LoadFailed,
     Loading,
     Prompt,
+    Rank,
     Ready,
     RequestEvent,
     Saved,
@@ -196,6 +198,23 @@ class WorkerProcess:
         """Answer prompts; the caller closes the stream."""
         return GenerationStream(self, prompts, generation)
 
+    async def embed(self, inputs: Sequence[Prompt], embedding: Embedding) -> Embedded:
+        """Return the vectors of texts or token ids. Whoever gives up waiting has the rest of the work dropped."""
+        return await self._embedded(Embed(self.next_request(), list(inputs), embedding))
+
+    async def rank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> Embedded:
+        """Return for each document the logit of its being an answer to the query."""
+        return await self._embedded(Rank(self.next_request(), query, list(documents), truncate))
+
+    async def _embedded(self, command: Embed | Rank) -> Embedded:
+        try:
+            event = await self._ask(command)
+        except asyncio.CancelledError:
+            self.send_soon(Cancel(command.request))
+            raise
+        assert isinstance(event, Embedded)
+        return event
+
     async def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Return the token ids of a text."""
         event = await self._ask(Tokenize(self.next_request(), text, add_bos, parse_special))
@@ -267,7 +286,9 @@ class WorkerProcess:
         if not self._is_gone:
             self._child.write(encode_command(command))
 
-    async def _ask(self, command: Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes) -> Event:
+    async def _ask(
+        self, command: Embed | Rank | Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes
+    ) -> Event:
         inbox = self.open_request(command.request, encode_command(command))
         try:
             return (await inbox.arrival()).popleft()

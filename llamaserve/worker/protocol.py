@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from llamaserve.engine.events import Delta, Device as Device, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
+from llamaserve.engine.events import Delta, Device as Device, Embedded, Failed, Finished, Occupancy, Progress
+from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
 from llamaserve.errors import ErrorValue, InvalidRequest
 
 Prompt = str | list[int]
@@ -26,6 +26,25 @@ class Generate(msgspec.Struct, frozen=True, tag=True, array_like=True):
     request: int
     prompts: list[Prompt]
     generation: Generation
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Make vectors of texts or token ids. Answered by ``Embedded`` or ``Failed``."""
+
+    request: int
+    inputs: list[Prompt]
+    embedding: Embedding
+
+
+class Rank(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Score how well each document answers a query. Answered by ``Embedded`` with a logit for each, or ``Failed``. What
+    is too long loses the end of the document with ``truncate``; otherwise it is refused.
+    """
+
+    request: int
+    query: str
+    documents: list[str]
+    truncate: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -83,7 +102,9 @@ class SavePrefixes(msgspec.Struct, frozen=True, tag=True, array_like=True):
     size: int
 
 
-Command = Load | Generate | Cancel | Stop | Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes
+Command = (
+    Load | Generate | Embed | Rank | Cancel | Stop | Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes
+)
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -151,7 +172,7 @@ class Saved(msgspec.Struct, frozen=True, tag=True, array_like=True):
     size: int
 
 
-RequestEvent = Accepted | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
+RequestEvent = Accepted | Embedded | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
 Event = Hello | Loading | Ready | LoadFailed | Occupancy | RequestEvent
 
 _encoder = msgspec.msgpack.Encoder()

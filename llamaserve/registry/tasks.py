@@ -1,0 +1,61 @@
+"""What a model is there for, and what its vectors are made of: as its settings say, or else its file.
+
+Knows settings and headers, and nothing of how anything is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from llamaserve.engine.params import Pooling
+from llamaserve.errors import ModelNotCapable
+from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.spec import ModelSpec, Task
+
+_POOLING: Final[dict[int | None, Pooling]] = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type
+_RANK: Final = 4
+
+GENERATING: Final[tuple[Task, ...]] = ("generation", "moderation")  # whose models generate text
+
+# What models of each task do, for people, and where it is asked for.
+WORK: Final[dict[Task, str]] = {
+    "generation": "generates text",
+    "embedding": "makes embeddings (POST /v1/embeddings)",
+    "rerank": "scores documents for a query (POST /v1/rerank)",
+    "moderation": "judges texts (POST /v1/moderations)",
+    "transcription": "writes down speech",
+}
+
+
+def task_of(spec: ModelSpec, header: GGUFHeader | None) -> Task:
+    """Return what a model is there for; without a header, as far as its settings tell."""
+    if spec.task is not None:
+        return spec.task
+    if header is None or not header.is_embedding_model:
+        return "generation"
+    return "rerank" if header.pooling_type == _RANK else "embedding"
+
+
+def pooling_of(spec: ModelSpec, header: GGUFHeader) -> Pooling | None:
+    """Return how one vector or score is made of those of a text's tokens; None for a model that generates text. A model
+    that was not made for embeddings gives the mean.
+
+    Raises ``ModelNotCapable`` when it can't do what its settings say.
+    """
+    match task_of(spec, header):
+        case "embedding":
+            if spec.pooling == "rank":
+                raise ModelNotCapable("pooling: rank is for models of the task rerank")
+            return _POOLING.get(header.pooling_type, "mean") if spec.pooling == "auto" else spec.pooling
+        case "rerank":
+            if spec.pooling not in ("auto", "rank"):
+                raise ModelNotCapable(f"a model of the task rerank gives scores; leave out pooling: {spec.pooling}")
+            if not header.gives_scores:
+                raise ModelNotCapable("it has no classification head, so it can't score documents")
+            return "rank"
+        case "transcription":
+            raise ModelNotCapable("this server does not transcribe speech")
+        case _:
+            if not header.remembers:
+                raise ModelNotCapable("it is an encoder; it can't generate text")
+            return None
