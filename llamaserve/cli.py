@@ -22,7 +22,8 @@ from llamaserve import __version__, cli_doctor, cli_models, cli_plan
 from llamaserve.cli_models import ModelsDir, ModelsFile, fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry, read_settings
 from llamaserve.errors import LlamaserveError, RegistryError
-from llamaserve.registry.spec import Registry
+from llamaserve.registry.spec import Registry, Task
+from llamaserve.registry.tasks import task_of
 from llamaserve.settings import Settings
 
 if TYPE_CHECKING:
@@ -177,6 +178,16 @@ def _described(model: ServedModel) -> str:
     return f"{model.name}, {model.header.quantisation}, {model.context} tokens of context, on the {where}"
 
 
+_CHAT = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
+_TO_TRY: dict[Task, tuple[str, str]] = {
+    "generation": _CHAT,
+    "transcription": _CHAT,  # which can't be loaded
+    "embedding": ("/v1/embeddings", '{"input": ["Hello!", "Good morning"]}'),
+    "rerank": ("/v1/rerank", '{"query": "a greeting", "documents": ["Hello!", "It rains"]}'),
+    "moderation": ("/v1/moderations", '{"input": "Hello!"}'),
+}
+
+
 def _print_ready(pool: ModelPool, url: str) -> None:
     loaded = [model for model in pool.models if model.live_worker is not None]
     names = "; ".join(_described(model) for model in loaded) or "no model"
@@ -186,7 +197,7 @@ def _print_ready(pool: ModelPool, url: str) -> None:
     if others := len(pool.models) - len(loaded):
         lines.append(f"  also       {others} more, loaded when a request names one: {url}/v1/models")
     if loaded:
-        body = '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
-        lines.append(f"  try it     curl -N {url}/v1/chat/completions -d {escape(shlex.quote(body))}")
+        path, body = _TO_TRY[task_of(loaded[0].spec, loaded[0].file.known_header)]
+        lines.append(f"  try it     curl -N {url}{path} -d {escape(shlex.quote(body))}")
     out.print("\n".join(lines), highlight=False, soft_wrap=True)
     sys.stdout.flush()

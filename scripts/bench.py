@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from benchmark import (
     constrained,
     contention,
+    embeddings,
     footprint,
     long_prompt,
     prefixes,
@@ -37,15 +38,13 @@ from benchmark import (
 )
 from benchmark.client import Unreachable
 from benchmark.lab import Lab, NotPossible, Plan, open_lab
+from benchmark.models import find_model
 from benchmark.processes import StartFailed
 from benchmark.results import Results, Row
 from rich.console import Console
 
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.cache import cache_folder
-from llamaserve.registry.fetching import locate
-from llamaserve.registry.spec import RunOptions, find_models_file, load_registry
-from llamaserve.settings import Settings
 
 _INTERRUPTED = 130  # exit status; what was measured until then is shown all the same
 
@@ -73,6 +72,7 @@ WORKLOADS = (
     Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
     Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
+    Workload("embeddings", "256 texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 
@@ -82,6 +82,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(workload.name for workload in WORKLOADS)
     parser.add_argument("--model", help="a model of models.yaml, or a .gguf file; default: the starter model")
+    parser.add_argument(
+        "--embedding-model", default="all-minilm-l6-v2", help="likewise, for embeddings; default: %(default)s"
+    )
     parser.add_argument("--url", help="base URL of a running server, with /v1")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=URL", help="another server to compare with"
@@ -128,19 +131,14 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
         "tokens": max(16, options.tokens),
         "url": options.url,
         "peers": peers(options.peer),
+        "embedding_model": options.embedding_model,
         "cache": cache_folder() / "benchmark",
         "say": say,
     }
     if options.url:
         return Plan(model=options.model, file=None, options={}, **common)
-    registry = load_registry(find_models_file(Settings().models_file))
-    name, spec = registry.resolve_reference(options.model or registry.default_model or "starter")
-    file = locate(registry.source(spec), spec.sha256)
-    if file is None:
-        subprocess.run([sys.executable, "-m", "llamaserve", "pull", options.model or name], check=True)
-        file = locate(registry.source(spec), spec.sha256)
-        assert file is not None
-    return Plan(model=name, file=file, options=spec.model_dump(include=set(RunOptions.model_fields)), **common)
+    found = find_model(options.model)
+    return Plan(model=found.name, file=found.file, options=found.options, **common)
 
 
 def measure(lab: Lab, workloads: Sequence[Workload], say: Callable[[str], None]) -> bool:
@@ -154,7 +152,7 @@ def measure(lab: Lab, workloads: Sequence[Workload], say: Callable[[str], None])
         say(f"{workload.name}: {workload.what} ...")
         try:
             workload.run(lab)
-        except (NotPossible, StartFailed, Unreachable, LlamaserveError) as error:
+        except (NotPossible, StartFailed, Unreachable, LlamaserveError, subprocess.CalledProcessError) as error:
             lab.results.missing[workload.name] = str(error)
             say(f"{workload.name}: {error}")
         except KeyboardInterrupt:

@@ -40,7 +40,7 @@ router = APIRouter(tags=["embeddings"])
 Kind = Literal["query", "document", "plain"]
 
 _MAX_INPUTS: Final = 2048
-_MAX_TOKEN_ID: Final = 2**31 - 1
+_INT32: Final = 2**31 - 1  # the largest token id
 _MAX_TOKENS: Final = 1024 * 1024  # ids of all inputs together; more could not fit, and looking at each takes time
 _INPUT_SCHEMA: Final = {
     "anyOf": [
@@ -94,14 +94,14 @@ def _check_tokens(tokens: Sequence[Any], *place: int) -> None:
     _check_number(len(tokens))
     if not tokens:
         raise misplaced("must not be empty", *place)
-    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) <= _MAX_TOKEN_ID:
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) <= _INT32:
         return
     wrong = next(number for number, token in enumerate(tokens) if not _is_token(token))
-    raise misplaced(f"must be a token id, from 0 to {_MAX_TOKEN_ID}", *place, wrong)
+    raise misplaced(f"must be a token id, from 0 to {_INT32}", *place, wrong)
 
 
 def _is_token(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_TOKEN_ID
+    return type(value) is int and 0 <= value <= _INT32
 
 
 def _kind(value: Any) -> Kind:
@@ -135,6 +135,7 @@ class EmbeddingRequest(EmbeddingFields):
     dimensions: int | None = Field(
         None,
         ge=1,
+        le=_INT32,
         strict=True,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="How many numbers of each vector to keep; it has a length of 1 again.",

@@ -7,8 +7,9 @@ What a CPU computes for a text should not depend on its neighbours in a step. Wi
 not as long as the step has less than 64 tokens: from there on attention goes over tiles of tokens, and where a text
 lies in them changes its vector (measured: by 3e-3 in a component with 8-bit weights, by 3e-8 in smaller steps). So
 short texts share steps of at most 63 tokens, which takes no longer (256 short texts of MiniLM: 618 ms, and 605 in steps
-of 256 tokens), and a longer text has a step for itself, unless it can be divided. GPUs need larger steps to be fast:
-there a step has as many tokens as the settings say.
+of 256 tokens), and a longer text has a step for itself, unless it can be divided. Without flash attention it always
+matters where a text lies, so each has a step for itself. GPUs need larger steps to be fast: there a step has as many
+tokens as the settings say.
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ class Embedder(Work):
         self._batch = Batch(params.batch)
         divides = native.remembers and not model.looks_ahead
         largest = min(params.batch, params.kv_cells)
+        alone = params.flash_attention == "off" and not uses_gpu(params)
         self._packer = Packer(
             tokens=largest if uses_gpu(params) else min(largest, UNTILED),
-            sequences=params.parallel,
+            sequences=1 if alone else params.parallel,
             cells=params.kv_cells if divides else None,
         )
         self._again: list[Part] = []  # what was given up, and must be evaluated after all
@@ -94,6 +96,14 @@ class Embedder(Work):
         self._free = list(range(params.parallel))  # sequences
         self._evaluating: frozenset[int] = frozenset()  # the requests of the step under way
         self._reported = Occupancy()
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """See ``Work``. With ``add_bos`` all tokens that the model wants around a text are there, as they are when it
+        is embedded.
+        """
+        tokens = super().tokenize(text, add_bos=False, parse_special=parse_special)
+        before, after = self.vocab.frame
+        return [*before, *tokens, *after] if add_bos else tokens
 
     def check(self, embedding: Embedding) -> None:
         """Refuse what can't be made of texts with this model. Thread-safe."""
@@ -177,10 +187,10 @@ class Embedder(Work):
             self._release(text)
 
     def interrupt(self, request: int | None) -> None:
-        """Give up a long step under way that is for this request alone, or for any if it is None, so that a ``cancel``
-        that follows need not wait for it. From any thread.
+        """Give up a long step under way that is for this request alone, so that a ``cancel`` that follows need not wait
+        for it; not one for any request, since a part of their answers is worth nothing. From any thread.
         """
-        if self._evaluating and (request is None or self._evaluating == {request}):
+        if self._evaluating == {request}:
             self._native.interrupt()
 
     @property

@@ -141,16 +141,16 @@ class ModelPool:
         return model
 
     def get_for(self, task: Task, name: str | None) -> ServedModel:
-        """Return the model with this name or alias; for None the one that models.yaml has for this task, or else the
-        current model if that is there for it.
+        """Return the model with this name or alias; for None the current one if it is there for this task, or else the
+        one that models.yaml has for it.
         """
         if name is not None:
             return self.get(name)
-        if (default := self.registry.default_models.get(task)) is not None:
-            return self.get(default)
         current = self.current
         if current is not None and task_of(current.spec, current.file.known_header) == task:
             return current
+        if (default := self.registry.default_models.get(task)) is not None:
+            return self.get(default)
         raise ModelNotLoaded(f"the request names no model, and models.yaml has no `{task}_model` under `defaults`")
 
     def _offers(self, model: ServedModel) -> bool:

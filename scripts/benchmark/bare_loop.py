@@ -2,11 +2,13 @@
 
 A process of its own, like the server's. It takes commands as JSON lines on standard input and answers each with one
 line. Prompts are evaluated in full batches, then every step takes one token of each sequence, and llama.cpp's greedy
-sampler picks the next. There is no text, no cache and no scheduler; after each command everything is forgotten.
+sampler picks the next. There is no text, no cache and no scheduler; after each command everything is forgotten. With a
+model that makes vectors of texts it evaluates batches that were packed and filled beforehand, and reads the vectors.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 import sys
@@ -19,6 +21,7 @@ import numpy as np
 
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 _TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+_POOLING = {"mean": 1, "cls": 2, "last": 3}
 _ALL_LAYERS = -1
 
 _log: list[str] = []
@@ -54,6 +57,9 @@ class Loop:
         context.kv_unified = settings["kv_unified"]
         context.swa_full = False
         context.no_perf = True
+        self._pools: bool = settings.get("pooling") is not None
+        if self._pools:
+            _prepare_pooling(context, settings)
         self._context = lib.llama_init_from_model(self._model, context)
         self.load_seconds = time.perf_counter() - started
         if not self._context:
@@ -74,11 +80,14 @@ class Loop:
         lib.llama_sampler_chain_add(self._sampler, lib.llama_sampler_init_greedy())
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a prompt, as the server makes them."""
+        """Return the tokens of a prompt, or of a text to be embedded, as the server makes them."""
         data = text.encode()
-        buffer = (lib.llama_token * (len(data) + 2))()
-        count = lib.llama_tokenize(self._vocab, data, len(data), buffer, len(data) + 2, False, True)
+        room = len(data) + 8
+        buffer = (lib.llama_token * room)()
+        count = lib.llama_tokenize(self._vocab, data, len(data), buffer, room, self._pools, True)
         tokens = list(buffer[:count])
+        if self._pools:
+            return tokens
         bos = lib.llama_vocab_bos(self._vocab)
         return [bos, *tokens] if lib.llama_vocab_get_add_bos(self._vocab) and tokens[:1] != [bos] else tokens
 
@@ -201,10 +210,64 @@ class Loop:
                 lib.llama_memory_seq_rm(self._memory, 0, depth, -1)
         return costs
 
+    def embed(self, steps: Sequence[Sequence[tuple[Sequence[int], int, int, bool]]]) -> dict[str, Any]:
+        """Evaluate steps of texts or parts of them, each with its tokens, the place of the first one, its sequence, and
+        whether it is the last part. Return the seconds of evaluating them and reading the vectors, and the vectors of
+        all parts.
+        """
+        batches = [_filled(step) for step in steps]
+        width = lib.llama_model_n_embd_out(self._model)
+        vectors = np.zeros((sum(map(len, steps)), width), np.float32)
+        address, size = vectors.ctypes.data, vectors.strides[0]
+        encodes = lib.llama_model_has_encoder(self._model)  # T5
+        evaluate = lib.llama_encode if encodes else lib.llama_decode
+        read, copy = lib.llama_get_embeddings_seq, ctypes.memmove
+        started = time.perf_counter()
+        for step, (batch, _) in zip(steps, batches, strict=True):
+            if (code := evaluate(self._context, batch)) != 0:
+                raise SystemExit(f"llama.cpp failed to evaluate a batch (code {code})")
+            for _, _, sequence, is_last in step:
+                copy(address, read(self._context, sequence), size)
+                address += size
+                if is_last and self._memory:
+                    lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "vectors": base64.b64encode(vectors.tobytes()).decode(), "width": width}
+
     @property
     def ends(self) -> list[int]:
         """The tokens that end an answer."""
         return sorted(self._ends)
+
+
+def _prepare_pooling(context: Any, settings: dict[str, Any]) -> None:
+    """Have vectors computed instead of logits, with as many tokens in a batch as all sequences share evenly."""
+    parallel = settings["parallel"]
+    context.embeddings = True
+    context.pooling_type = _POOLING[settings["pooling"]]
+    context.n_batch = context.n_ubatch = context.n_outputs_max = -(-settings["batch"] // parallel) * parallel
+
+
+def _filled(step: Sequence[tuple[Sequence[int], int, int, bool]]) -> tuple[Any, list[Any]]:
+    """Return a batch with the tokens of a step, and what must live as long as it."""
+    rows = [
+        (token, start + place, sequence) for tokens, start, sequence, _ in step for place, token in enumerate(tokens)
+    ]
+    count = len(rows)
+    tokens, positions, sequences = zip(*rows, strict=True)
+    each = (lib.llama_seq_id * count)(*sequences)
+    pointer, size = ctypes.POINTER(lib.llama_seq_id), ctypes.sizeof(lib.llama_seq_id)
+    kept = [
+        (lib.llama_token * count)(*tokens),
+        (lib.llama_pos * count)(*positions),
+        (ctypes.c_int32 * count)(*[1] * count),
+        (pointer * count)(*(ctypes.cast(ctypes.addressof(each) + row * size, pointer) for row in range(count))),
+        (ctypes.c_int8 * count)(*[1] * count),
+    ]
+    batch = lib.llama_batch()
+    batch.n_tokens = count
+    batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits = kept
+    return batch, [*kept, each]
 
 
 def sizes() -> dict[str, float]:
@@ -229,7 +292,8 @@ def main() -> None:
         match command["do"]:
             case "load":
                 loop = Loop(command["settings"])
-                _say({"ends": loop.ends, "sizes": sizes(), "seconds": loop.load_seconds})
+                gpu = bool(lib.llama_supports_gpu_offload()) and command["settings"]["gpu_layers"] not in ("none", 0)
+                _say({"ends": loop.ends, "sizes": sizes(), "seconds": loop.load_seconds, "gpu": gpu})
             case _ if loop is None:
                 raise SystemExit("load a model first")
             case "tokenize":
@@ -237,6 +301,10 @@ def main() -> None:
             case "generate":
                 prompts = [loop.tokenize(text) for text in command["prompts"]]
                 _say(loop.generate(prompts, command["tokens"], command["copies"]))
+            case "tokenize_all":
+                _say([loop.tokenize(text) for text in command["texts"]])
+            case "embed":
+                _say(loop.embed(command["steps"]))
             case "step_costs":
                 _say(loop.step_costs(loop.tokenize(command["text"]), command["rows"], command["repeats"]))
 

@@ -178,7 +178,7 @@ def parse(started: float, pieces: Sequence[tuple[float, bytes]]) -> Answer:
     ends = list(accumulate(len(data) for _, data in pieces))
     status, body, places = unpack(raw)
     if status != 200:
-        answer.error = f"status {status}: {_message_in(body)}" if status else "no HTTP answer"
+        answer.error = f"status {status}: {message_in(body)}" if status else "no HTTP answer"
         return answer
     body_ends = [place for place, _ in places]
 
@@ -193,7 +193,8 @@ def parse(started: float, pieces: Sequence[tuple[float, bytes]]) -> Answer:
     return answer
 
 
-def _message_in(body: bytes) -> str:
+def message_in(body: bytes) -> str:
+    """Return what an answer that is an error says."""
     try:
         return _message(json.loads(body))
     except ValueError:

@@ -5,6 +5,7 @@ Each one answers a list of requests at once. Whoever can't be started raises ``S
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -35,6 +36,10 @@ LIMIT = 120.0  # seconds for the answers to one set of requests
 _START_LIMIT = 90.0  # seconds for a server to load its model
 # What llamaserve gives its worker; the bare loop has to wait at OpenMP's barriers in the same way.
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
+
+
+# A text in a step, or a part of it: its tokens, the place of the first one, its sequence, whether it is the last part.
+BarePart = tuple[Sequence[int], int, int, bool]
 
 
 class Contender(Protocol):
@@ -81,11 +86,24 @@ class BareLoop:
         self.ends: tuple[int, ...] = ()
         self.sizes: dict[str, float] = {}
         self.load_seconds = 0.0
+        self.gpu = False  # whether the model is on one
 
     def load(self, settings: Mapping[str, Any]) -> None:
         """Load a model as the server does that has these ``LoadParams``."""
         answer = self._command(do="load", settings=settings)
         self.ends, self.sizes, self.load_seconds = tuple(answer["ends"]), answer["sizes"], answer["seconds"]
+        self.gpu = answer["gpu"]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts."""
+        tokens: list[list[int]] = self._command(do="tokenize_all", texts=texts)
+        return tokens
+
+    def embed(self, steps: Sequence[Sequence[BarePart]]) -> tuple[float, list[bytes]]:
+        """Evaluate steps, and return the seconds that it took and the vector of each part, as 32-bit floats."""
+        done = self._command(do="embed", steps=steps)
+        data, size = base64.b64decode(done["vectors"]), 4 * done["width"]
+        return done["seconds"], [data[place : place + size] for place in range(0, len(data), size)]
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a prompt."""

@@ -34,7 +34,9 @@ PLAIN_SETTINGS = {"speculation": False}
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for. ``file`` and ``options`` are the model's; None with the ``url`` of a server."""
+    """What the command line asks for. ``file`` and ``options`` are the model's; None with the ``url`` of a server. The
+    ``embedding_model`` is only looked for when it is needed.
+    """
 
     rounds: int
     tokens: int
@@ -43,6 +45,7 @@ class Plan:
     options: Mapping[str, Any]
     url: str | None
     peers: Mapping[str, str]
+    embedding_model: str
     cache: Path
     say: Callable[[str], None]
 

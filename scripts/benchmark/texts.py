@@ -37,6 +37,7 @@ _OPENINGS = (
     "Dear friend, you asked me how {hero} came to keep {find} {place}. I will tell you from the beginning. First",
     "{place}, people still talk about {hero}. It began with {find}, and it ended, as such things do, when",
 )
+_WORDS = {"few": (1, 5), "some": (6, 14), "many": (15, 30)}  # of short texts: at least, at most
 _QUESTIONS = (
     "Explain in a few sentences what a reader should remember about this.",
     "Which part of it is the hardest to understand, and why?",
@@ -106,6 +107,36 @@ def manual(seed: str, tokens: int, count: Callable[[str], int]) -> str:
             break
         text = words
     return text
+
+
+def short_texts(seed: str, count: int) -> list[str]:
+    """Return different texts to be embedded: what people search with, questions, and sentences of up to 30 words."""
+    draw = _random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_short_text(draw)] = None
+    return list(found)
+
+
+def _short_text(draw: random.Random) -> str:
+    kind = draw.choice(("search", "question", "opening", "few", "some", "many"))
+    match kind:
+        case "search":
+            return f"{draw.choice(_SUBJECTS)} {draw.choice(_PLACES)}"
+        case "question":
+            return draw.choice(_TURNS).format(subject=draw.choice(_SUBJECTS))
+        case "opening":
+            return story(str(draw.random())).partition("\n\n")[2]
+        case _:
+            sentence = draw.choice(_sentences()).split()
+            return " ".join(sentence[: draw.randint(*_WORDS[kind])])
+
+
+@cache
+def _sentences() -> Sequence[str]:
+    """Return the manual's sentences that have more than a few words."""
+    found = re.split(r"(?<=[.:?])\s+", "\n".join(_manual[name] for name in sorted(_manual)))
+    return tuple(sentence for sentence in found if len(sentence.split()) > _WORDS["few"][1])
 
 
 def questions(seed: str, count: int) -> list[str]:

@@ -349,6 +349,22 @@ def test_what_is_not_offered_is_refused(ranker: RunningServer, options: dict[str
     assert_error(response, 400, "unsupported_parameter", param)
 
 
+@pytest.mark.parametrize("depth", [500, 900, 100_000])
+def test_deep_nesting(ranker: RunningServer, depth: int) -> None:
+    deep = "[" * depth + "]" * depth
+    for documents in (deep, f"[{deep}]", f'[{{"text": {deep}}}]', f'[{{"text": "x", "more": {deep}}}]'):
+        content = f'{{"query": "x", "documents": {documents}, "return_documents": true}}'.encode()
+        response = httpx.post(ranker.url + RERANK, content=content, timeout=LIMIT, verify=False)
+        assert (response.status_code == 200 and "more" in documents) or is_error(response)
+
+
+def test_odd_names_in_documents_are_no_headers(ranker: RunningServer) -> None:
+    documents = [{"text": "x", name: 1} for name in ("\ud800", "\0", "", "x" * 9999, "é", "a\r\nb: c")]
+    response = send(ranker, {"query": QUERY, "documents": documents})
+    assert response.status_code == 200
+    assert response.headers[IGNORED_HEADER].count("documents.") == len(documents)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

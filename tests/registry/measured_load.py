@@ -17,6 +17,7 @@ import msgspec
 import psutil
 
 from llamaserve.engine import llama
+from llamaserve.engine.embedder import Encoded, LoadedEmbedder
 from llamaserve.engine.engine import LoadedEngine
 from llamaserve.engine.params import Generation, LoadParams, Sampling
 
@@ -26,7 +27,8 @@ def main() -> None:
     requests = msgspec.json.decode(sys.argv[2], type=list[LoadParams])
     llama.start_backend()
     if sys.argv[1] == "load":
-        json.dump(_measure(requests[0]), sys.stdout)
+        params = requests[0]
+        json.dump(_measure(params) if params.pooling is None else _measure_vectors(params), sys.stdout)
     else:
         json.dump([_reserve(params) for params in requests], sys.stdout)
 
@@ -42,6 +44,18 @@ def _measure(params: LoadParams) -> dict[str, int]:
         engine.submit(number, [[5, 6, 7, 8 + number]], Generation(sampling=sampling, max_tokens=8))
     while not engine.idle:
         engine.step()
+    return {"loaded": loaded, "used": _resident() - before}
+
+
+def _measure_vectors(params: LoadParams) -> dict[str, int]:
+    """Return the growth right after loading, and after the longest text and many short ones."""
+    before = _resident()
+    embedder = LoadedEmbedder(params, lambda fraction: True)
+    loaded = _resident() - before
+    for number, length in enumerate((params.context, *[3] * 2 * params.parallel)):
+        embedder.submit(number, [Encoded([5 + place % 100 for place in range(length)])], None)
+    while not embedder.idle:
+        embedder.step()
     return {"loaded": loaded, "used": _resident() - before}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ _BLOCKS = {
     Q6_K: (256, 210, (208,)),
     MXFP4: (32, 17, ()),
 }
+_Description = tuple[str, tuple[int, ...], int]
+
 _PIECE = 1 << 16  # blocks that are drawn; longer tensors repeat them
 
 
@@ -66,8 +68,13 @@ class Shape:
 
 def write_model(path: Path, shape: Shape, *, hollow: bool = False) -> Path:
     """Write a model; a ``hollow`` one has a whole header and holes for weights."""
-    tensors = [_Weights(name, dims, kind) for name, dims, kind in _tensors(shape)]
-    file = File(_metadata(shape), tensors)
+    return write_tensors(path, _metadata(shape), _tensors(shape), hollow=hollow)
+
+
+def write_tensors(path: Path, metadata: dict[str, Any], described: Iterable[_Description], *, hollow: bool) -> Path:
+    """Write a file with this metadata and tensors of these names, shapes and types."""
+    tensors = [_Weights(name, dims, kind) for name, dims, kind in described]
+    file = File(metadata, tensors)
     with path.open("wb") as out:
         out.write(file.head())
         for tensor in tensors:
@@ -173,7 +180,7 @@ def _metadata(shape: Shape) -> dict[str, Any]:
         }
     if shape.latent:
         metadata |= _latent_metadata(shape)
-    return metadata | shape.extra | _vocabulary(shape.tokens)
+    return metadata | shape.extra | llama_vocabulary(shape.tokens)
 
 
 def _latent_metadata(shape: Shape) -> dict[str, Any]:
@@ -193,7 +200,8 @@ def _latent_metadata(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _vocabulary(tokens: int) -> dict[str, Any]:
+def llama_vocabulary(tokens: int) -> dict[str, Any]:
+    """Return the metadata of a SentencePiece vocabulary of so many tokens, all bytes among them."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     names += [f"▁w{number:x}" for number in range(tokens - len(names))]
     return {
@@ -204,9 +212,6 @@ def _vocabulary(tokens: int) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-
-
-_Description = tuple[str, tuple[int, ...], int]
 
 
 def _tensors(shape: Shape) -> Iterator[_Description]:
