@@ -54,9 +54,25 @@ def run(code: str, server: RunningServer, *options: str) -> subprocess.Completed
     return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
 
 
+@pytest.fixture(scope="module")
+def whole_server(
+    starter_model: Path, embedding_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """A server with both starter models."""
+    models = tmp_path_factory.mktemp("whole") / "models.yaml"
+    minilm = "all-minilm-l6-v2"
+    models.write_text(
+        f"defaults: {{context: 2048, parallel: 4, embedding_model: {minilm}, moderation_model: {minilm}}}\n"
+        f"models: {{smollm2-135m: {{source: 'file:{starter_model}'}}, {minilm}: {{source: 'file:{embedding_model}'}}}}\n"
+        f"aliases: {{starter: smollm2-135m, text-embedding-3-small: {minilm}, text-embedding-ada-002: {minilm}}}\n"
+    )
+    with RunningServer("serve", "smollm2-135m", "--models-file", str(models)) as running:
+        yield running
+
+
 @pytest.mark.parametrize(("page", "code"), examples()[0])
-def test_every_curl_example_is_answered(page: str, code: str, server: RunningServer) -> None:
-    done = run(code, server)
+def test_every_curl_example_is_answered(page: str, code: str, whole_server: RunningServer) -> None:
+    done = run(code, whole_server)
     assert done.returncode == 0, done.stdout + done.stderr
     if "-N" in code:
         assert done.stdout.endswith("data: [DONE]\n\n")
@@ -101,8 +117,8 @@ def test_every_curl_example_that_changes_the_server_is_answered(changing_server:
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_every_python_example_runs(page: str, code: str, server: RunningServer) -> None:
-    code = code.replace("http://localhost:5000", server.url)
+def test_every_python_example_runs(page: str, code: str, whole_server: RunningServer) -> None:
+    code = code.replace("http://localhost:5000", whole_server.url)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -7,14 +7,13 @@ this machine. Knows nothing of what requests and answers look like.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import struct
-import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal, TypeVar
-
-import msgspec
 
 from llamaserve.api.embedding import embed, rows_of
 from llamaserve.api.generating import Job, generate_whole, new_id
@@ -25,13 +24,14 @@ from llamaserve.engine.params import Embedding, Generation, NextToken, Sampling
 from llamaserve.errors import (
     ChatTemplateError,
     ContextLengthExceeded,
-    LlamaserveError,
     ModelNotCapable,
     TimeLimitExceeded,
     Unavailable,
 )
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
+from llamaserve.moderation.chunks import chunks
 from llamaserve.moderation.guards import Family, Verdict, recognised
+from llamaserve.moderation.heads import load_heads
 from llamaserve.moderation.judging import judge
 from llamaserve.moderation.words import TOP, NextTokens, next_tokens
 from llamaserve.registry.pool import ModelPool
@@ -42,9 +42,14 @@ from llamaserve.worker.protocol import Prompt
 Method = Literal["embedding_heads", "guard"]
 T = TypeVar("T")
 
+NOTHING: Final = Scores.of({})
 _SHORTEST: Final = 64  # characters; what is shorter is not cut in two
 _LOOK: Final = Generation(sampling=Sampling(seed=0), max_tokens=0, next_token=NextToken(TOP))
-_BREAKS: Final = (re.compile(r"\n\s*\n"), re.compile(r"[.!?\n]\s+|[。！？]"), re.compile(r"\s+"))  # the best first  # noqa: RUF001
+_BREAKS: Final = (  # where a text may be cut in two, the best places first
+    re.compile(r"\n\s*\n"),
+    re.compile(r"[.!?\n]\s+|[\u3002\uff01\uff1f]"),
+    re.compile(r"\s+"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,175 @@ async def judged(
     place: Callable[[int], str],
     keep_alive: float | None = None,
 ) -> Judgement:
-    """Return what a model makes of texts, which ``place`` calls what the request does. One without anything but white
-    space is not looked at. ``keep_alive`` is how many seconds the model stays after this, if the request says so.
+    """Return what a model makes of texts, which ``place`` calls what the request does. Nothing but white space is in no
+    category. ``keep_alive`` is how many seconds the model stays after this, if the request says so.
+
+    Raises ``ModelNotCapable`` for a model that is neither a guard nor what the classifier was trained for.
     """
     await model.require("moderation", "embedding")
+    written = [number for number, text in enumerate(texts) if text.strip()]
+    kept = [texts[number] for number in written]
     if await model.task() == "embedding":
-        return await _by_heads(model, texts, keep_alive)
+        found = await _by_heads(model, kept, keep_alive)
+    else:
+        found = await _by_guard(services, model, kept, lambda number: place(written[number]), keep_alive)
+    scores = [NOTHING] * len(texts)
+    for number, each in zip(written, found.scores, strict=True):
+        scores[number] = each
+    return replace(found, scores=scores)
+
+
+async def _by_guard(
+    services: Services,
+    model: ServedModel,
+    texts: Sequence[str],
+    place: Callable[[int], str],
+    keep_alive: float | None,
+) -> Judgement:
     guard = await _Guard.of(services, model, keep_alive)
-    # One after the other: two models that have no room beside each other would wait for ever while both are held.
+    # Before the guard is held: two models that have no room beside each other would wait for each other for ever.
     classifier = await asyncio.to_thread(_classifier, services.pool)
     others = await _by_heads(classifier, texts) if classifier is not None else None
     verdicts = await guard.judge(texts, place)
-    return _completed(model, guard.family, verdicts, others)
+    scores = [
+        verdict.completed(None if others is None else others.scores[number]) for number, verdict in enumerate(verdicts)
+    ]
+    covered = guard.family.method.covered
+    judges = {name: others.judges[name] if others is not None else None for name in CATEGORIES}
+    judges |= {PARENT[name]: model.name for name in covered if name in PARENT and judges[PARENT[name]] is None}
+    judges |= dict.fromkeys(covered, model.name)
+    thresholds = {} if others is None else {k: v for k, v in others.thresholds.items() if k not in covered}
+    return Judgement("guard", scores, thresholds, judges)
+
+
+# ---- the classifier ----------------------------------------------------------------------------------------------
+
+
+async def _by_heads(model: ServedModel, texts: Sequence[str], keep_alive: float | None = None) -> Judgement:
+    heads = load_heads()
+    if not heads.fit(await model.file.read()):
+        raise ModelNotCapable(
+            f"{model.name} makes embeddings, but the classifier knows those of {heads.model} only; "
+            "name that, or a guard model",
+            param="model",
+        )
+    pieces = [chunks(text) for text in texts]
+    embedded = await embed(model, [piece for each in pieces for piece in each], Embedding(truncate="end"), keep_alive)
+    numbers = struct.Struct(f"<{embedded.width}f")
+    rows = aiter(rows_of(embedded))
+    scores = [Scores.merged(*[heads.scores(numbers.unpack(await anext(rows))) for _ in each]) for each in pieces]
+    return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
+
+
+def _classifier(pool: ModelPool) -> ServedModel | None:
+    """Return a model on this machine whose embeddings the classifier knows, if there is one. May read files."""
+    for model in pool.models:
+        header = model.file.known_header
+        if header is not None and task_of(model.spec, header) == "embedding" and load_heads().fit(header):
+            return model
+    return None
+
+
+# ---- guards -------------------------------------------------------------------------------------------------------
+
+
+class _Guard:
+    """A guard model, and what one request asks it."""
+
+    def __init__(
+        self, services: Services, model: ServedModel, template: ModelTemplate, family: Family, keep_alive: float | None
+    ) -> None:
+        self.family = family
+        self._services = services
+        self._model = model
+        self._template = template
+        self._keep_alive = keep_alive
+        self._turns = asyncio.Semaphore(model.spec.parallel)
+
+    @classmethod
+    async def of(cls, services: Services, model: ServedModel, keep_alive: float | None) -> _Guard:
+        """Return the guard that a model is. Raises ``ModelNotCapable`` if its template is not that of one."""
+        header = await model.file.read()
+        family = recognised(header.chat_template or "", [model.name, header.name or ""])
+        template = ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token)
+        return cls(services, model, template, family, keep_alive)
+
+    async def judge(self, texts: Sequence[str], place: Callable[[int], str]) -> list[Verdict]:
+        """Return a verdict on each text. The first is judged alone, so that the others find the instructions, which
+        stand before each of them, evaluated.
+        """
+        async with self._model.in_use(), _time_limit(self._model):
+            first = [await self._verdict(text, place(0)) for text in texts[:1]]
+            others = [self._verdict(text, place(number)) for number, text in enumerate(texts[1:], 1)]
+            return first + await _all(others)
+
+    async def _verdict(self, text: str, place: str) -> Verdict:
+        """Return the verdict on a text; on one that the context has no room for, what is worst in its parts."""
+        try:
+            return await judge(text, self.family, self._render, partial(self._ask, place))
+        except ContextLengthExceeded:
+            if len(text) < _SHORTEST:
+                raise
+        except ChatTemplateError as error:
+            error.param = place
+            raise
+        verdicts = [await self._verdict(part, place) for part in halves(text) if part.strip()]
+        scores = Scores.merged(*(each.scores for each in verdicts))
+        return Verdict(max(each.unsafe for each in verdicts), scores, self.family.method.covered)
+
+    async def _render(self, text: str, variables: dict[str, object], asks: bool) -> str:
+        messages = [{"role": "user", "content": text}]
+        wish = ChatWish(messages, self._template, Style(generation_prompt=asks), variables=variables)
+        return (await self._services.conversations.prepare(wish)).prompt
+
+    async def _ask(self, place: str, prompts: Sequence[str]) -> list[NextTokens]:
+        """Return what could come next after each of the prompts; ``place`` is the field that they are from."""
+
+        async def given() -> Sequence[Prompt]:
+            return list(prompts)
+
+        async with self._turns:
+            job = Job(new_id("modr"), self._model, _LOOK, given, param=place, sequences=len(prompts))
+            job.keep_alive = self._keep_alive
+            finished, _ = await generate_whole(self._services, job)
+        if not all(each.next_tokens for each in finished):
+            raise Unavailable("it was stopped before all was judged")
+        return [next_tokens(each.next_tokens) for each in finished]
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(model: ServedModel) -> AsyncIterator[None]:
+    """Raise ``TimeLimitExceeded`` when the ``with`` block takes longer than the model's time limit says."""
+    try:
+        async with asyncio.timeout(model.spec.time_limit) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise TimeLimitExceeded(
+            f"it took longer than the {model.spec.time_limit:g} seconds that this model's `time_limit` leaves"
+        ) from None
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results of work that is done at the same time. If one fails, nothing goes on."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def halves(text: str) -> tuple[str, str]:
+    """Return the two halves of a text, which is cut between paragraphs, sentences or words if there is such a place
+    near its middle.
+    """
+    middle, reach = len(text) // 2, len(text) // 8
+    for breaks in _BREAKS:
+        places = [found.end() for found in breaks.finditer(text, middle - reach, middle + reach)]
+        if places:
+            middle = min(places, key=lambda place: abs(place - len(text) // 2))
+            break
+    return text[:middle], text[middle:]

@@ -49,7 +49,6 @@ T = TypeVar("T")
 Method = Literal["cross_encoder", "embedding_cosine"]
 
 _MAX_DOCUMENTS: Final = 1024
-_PROBABILITIES: Final = frozenset({"qwen3", "qwen3vl"})  # for which llama.cpp gives no logits
 _DOCUMENTS_SCHEMA: Final = {
     "type": "array",
     "items": {
@@ -203,7 +202,7 @@ async def _cross_encoded(model: ServedModel, body: RerankRequest) -> _Ranking:
         cut = body.cut == "end"
         ranked = await rank(model, body.query, distinct.texts, truncate=cut, keep_alive=body.keep_alive)
     scores = [first for first, *_ in struct.iter_unpack(f"<{ranked.width}f", ranked.vectors)]
-    relevances = scores if model.header.architecture in _PROBABILITIES else [_sigmoid(score) for score in scores]
+    relevances = [_sigmoid(score) for score in scores]
     truncated = distinct.for_all(ranked.truncated)
     return _Ranking(
         "cross_encoder",

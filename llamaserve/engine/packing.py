@@ -121,7 +121,7 @@ class Packer:
                 parts.append(part)
                 room -= part.end - part.start
                 candidates.append(request)
-            elif request is first:
+            elif not parts:
                 cells = 0
         if parts[0].request == first.number:
             self._requests.rotate(-1)

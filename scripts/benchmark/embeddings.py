@@ -1,7 +1,8 @@
 """Texts to vectors: 256 of them in one request, by 64 clients with one each, by one client one after another.
 
 Compared with the bare loop over the same tokens in the same steps, which the server's own packer plans for them and
-which are filled before the clock starts. A round sums up several sets of texts, and all ways take turns with each set,
+which are filled before the clock starts. It always has all threads; beside other programs the server has fewer, and is
+faster for it, so it is also measured with as many as the bare loop has. A round sums up several sets of texts, and all ways take turns with each set,
 so that what else the machine does hits them alike. No two sets are the same.
 """
 
@@ -15,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from benchmark import contenders, texts
+from benchmark import contenders, profiling, texts
 from benchmark.contenders import BareLoop, BarePart, HttpServer
 from benchmark.embedding_client import EmbeddingClient, Vectors
 from benchmark.lab import BARE, OURS, Lab, NotPossible, loaded_bare_loop
@@ -32,6 +33,8 @@ _SETS = 4  # of texts, in a round
 _LONG = (100, 400)  # tokens of long texts, at least and at most
 _MIXED, _MIXED_LONG = 64, 16  # texts of a request with short and long ones, and the long ones among them
 _NAME = "embeddings"
+_WORKER = "worker"
+_FIXED = "llamaserve, threads fixed"
 
 
 def steps_of(tokens: Sequence[Sequence[int]], params: LoadParams, *, gpu: bool, whole: bool) -> list[list[BarePart]]:
@@ -71,15 +74,15 @@ class _Bare:
 
     def __init__(self, loop: BareLoop, params: LoadParams, *, whole: bool) -> None:
         self.loop = loop
-        self._params = params
+        self.params = params
         self._whole = whole
 
     def embed(self, wanted: Sequence[str]) -> Vectors:
         """Return the vectors of some texts, tokenised and packed beforehand; they have any length."""
         tokens = self.loop.tokenize(wanted)
         lengths = [len(each) for each in tokens]
-        plan = [*_planned(lengths, self._params, gpu=self.loop.gpu, whole=self._whole)]
-        steps = steps_of(tokens, self._params, gpu=self.loop.gpu, whole=self._whole)
+        plan = [*_planned(lengths, self.params, gpu=self.loop.gpu, whole=self._whole)]
+        steps = steps_of(tokens, self.params, gpu=self.loop.gpu, whole=self._whole)
         seconds, vectors = self.loop.embed(steps)
         order = [text for step in plan for text, _, _, _ in step]
         last = dict(zip(order, vectors, strict=True))  # of a text in parts the last one
@@ -88,11 +91,12 @@ class _Bare:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Who is measured. Without a ``bare`` loop it is a server at a URL."""
+    """Who is measured. A server at a URL has no ``bare`` loop beside it, and none with ``fixed`` threads."""
 
     server: HttpServer
     client: EmbeddingClient
-    bare: _Bare | None
+    bare: _Bare | None = None
+    fixed: EmbeddingClient | None = None
     workers: tuple[int, ...] = ()
 
     def count(self, text: str) -> int:
@@ -107,7 +111,7 @@ class _Sum:
     texts: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    cpu: dict[str, float] = field(default_factory=dict)  # seconds of the API process and of the others
+    cpu: dict[str, float] = field(default_factory=dict)  # seconds of the API process, of its children, of the client
 
     def note(self, results: Results, name: str, figure: str) -> None:
         results.add(_NAME, name, figure, self.texts / self.seconds)
@@ -122,13 +126,25 @@ def run(lab: Lab) -> None:
         for number in range(lab.plan.rounds):
             _short(lab, sides, number)
             _mixed(lab, sides, number)
+    if sides.bare is not None:
+        _parts(lab.results, sides.bare.params)
+
+
+def _parts(results: Results, params: LoadParams) -> None:
+    """Note what a worker does for a text in one large request, seen by one with clocks in it."""
+    requests = [texts.short_texts(f"embeddings/parts/{each}", TEXTS) for each in range(_SETS)]
+    parts = profiling.embedding_parts(params, requests)
+    whole = sum(parts.values())
+    results.add(_NAME, _WORKER, "python", 1 - sum(parts.get(part, 0.0) for part in profiling.NATIVE) / whole)
+    for part, spent in parts.items():
+        results.add(_NAME, _WORKER, part, 1e6 * spent / (_SETS * TEXTS))
 
 
 @contextmanager
 def _sides(lab: Lab) -> Iterator[_Sides]:
     model, url = lab.plan.embedding_model, lab.plan.url
     if url is not None:
-        yield _Sides(HttpServer(OURS, url, model), EmbeddingClient(url, model), None)
+        yield _Sides(HttpServer(OURS, url, model), EmbeddingClient(url, model))
         return
     found = find_model(model)
     options = {**found.options, "source": f"file:{found.file}"}
@@ -139,12 +155,16 @@ def _sides(lab: Lab) -> Iterator[_Sides]:
         loop = stack.enter_context(loaded_bare_loop(params))
         bare = _Bare(loop, msgspec.convert(params, LoadParams), whole=read_header(found.file).sees_whole_texts)
         server = stack.enter_context(contenders.llamaserve(OURS, found.name, options))
-        client = EmbeddingClient(server.url, found.name)
-        _check(
-            lab.results, client.embed([texts.short_texts("warm", TEXTS)]), bare.embed(texts.short_texts("warm", TEXTS))
+        fixed = stack.enter_context(
+            contenders.llamaserve(_FIXED, found.name, {**options, "threads": params["threads"]})
         )
+        clients = [EmbeddingClient(each.url, found.name) for each in (server, fixed)]
+        wanted = texts.short_texts("embeddings/warm", TEXTS)
+        for client in clients:
+            _check(lab.results, client.embed([wanted]), bare.embed(wanted))
         assert server.pid is not None
-        yield _Sides(server, client, bare, tuple(pid for pid in tree(server.pid) if pid != server.pid))
+        workers = tuple(pid for pid in tree(server.pid) if pid != server.pid)
+        yield _Sides(server, clients[0], bare, clients[1], workers)
 
 
 def _check(results: Results, ours: Vectors, bare: Vectors) -> None:
@@ -164,13 +184,13 @@ def _unit(vectors: Sequence[bytes]) -> npt.NDArray[np.float64]:
 
 def _short(lab: Lab, sides: _Sides, number: int) -> None:
     """All ways in turn for each set of short texts, and one client with one text at a time for the last set."""
-    client, bare = sides.client, sides.bare
+    client, fixed, bare = sides.client, sides.fixed, sides.bare
     ways: list[tuple[str, str, Callable[[Sequence[str]], Vectors]]] = [
         (OURS, "one", lambda wanted: client.embed([wanted])),
         (OURS, "crowd", lambda wanted: client.embed([[text] for text in wanted], CLIENTS)),
     ]
-    if bare is not None:
-        ways.append((BARE, "one", bare.embed))
+    if bare is not None and fixed is not None:
+        ways += [(BARE, "one", bare.embed), (_FIXED, "one", lambda wanted: fixed.embed([wanted]))]
     sums = {(name, figure): _Sum() for name, figure, _ in ways}
     for each in range(_SETS):
         wanted = texts.short_texts(f"embeddings/{number}/{each}", TEXTS)
@@ -208,6 +228,8 @@ def _measure(
     groups = {"api": (sides.server.pid,), "worker": sides.workers} if cpu and sides.server.pid is not None else {}
     before = {who: sum(map(cpu_seconds, pids)) for who, pids in groups.items()}
     done = embed(wanted)
+    if cpu:
+        total.cpu["client"] = total.cpu.get("client", 0.0) + done.client
     for who, pids in groups.items():
         total.cpu[who] = total.cpu.get(who, 0.0) + sum(map(cpu_seconds, pids)) - before[who]
     total.texts += len(wanted)
@@ -228,6 +250,7 @@ def rows(results: Results) -> list[Row]:
         results.row((_NAME, BARE, "one"), f"{one}: {BARE}", "texts/s"),
         results.row(ours("one_tokens"), f"{one}: {OURS}", "tokens/s"),
         results.ratio(ours("one"), (_NAME, BARE, "one"), f"{one}: {OURS} / {BARE}", target=at_least(0.9)),
+        results.ratio((_NAME, _FIXED, "one"), (_NAME, BARE, "one"), f"{one}: {_FIXED} / {BARE}", target=at_least(0.9)),
         results.row(ours("crowd"), f"{crowd}: {OURS}", "texts/s"),
         results.ratio(ours("crowd"), ours("one"), f"{crowd} / {one}", target=at_least(0.6)),
         results.row(ours("alone"), f"{alone}: {OURS}", "texts/s"),
@@ -236,7 +259,18 @@ def rows(results: Results) -> list[Row]:
         results.ratio(ours("mixed"), (_NAME, BARE, "mixed"), f"{mixed}: {OURS} / {BARE}"),
     ]
     for figure, what in (("one", one), ("crowd", crowd)):
-        for who, name in (("api", "the API process"), ("worker", "its children")):
+        for who, name in (("api", "the API process"), ("worker", "its children"), ("client", "the client")):
             found.append(results.row(ours(f"{figure}_{who}"), f"{what}: processor time of {name}", "µs/text"))
+    found.append(results.row((_NAME, _WORKER, "python"), f"{one}: Python's share of the worker's time", "x"))
+    found += _part_rows(results, one)
     found.append(results.row(ours("difference"), f"{one}: a number differs at most from the {BARE}'s by"))
     return found
+
+
+def _part_rows(results: Results, what: str) -> list[Row]:
+    """What the worker's time goes into, the most first."""
+    parts = [
+        figure for work, name, figure in results.samples if (work, name) == (_NAME, _WORKER) and figure != "python"
+    ]
+    found = [results.row((_NAME, _WORKER, part), f"{what}, in the worker: {part}", "µs/text") for part in parts]
+    return sorted(found, key=lambda row: row.value or 0.0, reverse=True)

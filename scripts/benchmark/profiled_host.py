@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamaserve.engine import constraint, engine, llama, runner, sampling, scheduler
+from llamaserve.engine import constraint, embedder, engine, llama, packing, runner, sampling, scheduler
 from llamaserve.worker import host
 
 _PARTS = (
@@ -29,9 +30,18 @@ _PARTS = (
     ("run the batch", runner.LlamaRunner, ("evaluate",)),
     ("accept the token, make text", engine.Engine, ("_accept",)),
     ("step", engine.Engine, ("step",)),
+    ("tokenise", embedder.Embedder, ("encode",)),
+    ("pack", packing.Packer, ("plan",)),
+    ("read the vectors", llama.Context, ("pooled",)),
+    ("put parts together", embedder.Embedder, ("_take",)),
+    ("forget the text", embedder.Embedder, ("_release",)),
+    ("run the batch", embedder.Embedder, ("_evaluate",)),
+    ("make the answer", embedder.Embedder, ("_finish",)),
+    ("step", embedder.LoadedEmbedder, ("step",)),
     ("encode", host, ("encode_events",)),
     ("send", host.FrameSocket, ("write",)),
     ("occupancy", engine.Engine, ("occupancy",)),
+    ("occupancy", embedder.Embedder, ("occupancy",)),
 )
 
 
@@ -41,14 +51,20 @@ class Clocks:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
-        self._inner: list[float] = []  # of each part under way: the seconds of timed parts in it
+        self._threads = threading.local()
+
+    def _inner(self) -> list[float]:
+        """Return, of each part under way in this thread, the seconds of timed parts in it."""
+        found: list[float] = self._threads.__dict__.setdefault("inner", [])
+        return found
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function with a clock around it."""
-        clock, inner = time.perf_counter, self._inner
+        clock = time.perf_counter
 
         @functools.wraps(function)
         def timed(*arguments: Any, **options: Any) -> Any:
+            inner = self._inner()
             inner.append(0.0)
             start = clock()
             try:
@@ -78,11 +94,14 @@ def install(clocks: Clocks, report: Path) -> None:
         for method in methods:
             if hasattr(owner, method):
                 setattr(owner, method, clocks.wrap(name, getattr(owner, method)))
-    step, decode, leave = engine.Engine.step, llama.lib.llama_decode, host.os._exit
+    decode, leave = llama.lib.llama_decode, host.os._exit
 
-    def counted_step(self: engine.Engine) -> Any:
-        clocks.next_step()
-        return step(self)
+    def counted(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def counted_step(self: Any) -> Any:
+            clocks.next_step()
+            return step(self)
+
+        return counted_step
 
     def counted_decode(context: Any, batch: Any) -> Any:
         clocks.note("rows", batch.n_tokens)
@@ -94,7 +113,8 @@ def install(clocks: Clocks, report: Path) -> None:
         leave(code)
         raise SystemExit(code)
 
-    engine.Engine.step = counted_step
+    for each in (engine.Engine, embedder.LoadedEmbedder):
+        each.step = counted(each.step)
     llama.lib.llama_decode = counted_decode
     host.os._exit = exit_with_report
 

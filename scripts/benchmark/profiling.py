@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,10 +22,10 @@ from benchmark.lab import PLAIN_SETTINGS, Lab
 from benchmark.processes import StartFailed, cpu_seconds, tree
 from benchmark.results import Results, Row, at_most
 from benchmark.throughput import STREAMS
-from llamaserve.engine.events import Failed, Finished
-from llamaserve.engine.params import Generation, LoadParams, Sampling
+from llamaserve.engine.events import Embedded, Failed, Finished
+from llamaserve.engine.params import Embedding, Generation, LoadParams, Sampling
 from llamaserve.frames import FrameSocket
-from llamaserve.worker.protocol import Generate, Load, LoadFailed, Ready, decode_events, encode_command
+from llamaserve.worker.protocol import Embed, Generate, Load, LoadFailed, Ready, decode_events, encode_command
 
 NATIVE = ("llama_decode",)  # everything else is Python's share
 _TOKENS = 160
@@ -38,14 +39,31 @@ def run(lab: Lab) -> None:
     params = msgspec.convert(lab.load_params(**plain), LoadParams)
     for count in (1, STREAMS):
         for number in range(max(1, min(3, lab.plan.rounds))):
-            steps = _profiled(params, texts.stories(f"profile/{number}", count))
+            prompts = texts.stories(f"profile/{number}", count)
+            steps = _profiled(params, functools.partial(_generate, prompts=prompts))
             _note_steps(lab.results, count, [step for step in steps if step.get("rows") == count])
     for count in (1, STREAMS):
         _processor_time(lab, count)
 
 
-def _profiled(params: LoadParams, prompts: Sequence[str]) -> list[dict[str, float]]:
-    """Return the parts of every step that it takes to continue these prompts."""
+def embedding_parts(params: LoadParams, requests: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the seconds of each part of what a worker does to embed these texts, one request after another."""
+    total: dict[str, float] = {}
+    for step in _profiled(params, lambda link: _embed(link, requests)):
+        for part, spent in step.items():
+            if part != "rows":
+                total[part] = total.get(part, 0.0) + spent
+    return total
+
+
+def _embed(link: FrameSocket, requests: Sequence[Sequence[str]]) -> None:
+    for number, texts_of_request in enumerate(requests, 1):
+        link.write(encode_command(Embed(number, list(texts_of_request), Embedding())))
+        _read_until(link, Embedded, 1)
+
+
+def _profiled(params: LoadParams, drive: Callable[[FrameSocket], None]) -> list[dict[str, float]]:
+    """Return the parts of every step that it takes to do something with a loaded model."""
     ours, theirs = socket.socketpair()
     with tempfile.TemporaryDirectory(prefix="llamaserve-bench-") as folder:
         report = Path(folder) / "report.json"
@@ -55,7 +73,9 @@ def _profiled(params: LoadParams, prompts: Sequence[str]) -> list[dict[str, floa
             theirs.close()
             try:
                 link = FrameSocket(ours)
-                _drive(link, params, prompts)
+                link.write(encode_command(Load(params)))
+                _read_until(link, Ready, 1)
+                drive(link)
                 link.close()
                 process.wait(_END_LIMIT)
             finally:
@@ -66,9 +86,7 @@ def _profiled(params: LoadParams, prompts: Sequence[str]) -> list[dict[str, floa
         return steps
 
 
-def _drive(link: FrameSocket, params: LoadParams, prompts: Sequence[str]) -> None:
-    link.write(encode_command(Load(params)))
-    _read_until(link, Ready, 1)
+def _generate(link: FrameSocket, prompts: Sequence[str]) -> None:
     sampling = Sampling(seed=1, temperature=0.0)
     generation = Generation(sampling=sampling, max_tokens=_TOKENS, stream=True)
     for number, prompt in enumerate(prompts, 1):
