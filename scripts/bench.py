@@ -72,7 +72,7 @@ WORKLOADS = (
     Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
     Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
-    Workload("embeddings", "256 texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
+    Workload("embeddings", "texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 

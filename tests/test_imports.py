@@ -13,7 +13,7 @@ PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
     *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_output"),
-    *("doctor", "serving", "app", "api", "chat", "registry", "worker", "engine"),
+    *("doctor", "serving", "app", "api", "chat", "moderation", "registry", "worker", "engine"),
 ]
 SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
 
@@ -75,7 +75,8 @@ def test_the_engine_knows_nothing_of_the_web() -> None:
 def test_the_api_process_loads_neither_llama_cpp_nor_numpy_nor_jinja() -> None:
     check = (
         "import sys, llamaserve.cli, llamaserve.serving; "
-        "print([m for m in ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub', 'llguidance') if m in sys.modules])"
+        "heavy = ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub', 'llguidance', 'gguf'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -123,11 +123,14 @@ async def _by_heads(model: ServedModel, texts: Sequence[str], keep_alive: float 
             "name that, or a guard model",
             param="model",
         )
-    pieces = [chunks(text) for text in texts]
-    embedded = await embed(model, [piece for each in pieces for piece in each], Embedding(truncate="end"), keep_alive)
-    numbers = struct.Struct(f"<{embedded.width}f")
-    rows = aiter(rows_of(embedded))
-    scores = [Scores.merged(*[heads.scores(numbers.unpack(await anext(rows))) for _ in each]) for each in pieces]
+    scores: list[Scores] = []
+    if texts:
+        pieces = [chunks(text) for text in texts]
+        inputs = [piece for each in pieces for piece in each]
+        embedded = await embed(model, inputs, Embedding(truncate="end"), keep_alive)
+        numbers = struct.Struct(f"<{embedded.width}f")
+        rows = aiter(rows_of(embedded))
+        scores = [Scores.merged(*[heads.scores(numbers.unpack(await anext(rows))) for _ in each]) for each in pieces]
     return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
 
 
@@ -168,10 +171,12 @@ class _Guard:
         """Return a verdict on each text. The first is judged alone, so that the others find the instructions, which
         stand before each of them, evaluated.
         """
+        if not texts:
+            return []
         async with self._model.in_use(), _time_limit(self._model):
-            first = [await self._verdict(text, place(0)) for text in texts[:1]]
+            first = await self._verdict(texts[0], place(0))
             others = [self._verdict(text, place(number)) for number, text in enumerate(texts[1:], 1)]
-            return first + await _all(others)
+            return [first, *await _all(others)]
 
     async def _verdict(self, text: str, place: str) -> Verdict:
         """Return the verdict on a text; on one that the context has no room for, what is worst in its parts."""

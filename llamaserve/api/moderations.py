@@ -26,8 +26,6 @@ from llamaserve.registry.served import ServedModel
 
 router = APIRouter(tags=["moderation"])
 
-METHOD_HEADER: Final = "x-llamaserve-moderation-method"
-
 # OpenAI's models, which stand for this server's unless models.yaml has one of that name.
 _OPENAI: Final = frozenset(
     {
@@ -136,7 +134,6 @@ async def create_moderation(body: ModerationRequest, request: Request, services:
 
     async def answer() -> Response:
         judgement = await judged(services, model, body.input, body.place, body.keep_alive)
-        headers[METHOD_HEADER] = judgement.method
         return JSONResponse(_answer(model, judgement), headers=headers)
 
     return await unless_client_leaves(request, answer())

@@ -14,7 +14,9 @@ tokens as the settings say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -39,6 +41,12 @@ from llamaserve.errors import (
 
 Vector = npt.NDArray[np.float32]
 
+_NOT_NUMBERS = "the model computed vectors that are not numbers"
+
+
+class _NotNumbers(Exception):
+    """The vectors of a step are not numbers, at least one of them."""
+
 
 class Encoded(msgspec.Struct, frozen=True):
     """The tokens of a text, and how many more it had before it was cut."""
@@ -53,6 +61,7 @@ class _Text:
     def __init__(self, encoded: Encoded) -> None:
         self.encoded = encoded
         self.sequence: int | None = None  # from its first step to its last
+        self.planned = 0  # tokens
         self.vector: Vector | None = None  # of the tokens up to now
 
     @property
@@ -79,19 +88,22 @@ class Embedder(Work):
         self._pooling = params.pooling
         self._width = model.width
         self._template = model.rank_template
+        if self._pooling == "rank":
+            frame_pair(self.vocab, self._template, "")  # refuses a template that can't be used
         self._gives_chances = model.gives_chances
         self._context = params.context
-        self._interruptible = not model.has_state
         self._batch = Batch(params.batch)
-        divides = native.remembers and not model.looks_ahead
+        self._divides = native.remembers and not model.looks_ahead
+        self._interruptible = not (self._divides and (model.has_state or model.sliding_window))  # which are not cut
         largest = min(params.batch, params.kv_cells)
+        self._longest = largest if uses_gpu(params) else min(largest, UNTILED)
         alone = params.flash_attention == "off" and not uses_gpu(params)
         self._packer = Packer(
-            tokens=largest if uses_gpu(params) else min(largest, UNTILED),
+            tokens=self._longest,
             sequences=1 if alone else params.parallel,
-            cells=params.kv_cells if divides else None,
+            cells=params.kv_cells if self._divides else None,
         )
-        self._again: list[Part] = []  # what was given up, and must be evaluated after all
+        self._again: deque[list[Part]] = deque()  # steps that must be made once more, each of one text
         self._requests: dict[int, _Request] = {}
         self._free = list(range(params.parallel))  # sequences
         self._evaluating: frozenset[int] = frozenset()  # the requests of the step under way
@@ -129,14 +141,15 @@ class Embedder(Work):
             raise InvalidRequest(f"{place} has no tokens; there is nothing to embed", param=place)
         return self._framed(before, tokens, after, place, embedding.truncate)
 
-    def encode_pairs(self, query: str, documents: Sequence[str], *, truncate: bool) -> list[Encoded]:
+    def encode_pairs(self, query: str, documents: Iterable[str], *, truncate: bool) -> list[Encoded]:
         """Return the tokens of a query with each document. Raises why they can't be scored. Thread-safe."""
         if self._pooling != "rank":
             raise ModelNotCapable("this model makes embeddings; it does not score documents for a query")
-        size = self.size_if_over(query, self._context)
-        if size is not None:
-            raise self._too_long(size, "query")
-        frame = frame_pair(self.vocab, self._template, query)
+        with _named("query"):
+            size = self.size_if_over(query, self._context)
+            if size is not None:
+                raise self._too_long(size, "query")
+            frame = frame_pair(self.vocab, self._template, query)
         if len(frame.before) + len(frame.after) >= self._context:
             raise self._too_long(f"{len(frame.before) + len(frame.after)} tokens and leaves no room", "query")
         pairs = []
@@ -148,15 +161,11 @@ class Embedder(Work):
 
     def _tokens(self, text: str, place: str, *, cut: bool, parse_special: bool) -> list[int]:
         """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it."""
-        if len(text) > MAX_TEXT or not cut:
-            size = self.size_if_over(text, self._context)
+        with _named(place):
+            size = self.size_if_over(text, self._context) if len(text) > MAX_TEXT or not cut else None
             if size is not None:
                 raise self._too_long(size, place)
-        try:
             return self.vocab.tokenize(text, add_bos=False, parse_special=parse_special)
-        except InvalidRequest as error:
-            error.param = place
-            raise
 
     def _framed(self, before: list[int], tokens: list[int], after: list[int], place: str, truncate: str) -> Encoded:
         size = len(before) + len(tokens) + len(after)
@@ -175,13 +184,15 @@ class Embedder(Work):
 
     def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
         """Queue encoded texts; without an ``embedding`` they are pairs to be scored."""
+        if not texts:
+            raise InvalidRequest("there are no texts", param="documents" if embedding is None else "input")
         self._requests[request] = _Request(texts, embedding)
         self._packer.add(request, [len(text.tokens) for text in texts])
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
         self._packer.remove(request)
-        self._again = [part for part in self._again if part.request != request]
+        self._again = deque(parts for parts in self._again if parts[0].request != request)
         dropped = self._requests.pop(request, None)
         for text in dropped.texts if dropped else ():
             self._release(text)
@@ -208,14 +219,16 @@ class Embedder(Work):
 
     def step(self) -> list[EngineEvent]:
         """Evaluate some of the texts, and report the requests that are complete."""
-        parts, self._again = self._again or self._packer.plan(), []
+        parts = self._again.popleft() if self._again else self._packer.plan()
         requests = list(dict.fromkeys(part.request for part in parts))
         self._evaluating = frozenset(requests)
         try:
             self._evaluate(parts)
         except Interrupted:  # for a request that was complete by then, or is cancelled next
-            self._again = parts
+            self._again.appendleft(parts)
             return []
+        except _NotNumbers:
+            return self._find_culprit(parts)
         except LlamaserveError as error:
             return self._fail(requests, error)
         finally:
@@ -229,6 +242,7 @@ class Embedder(Work):
             text = self._text(part)
             if text.sequence is None:
                 text.sequence = self._free.pop()
+            text.planned = max(text.planned, part.end)
             tokens = text.encoded.tokens[part.start : part.end]
             batch.add(tokens, part.start, text.sequence, logits=len(tokens))
         interruptible = self._interruptible and len(self._evaluating) == 1 and batch.size > UNTILED
@@ -238,19 +252,46 @@ class Embedder(Work):
             for part in parts:
                 self._rewind(part)
             raise
-        for part in parts:
+        vectors = [self._pooled(part) for part in parts]
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise _NotNumbers
+        for part, vector in zip(parts, vectors, strict=True):
             text = self._text(part)
-            assert text.sequence is not None
-            self._take(text, part, self._native.pooled(text.sequence))
+            self._take(text, part, vector)
             if part.end == text.length:
                 self._requests[part.request].open -= 1
                 self._release(text)
+
+    def _pooled(self, part: Part) -> Vector:
+        sequence = self._text(part).sequence
+        assert sequence is not None
+        return self._native.pooled(sequence)
 
     def _rewind(self, part: Part) -> None:
         """Forget what a step that was given up has left of a text."""
         text = self._text(part)
         assert text.sequence is not None
         self._native.truncate(text.sequence, part.start)
+
+    def _find_culprit(self, parts: list[Part]) -> list[EngineEvent]:
+        """Fail the request whose vector is not one of numbers, once it is known which one it is. It spoils those of
+        others in the step, and what is later evaluated over the same cells. So nothing that the cells hold is kept, and
+        each text that is begun is evaluated anew, in steps for itself.
+        """
+        events = self._fail([parts[0].request], EngineError(_NOT_NUMBERS)) if len(parts) == 1 else []
+        self._native.clear()
+        self._again.clear()
+        for number, request in self._requests.items():
+            for place, text in enumerate(request.texts):
+                if text.sequence is not None:
+                    text.vector = None
+                    self._again += self._steps_of(number, place, text.planned)
+        return events
+
+    def _steps_of(self, request: int, text: int, planned: int) -> list[list[Part]]:
+        """Return the first tokens of a text, divided as the packer has done it, each part in a step for itself."""
+        step = self._longest if self._divides else planned
+        return [[Part(request, text, start, min(planned, start + step))] for start in range(0, planned, step)]
 
     def _text(self, part: Part) -> _Text:
         return self._requests[part.request].texts[part.text]
@@ -281,7 +322,7 @@ class Embedder(Work):
         else:
             vectors = _unit(vectors[:, : request.embedding.dimensions])
         if not np.isfinite(vectors).all():
-            return Failed(number, to_value(EngineError("the model computed vectors that are not numbers")))
+            return Failed(number, to_value(EngineError(_NOT_NUMBERS)))
         tokens = [text.length for text in request.texts]
         truncated = [text.encoded.truncated for text in request.texts]
         return Embedded(number, vectors.shape[1], vectors.astype("<f4").tobytes(), tokens, truncated)
@@ -290,6 +331,16 @@ class Embedder(Work):
         for request in requests:
             self.cancel(request)
         return [Failed(request, to_value(error)) for request in requests]
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Say of what is wrong with a text in which field of the request it is."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = place
+        raise
 
 
 def _logits(chances: Vector) -> Vector:
@@ -326,9 +377,10 @@ class LoadedEmbedder(Embedder):
 
     def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
         """See ``Embedder``."""
-        if self.idle and self._threads is not None:
-            self._threads.resume()
+        idle = self.idle
         super().submit(request, texts, embedding)
+        if idle and self._threads is not None:
+            self._threads.resume()
 
     def step(self) -> list[EngineEvent]:
         """See ``Embedder``."""

@@ -104,7 +104,7 @@ class Packer:
 
     def plan(self) -> list[Part]:
         """Return the parts of the next step, at least one; they count as evaluated. The request whose turn it is comes
-        first; while there are no cells for its texts, others begin none, so that there will be.
+        first; while there are no cells for any of its texts, others begin none, so that there will be.
         """
         first = self._requests[0]
         room, cells = self._tokens, self._free_cells

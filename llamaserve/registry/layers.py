@@ -24,6 +24,7 @@ _WINDOWS = {
     "gemma3": (6, False, None),
     "gemma3n": (5, False, None),
     "gemma4": (0, False, None),
+    "gemma-embedding": (6, False, None),
     "gpt-oss": (2, False, None),
     "granite-swa": (0, False, None),
     "laguna": (4, True, None),
@@ -33,6 +34,7 @@ _WINDOWS = {
     "maple": (0, False, None),
     "mellum": (4, False, None),
     "mimo2": (0, False, None),
+    "modern-bert": (3, True, None),
     "muse-glimmer": (4, False, None),
     "olmo2": (4, False, None),
     "plamo3": (8, False, None),
@@ -52,8 +54,9 @@ class Layer:
     which DeepSeek's attention compresses keys and values, and ``decompressed`` what becomes of them.
 
     The feed-forward part has ``forward`` units, or ``experts`` of ``expert_forward`` of which ``used`` work for a
-    token, or both. ``state`` is the numbers that a recurrent layer keeps for each sequence, ``inner`` the width of its
-    scan, ``mixed`` that of its convolution and ``projected`` what goes into both.
+    token, or both. They are ``gated`` by a matrix of their own, or by half of a ``packed`` one. ``state`` is the
+    numbers that a recurrent layer keeps for each sequence, ``inner`` the width of its scan, ``mixed`` that of its
+    convolution and ``projected`` what goes into both.
     """
 
     width: int
@@ -67,6 +70,7 @@ class Layer:
     decompressed: int = 0
     forward: int = 0
     gated: bool = True
+    packed: bool = False
     experts: int = 0
     used: int = 0
     expert_forward: int = 0
@@ -95,7 +99,7 @@ def read_layers(header: GGUFHeader) -> ModelLayers:
     blocks = header.block_count or 0
     count = max(0, blocks - (header.integer("{arch}.nextn_predict_layers") or 0)) or blocks
     tensors = _by_layer(header.tensors)
-    window, sliding = _sliding(header, blocks)
+    window, sliding = sliding_layers(header, blocks)
     caching = _layers_with_cache(header, count)
     heads = _numbers(header, "attention.head_count", blocks) or [0] * blocks
     shared = _numbers(header, "attention.head_count_kv", blocks) or heads
@@ -111,7 +115,7 @@ def read_layers(header: GGUFHeader) -> ModelLayers:
 
 def layer_of(name: str) -> int | None:
     """Return which layer a tensor belongs to; None for those of no layer."""
-    parts = name.split(".", 2)
+    parts = name.removeprefix("enc.").split(".", 2)
     return int(parts[1]) if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() else None
 
 
@@ -120,7 +124,7 @@ def _by_layer(tensors: Iterable[TensorInfo]) -> dict[int, dict[str, TensorInfo]]
     for tensor in tensors:
         number = layer_of(tensor.name)
         if number is not None:
-            layers.setdefault(number, {})[tensor.name.split(".", 2)[2]] = tensor
+            layers.setdefault(number, {})[tensor.name.removeprefix("enc.").split(".", 2)[2]] = tensor
     return layers
 
 
@@ -134,7 +138,7 @@ def _numbers(header: GGUFHeader, key: str, count: int) -> list[int]:
     return [] if isinstance(value, bool) or not isinstance(value, int) else [value] * count
 
 
-def _sliding(header: GGUFHeader, blocks: int) -> tuple[int, list[bool]]:
+def sliding_layers(header: GGUFHeader, blocks: int) -> tuple[int, list[bool]]:
     """Return the tokens of the sliding window, and which layers have one."""
     period, dense_first, default = _WINDOWS.get(header.architecture, (1, False, 0))
     window = header.integer("{arch}.attention.sliding_window")
@@ -145,7 +149,8 @@ def _sliding(header: GGUFHeader, blocks: int) -> tuple[int, list[bool]]:
     if isinstance(header.metadata.get(key), GGUFArray):
         listed = [bool(each) for each in header.read_array(key, blocks)]
         return window, (listed + [False] * blocks)[:blocks]
-    period = header.integer(key) or period
+    named = header.integer(key)
+    period = period if named is None else named
     dense = 0 if dense_first else period - 1
     return window, [period == 0 or number % period != dense for number in range(blocks)]
 
@@ -176,7 +181,8 @@ class _Reader:
             sizes |= self._recurrent(tensors, heads)
         if attends and any(name.startswith(("attn_q", "attn_k")) for name in tensors):
             sizes |= self._attention(tensors, heads, kv_heads if caching else 0, sliding)
-        return Layer(width=self._width, sliding=sliding and attends, gated=_gated(tensors), **sizes)
+        gates = {"gated": _gated(tensors), "packed": _packed(tensors)}
+        return Layer(width=self._width, sliding=sliding and attends, **gates, **sizes)
 
     def _key(self, name: str) -> int | None:
         return self._header.integer("{arch}." + name)
@@ -230,3 +236,8 @@ class _Reader:
 
 def _gated(tensors: Mapping[str, TensorInfo]) -> bool:
     return not tensors or any(name.startswith("ffn_gate") and "inp" not in name for name in tensors)
+
+
+def _packed(tensors: Mapping[str, TensorInfo]) -> bool:
+    up, down = tensors.get("ffn_up.weight"), tensors.get("ffn_down.weight")
+    return up is not None and down is not None and len(up.shape) > 1 and up.shape[1] == 2 * down.shape[0]

@@ -122,7 +122,7 @@ def _for_vectors(params: LoadParams, header: GGUFHeader, pooling: Pooling) -> Lo
         params,
         pooling=pooling,
         parallel=_TEXTS_TOGETHER if whole else params.parallel,
-        kv_cells=max(params.context, batch) if whole else params.context,
+        kv_cells=params.context,
         kv_unified=True,
         batch=batch,
         micro_batch=None,
@@ -134,13 +134,16 @@ def _for_vectors(params: LoadParams, header: GGUFHeader, pooling: Pooling) -> Lo
 
 def _with_layers(params: LoadParams, header: GGUFHeader, layers: int) -> LoadParams:
     """Return the same with so many layers on GPUs. On a CPU larger steps than are used for vectors only take memory:
-    for each of its tokens llama.cpp keeps as many outputs as the vocabulary has tokens.
+    for each of its tokens llama.cpp keeps as many outputs as the vocabulary has tokens. It makes no step larger than
+    the cache, and ends the process when such a step can't be divided evenly among the sequences.
     """
     params = msgspec.structs.replace(params, gpu_layers=layers)
-    if params.pooling is None or layers:
+    if params.pooling is None:
         return params
     used = max(params.context if header.sees_whole_texts else 0, UNTILED + 1)
-    return msgspec.structs.replace(params, batch=min(params.batch, used))
+    batch = params.batch if layers else min(params.batch, used)
+    step = -(-batch // params.parallel) * params.parallel
+    return msgspec.structs.replace(params, batch=batch, kv_cells=max(params.kv_cells, step))
 
 
 def configured_adapters(name: str, spec: ModelSpec, base: Path) -> list[Adapter]:
@@ -171,11 +174,12 @@ def plan_load(
     if params.split_mode == "none" and devices > 1:
         budget, devices = Footprint(budget.host, budget.device // devices), 1
     room = budget - fixed
-    estimation, correct = Estimation(header, params, max(1, devices)), correction(header)
+    assumed, correct = params, correction(header)
+    estimation = Estimation(header, assumed, max(1, devices))
     for layers in _gpu_layers(header, params, devices):
         there = _with_layers(params, header, layers)
-        if there.batch != params.batch:
-            estimation = Estimation(header, there, max(1, devices))
+        if (there.batch, there.kv_cells) != (assumed.batch, assumed.kv_cells):
+            estimation, assumed = Estimation(header, there, max(1, devices)), there
         decided, parts = _mapped_or_read(there, estimation)
         total = correct(decided, parts)
         if claimed(total, unified=unified).fits(room):

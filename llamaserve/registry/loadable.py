@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llamaserve.errors import GGUFError
 from llamaserve.registry.gguf import GGUFArray, GGUFHeader, ValueType
+from llamaserve.registry.layers import sliding_layers
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -46,6 +47,8 @@ _ALWAYS_EXPERTS = frozenset(
 )
 # In these, a layer without key/value heads may have weights of that name: linear attention.
 _MIXED_ATTENTION = frozenset({"kimi-linear", "kimi-k3", "bailingmoe3", "glm5-next", "minimax-01", "deci"})
+# Encoders of which positions are not rotated into queries and keys.
+_WITHOUT_ROPE = frozenset({"bert", "jina-bert-v2", "t5encoder"})
 _NO_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})  # intermediates and plain numbers
 _ROPE_SCALING = frozenset({"none", "linear", "yarn", "longrope"})
 
@@ -130,8 +133,11 @@ def check_loadable(header: GGUFHeader) -> None:
         _check_ranges,
         _check_layers,
         _check_experts,
+        _check_encoder,
+        _check_windows,
         _check_floats,
         _check_outputs,
+        _check_dense,
         _check_tensor_types,
         _check_tokenizer,
         _check_vocabulary,
@@ -229,6 +235,61 @@ def _check_experts(header: GGUFHeader) -> None:
         raise _damaged(header, f"{experts} experts are in {groups} groups of which {groups_used} are used")
 
 
+def _check_encoder(header: GGUFHeader) -> None:
+    """Refuse heads that do not fit to each other or to the weights. Of decoders llama.cpp sees this by the shapes of
+    their tensors.
+    """
+    if header.remembers:
+        return
+    heads = next(iter(_integers(header, "{arch}.attention.head_count")), 0)
+    shared = next(iter(_integers(header, "{arch}.attention.head_count_kv")), heads)
+    if not heads or not shared or heads % shared:
+        raise _damaged(header, f"{heads} heads share {shared} of keys and values (head_count, head_count_kv)")
+    default = (header.embedding_length or 0) // heads
+    lengths = {
+        name: default if (value := _integer(header, f"{{arch}}.attention.{name}")) is None else value
+        for name in ("key_length", "value_length")
+    }
+    key, value = lengths.values()
+    for name in ("key_length_swa", "value_length_swa"):
+        lengths[name] = _integer(header, f"{{arch}}.attention.{name}") or key
+    if not key or len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise _damaged(header, f"its heads must have keys and values of one length; it has {told}")
+    _check_rope(header, key)
+    for tensor in header.tensors:
+        if tensor.name.endswith(("attn_output.weight", "attn_o.weight")) and tensor.shape[0] != heads * value:
+            raise _damaged(header, f"{heads} heads of {value} do not fit to the tensor {tensor.name!r} {tensor.shape}")
+    if header.architecture == "jina-bert-v2":
+        _check_jina(header)
+
+
+def _check_rope(header: GGUFHeader, head: int) -> None:
+    for name in ("dimension_count", "dimension_count_swa"):
+        rotated = _integer(header, f"{{arch}}.rope.{name}")
+        rotated = head if rotated is None else rotated
+        if header.architecture not in _WITHOUT_ROPE and (rotated % 2 or not 0 < rotated <= head):
+            raise _damaged(header, f"of heads with {head} dimensions {rotated} are rotated (rope.{name})")
+
+
+def _check_jina(header: GGUFHeader) -> None:
+    """The layer inside may be twice as wide as it is said to be, with a gate in it."""
+    forward = _integer(header, "{arch}.feed_forward_length") or 0
+    for tensor in header.tensors:
+        if tensor.name.endswith("ffn_up.weight") and tensor.shape[-1] not in (forward, 2 * forward):
+            raise _damaged(header, f"feed_forward_length is {forward}, and the tensor {tensor.name!r} {tensor.shape}")
+
+
+def _check_windows(header: GGUFHeader) -> None:
+    """Refuse an encoder whose layers all have a sliding window, or none: llama.cpp fills in the masks of both kinds."""
+    if header.architecture not in ("modern-bert", "gemma-embedding"):
+        return
+    layers = _integer(header, "{arch}.block_count") or 0
+    window, sliding = sliding_layers(header, layers)
+    if (window or header.architecture == "gemma-embedding") and len(set(sliding)) < 2:
+        raise _damaged(header, f"{sum(sliding)} of its {layers} layers have a sliding window; it must be some, not all")
+
+
 def _check_floats(header: GGUFHeader) -> None:
     prefix = header.architecture + "."
     for key, value in header.metadata.items():
@@ -254,8 +315,25 @@ def _check_outputs(header: GGUFHeader) -> None:
     inner = ("blk.", "token_embd.", "output.", "output_norm.")
     made = {dim for tensor in header.tensors if not tensor.name.startswith(inner) for dim in tensor.shape}
     for key, width in widths.items():
-        if width > (header.embedding_length or 0) and width not in made:
+        is_another = width > (header.embedding_length or 0) if key.startswith("classifier") else width
+        if is_another and width not in {*made, header.embedding_length}:
             raise _damaged(header, f"{header.architecture}.{key} asks for {width} outputs, which no tensor gives")
+
+
+def _check_dense(header: GGUFHeader) -> None:
+    """Refuse layers behind the last that do not fit to each other: what comes out must be as wide as vectors are."""
+    before = width = header.embedding_length or 0
+    for key in ("dense_2_feat_in", "dense_3_feat_out"):
+        if (_integer(header, f"{{arch}}.{key}") or width) != width:
+            raise _damaged(header, f"{header.architecture}.{key} must be {width}")
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    dense = [shapes[name] for name in ("dense_2.weight", "dense_3.weight") if name in shapes]
+    for shape in dense:
+        if shape[0] != before:
+            raise _damaged(header, f"its dense layers do not fit to each other: one of {shape} comes after {before}")
+        before = shape[-1]
+    if dense and before != (_integer(header, "{arch}.embedding_length_out") or width):
+        raise _damaged(header, f"its last dense layer gives {before} numbers, and its vectors have another length")
 
 
 def _check_tensor_types(header: GGUFHeader) -> None:

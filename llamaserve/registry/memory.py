@@ -232,7 +232,9 @@ class Estimation:
         self._devices = devices
         self._model = read_layers(header)
         self._features = cpu_features()
-        self._step = _largest_step(self._model, params) if params.pooling is None else _step_for_vectors(params)
+        self._step = _largest_step(self._model, params)
+        if not header.remembers:
+            self._step = _without_cache(self._step, header)
 
     def estimate(self, gpu_layers: int, *, mmap: bool | None = None) -> Estimate:
         """Return the estimate with so many layers on GPUs. Without ``mmap`` the settings say whether it is mapped, and
@@ -339,15 +341,16 @@ class Estimation:
     def _buffers(self, first: int) -> Footprint:
         """Return what is touched of the buffers to compute in. Those of GPUs are there as a whole."""
         model, step = self._model, self._step
+        touched = _TOUCHED if self._params.pooling is None else 1.0  # a long text has a whole step
         here, there = model.layers[:first], model.layers[first:]
         embedded = step.tokens * model.width * _FLOAT
         if first > model.blocks:
             seldom = replace(step, outputs=self._used_outputs())
             host = step_buffer(model, here, seldom, logits=self._computes_logits) + self._scratch(here)
-            return Footprint(int(_TOUCHED * host))
+            return Footprint(int(touched * host))
         host = step_buffer(model, here, step, logits=False) + self._scratch(here) if here else 0
         device = step_buffer(model, there, step, logits=self._computes_logits) + embedded
-        return Footprint(int(_TOUCHED * max(host, input_bytes(model, step) + embedded)), device * self._devices)
+        return Footprint(int(touched * max(host, input_bytes(model, step) + embedded)), device * self._devices)
 
     @property
     def _computes_logits(self) -> bool:
@@ -399,7 +402,7 @@ def _largest_step(model: ModelLayers, params: LoadParams) -> Step:
     return Step(
         tokens=tokens,
         sequences=sequences,
-        outputs=min(outputs, tokens),
+        outputs=tokens if params.pooling else min(outputs, tokens),
         cells=cells,
         sliding_cells=cells if params.full_window else window,
         flash=params.flash_attention != "off",
@@ -410,18 +413,11 @@ def _largest_step(model: ModelLayers, params: LoadParams) -> Step:
     )
 
 
-def _step_for_vectors(params: LoadParams) -> Step:
-    """Return the largest step of a model that makes vectors. What keeps no cache looks at the step itself."""
-    tokens = _padded(params.batch, params.parallel)
-    cells = max(tokens, _padded(params.kv_cells, _CELLS))
-    return Step(
-        tokens=tokens,
-        sequences=params.parallel,
-        outputs=tokens,
-        cells=cells,
-        sliding_cells=cells,
-        flash=params.flash_attention != "off",
-    )
+def _without_cache(step: Step, header: GGUFHeader) -> Step:
+    """Return the same of a model whose tokens look at those of the step only."""
+    biased = header.architecture == "t5encoder"
+    flash = step.flash and not biased
+    return replace(step, cells=step.tokens, sliding_cells=step.tokens, cached=False, flash=flash, biased=biased)
 
 
 def _mapped(tensors: Iterable[TensorInfo], in_place: set[str]) -> int:

@@ -398,6 +398,11 @@ class _Document:
         dotted = ".".join(str(part) for part in where)
         self._problems.append((line or self._lines[place], f"{dotted}: {what}" if dotted else what))
 
+    def innermost(self, where: _Where, location: tuple[str | int, ...]) -> _Where:
+        """Return the innermost field of a location that is in the document, or else the outermost field of it."""
+        lengths = range(len(location), 1, -1)
+        return where + next((part for n in lengths if where + (part := location[:n]) in self._lines), location[:1])
+
     def raise_problems(self, path: Path) -> None:
         """Raise one error that lists every mistake noted, in the order of the file."""
         if not self._problems:
@@ -447,6 +452,7 @@ class _Document:
 
 
 _Options = TypeVar("_Options", Defaults, ModelSpec)
+_INNER: Final[Mapping[str, type[BaseModel]]] = {"lora": AdapterSpec, "prefixes": Prefixes}  # fields with fields
 
 
 class _Builder:
@@ -533,9 +539,12 @@ class _Builder:
         except ValidationError as error:
             places: set[_Where] = set()
             for detail in error.errors(include_url=False):
-                place: _Where = where + detail["loc"][:1]
+                location = detail["loc"]
+                inner = detail["type"] == "missing" and len(location) > 1
+                place = where + location if inner else self._document.innermost(where, location)
                 if place not in places:  # a union reports once for each of its members
-                    self._document.note(place, _problem(detail, kind.model_fields))
+                    owner = _INNER.get(str(location[0]), kind) if len(location) > 1 else kind
+                    self._document.note(place, _problem(detail, owner.model_fields))
                 places.add(place)
             return None
 
@@ -549,6 +558,8 @@ def _problem(detail: ErrorDetails, known: Iterable[str]) -> str:
         return f"unknown field{_did_you_mean(str(detail['loc'][-1]), known) or '; known: ' + _list(known)}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
+    if kind == "string_pattern_mismatch" and detail["loc"][-1] == "name":
+        return f"{_NAME_RULE}, not {_shown(detail['input'])}"
     if kind == "string_pattern_mismatch":
         return f"should be a number and kB, MB or GB, such as 1.2 GB, not {_shown(detail['input'])}"
     return f"{detail['msg'].replace('Input should', 'should')}, not {_shown(detail['input'])}"

@@ -21,7 +21,8 @@ _ENDLESS = 1 << 62
 class Step:
     """A step at its largest: ``tokens`` of ``sequences``, of which ``outputs`` give logits, over ``cells`` cells, or
     ``sliding_cells`` in layers with a window. ``flash`` is flash attention. Keys and values that are stored quantised
-    are ``turned`` before, and ``wide`` ones, of 32 bits, are narrowed after.
+    are ``turned`` before, and ``wide`` ones, of 32 bits, are narrowed after. Without a cache (``cached``) they are
+    those of the step itself. ``biased`` scores have something added for the distance of two tokens.
     """
 
     tokens: int
@@ -34,6 +35,8 @@ class Step:
     turned_values: bool = False
     wide_keys: bool = False
     wide_values: bool = False
+    cached: bool = True
+    biased: bool = False
 
 
 def step_buffer(model: ModelLayers, layers: Iterable[Layer], step: Step, *, logits: bool = True) -> int:
@@ -125,7 +128,8 @@ class _Computation:
         every number of a value has a cell of its own.
         """
         step = self._step
-        self._buffer.take(step.tokens * _INDEX * (2 if step.flash else 1 + value))
+        if step.cached:
+            self._buffer.take(step.tokens * _INDEX * (2 if step.flash else 1 + value))
         cells = step.sliding_cells if sliding else step.cells
         return self._buffer.take(step.tokens * cells * (_HALF if step.flash else _FLOAT))
 
@@ -149,7 +153,7 @@ class _Computation:
         if layer.latent:
             parts.append(self._latent_attention(layer, masks))
         elif layer.heads:
-            parts.append(self._attention(layer, masks))
+            parts.append(self._attention(layer, masks) if self._step.cached else self._own_attention(layer, masks))
         if not parts:
             return self._rows(layer.width)
         self._buffer.free(*parts[1:])
@@ -167,6 +171,29 @@ class _Computation:
         buffer.free(key, value)
         result = self._weigh(layer, query, masks, layer.value, layer.query)
         result = self._turned(result, layer.query) if step.turned_values else result
+        out = rows(layer.width)
+        buffer.free(result)
+        return out
+
+    def _own_attention(self, layer: Layer, masks: list[_Block]) -> _Block:
+        """Attention of a step to itself: keys and values are there until they have been used."""
+        buffer, rows, step = self._buffer, self._rows, self._step
+        norm = rows(layer.width)
+        query, key, value = (rows(width) for width in (layer.query, layer.key, layer.value))
+        buffer.free(norm)
+        query, key = self._turned(query, layer.query), self._turned(key, layer.key)  # the rotated ones
+        if step.flash:
+            narrowed = [buffer.take(step.tokens * width * _HALF) for width in (layer.key, layer.value)]
+            buffer.free(key, value)
+            result = rows(layer.query)
+            buffer.free(query, *narrowed, *masks)
+        else:
+            scores = [rows(layer.heads * step.tokens) for _ in range(1 + 2 * step.biased)]
+            buffer.free(query, key, *masks)
+            turned = self._turned(value, layer.value)
+            sums = rows(layer.query)
+            buffer.free(turned, *scores)
+            result = self._turned(sums, layer.query)
         out = rows(layer.width)
         buffer.free(result)
         return out
@@ -246,11 +273,12 @@ class _Computation:
 
     def _dense(self, layer: Layer, done: list[_Block]) -> _Block:
         buffer, rows = self._buffer, self._rows
-        up = rows(layer.forward)
+        up = rows(2 * layer.forward if layer.packed else layer.forward)
         gates = [rows(layer.forward)] if layer.gated else []
         buffer.free(*done)
-        active = rows(layer.forward) if gates else up
-        if gates:
+        active = up
+        if layer.gated or layer.packed:
+            active = rows(layer.forward)
             buffer.free(up, *gates)
         down = rows(layer.width)
         buffer.free(active)
@@ -262,10 +290,13 @@ class _Computation:
         order = rows(layer.experts)
         weights = rows(layer.used)
         buffer.free(chances)
-        up, gate = rows(forward), rows(forward)
+        up = rows(forward)
+        gates = [rows(forward)] if layer.gated else []
         buffer.free(*done)
-        active = rows(forward)
-        buffer.free(up, gate)
+        active = up
+        if gates:
+            active = rows(forward)
+            buffer.free(up, *gates)
         each = rows(layer.used * layer.width)
         buffer.free(active, order, weights)
         out = rows(layer.width)

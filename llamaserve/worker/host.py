@@ -19,9 +19,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from llamaserve.engine.adapters import FileDigest
 from llamaserve.engine.embedder import Embedder, Encoded, LoadedEmbedder
@@ -87,6 +87,7 @@ _Job = (
     | LimitSpill
     | SavePrefixes
 )
+_T = TypeVar("_T")
 _VocabularyJob = Generate | Embed | Rank | Tokenize | Detokenize | SetAdapters
 
 
@@ -231,10 +232,12 @@ class Host:
             case Embed(request, inputs, embedding):
                 embedder = _embedder(engine)
                 embedder.check(embedding)
-                encoded = [embedder.encode(text, f"input[{n}]", embedding) for n, text in enumerate(inputs)]
+                wanted = enumerate(self._while_wanted(request, inputs))
+                encoded = [embedder.encode(text, f"input[{n}]", embedding) for n, text in wanted]
                 self._hand_over(request, lambda _: _Texts(job, encoded))
             case Rank(request, query, documents, truncate):
-                pairs = _embedder(engine).encode_pairs(query, documents, truncate=truncate)
+                wanted_documents = self._while_wanted(request, documents)
+                pairs = _embedder(engine).encode_pairs(query, wanted_documents, truncate=truncate)
                 self._hand_over(request, lambda _: _Texts(job, pairs))
             case Tokenize(request, text, add_bos, parse_special):
                 tokens = engine.tokenize(text, add_bos=add_bos, parse_special=parse_special)
@@ -243,6 +246,13 @@ class Host:
                 self._send([Text(request, engine.detokenize(tokens, special=special))])
             case SetAdapters(_, adapters):  # behind the requests that came before it and may still have been encoded
                 self._jobs.put((job, _generator(engine).read_adapters(adapters)))
+
+    def _while_wanted(self, request: int, texts: Sequence[_T]) -> Iterator[_T]:
+        """Yield a request's texts until it is cancelled; thousands of long ones take seconds to encode."""
+        for text in texts:
+            if isinstance(self._encoding[request], Cancel):
+                return
+            yield text
 
     def _encode_prompts(self, engine: Engine, command: Generate) -> None:
         """Encode a request's prompts, and hand it to the engine with what came for it meanwhile."""

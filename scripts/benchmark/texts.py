@@ -109,12 +109,15 @@ def manual(seed: str, tokens: int, count: Callable[[str], int]) -> str:
     return text
 
 
-def short_texts(seed: str, count: int) -> list[str]:
-    """Return different texts to be embedded: what people search with, questions, and sentences of up to 30 words."""
+def short_texts(seed: str, count: int, words: int | None = None) -> list[str]:
+    """Return different texts to be embedded: what people search with, questions, and sentences of up to 30 words; or
+    the first few ``words`` of such, at most.
+    """
     draw = _random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        found[_short_text(draw)] = None
+        text = _short_text(draw)
+        found[text if words is None else " ".join(text.split()[: draw.randint(1, words)])] = None
     return list(found)
 
 

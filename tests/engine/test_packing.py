@@ -97,7 +97,8 @@ def desks(draw: st.DrawFn, *, divided: bool) -> Desk:
     """Steps small and large, texts short and long, requests that come and go."""
     tokens = draw(st.integers(1, 20))
     cells = draw(st.integers(tokens, 80)) if divided else None
-    lengths = st.integers(1, cells or 50) | st.integers(1, 3)
+    longest = cells or 50
+    lengths = st.integers(1, longest) | st.integers(1, min(3, longest))
     requests = st.lists(lengths, min_size=1, max_size=12)
     event = requests | st.integers(0, 8) | st.none()
     events: list[list[int] | int | None] = draw(st.lists(event, max_size=25))
@@ -184,6 +185,17 @@ def test_a_text_that_needs_all_cells_is_not_passed_over_for_ever(
         if any(part.request == 0 for part in packer.plan()):
             return
     pytest.fail(f"not begun in {limit} steps")
+
+
+def test_nobody_takes_the_cells_that_a_text_waits_for() -> None:
+    packer = Packer(tokens=10, sequences=8, cells=100)
+    packer.add(1, [50])
+    packer.plan()
+    packer.add(2, [100])
+    for request in range(3, 20):
+        packer.add(request, [40])
+    steps = [packer.plan() for _ in range(5)]
+    assert [part.request for parts in steps for part in parts] == [1, 1, 1, 1, 2]
 
 
 def test_a_request_takes_turns_with_another_of_thousands_of_texts() -> None:

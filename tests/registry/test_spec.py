@@ -16,6 +16,7 @@ from llamaserve.registry.spec import (
     SHOWN_PROBLEMS,
     Defaults,
     ModelSpec,
+    Prefixes,
     Registry,
     RunOptions,
     find_models_file,
@@ -88,7 +89,8 @@ def test_unnamed_values_have_defaults(folder: Path) -> None:
     assert spec == ModelSpec(source="hf:o/r")
     assert (spec.context, spec.parallel, spec.kv_cells, spec.batch) == (8192, 8, None, 512)
     assert (spec.threads, spec.gpu_layers, spec.flash_attention) == ("auto", "auto", "auto")
-    assert (spec.key_type, spec.value_type, spec.task) == ("f16", "f16", "generation")
+    assert (spec.key_type, spec.value_type, spec.task) == ("f16", "f16", None)
+    assert (spec.pooling, spec.prefixes) == ("auto", Prefixes(query="", document="", plain=""))
 
 
 def test_empty_headings_are_allowed(folder: Path) -> None:
