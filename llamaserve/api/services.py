@@ -33,7 +33,7 @@ class Services:
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # which spares a thread for each request
     services: Services = request.app.state.services
     return services
 

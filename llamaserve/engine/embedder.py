@@ -105,6 +105,7 @@ class Embedder(Work):
         )
         self._again: deque[list[Part]] = deque()  # steps that must be made once more, each of one text
         self._requests: dict[int, _Request] = {}
+        self._begun: set[int] = set()  # those of which something was evaluated
         self._free = list(range(params.parallel))  # sequences
         self._evaluating: frozenset[int] = frozenset()  # the requests of the step under way
         self._reported = Occupancy()
@@ -193,6 +194,7 @@ class Embedder(Work):
         """Drop a request that nobody waits for; nothing more is reported of it."""
         self._packer.remove(request)
         self._again = deque(parts for parts in self._again if parts[0].request != request)
+        self._begun.discard(request)
         dropped = self._requests.pop(request, None)
         for text in dropped.texts if dropped else ():
             self._release(text)
@@ -210,8 +212,8 @@ class Embedder(Work):
         return self._packer.idle and not self._again
 
     def occupancy(self) -> Occupancy | None:
-        """Return how many requests there are and how many texts wait when that has changed since the last call."""
-        now = Occupancy(len(self._requests), self._packer.waiting)
+        """Return how many requests are begun and how many wait when that has changed since the last call."""
+        now = Occupancy(len(self._begun), len(self._requests) - len(self._begun))
         if now == self._reported:
             return None
         self._reported = now
@@ -221,6 +223,7 @@ class Embedder(Work):
         """Evaluate some of the texts, and report the requests that are complete."""
         parts = self._again.popleft() if self._again else self._packer.plan()
         requests = list(dict.fromkeys(part.request for part in parts))
+        self._begun.update(requests)
         self._evaluating = frozenset(requests)
         try:
             self._evaluate(parts)
@@ -316,6 +319,7 @@ class Embedder(Work):
         if request.open:
             return None
         del self._requests[number]
+        self._begun.discard(number)
         vectors = np.stack([text.vector for text in request.texts if text.vector is not None])
         if request.embedding is None:
             vectors = _logits(vectors[:, :1]) if self._gives_chances else vectors[:, :1]

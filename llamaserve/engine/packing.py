@@ -37,10 +37,6 @@ class _Request:
         self._lengths = sorted(lengths)  # in the same order
 
     @property
-    def waiting(self) -> int:
-        return len(self._texts)
-
-    @property
     def done(self) -> bool:
         return not self._texts and not self.begun
 
@@ -88,11 +84,6 @@ class Packer:
     def idle(self) -> bool:
         """Whether there is nothing to plan."""
         return not self._requests
-
-    @property
-    def waiting(self) -> int:
-        """How many texts are not begun."""
-        return sum(request.waiting for request in self._requests)
 
     def add(self, request: int, lengths: list[int]) -> None:
         """Take a request with texts of so many tokens each, none of them empty."""

@@ -30,12 +30,11 @@ from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.load_plan import load_params as planned_params, plan_load
 from llamaserve.registry.spec import ModelSpec, load_registry
+from llamaserve.worker.child import ENVIRONMENT as WORKER_ENVIRONMENT  # the bare loop waits at barriers in the same way
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 120.0  # seconds for the answers to one set of requests
 _START_LIMIT = 90.0  # seconds for a server to load its model
-# What llamaserve gives its worker; the bare loop has to wait at OpenMP's barriers in the same way.
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1"}
 
 
 # A text in a step, or a part of it: its tokens, the place of the first one, its sequence, whether it is the last part.
@@ -201,7 +200,7 @@ def _planned(name: str, options: Mapping[str, Any]) -> tuple[LoadParams, GGUFHea
 @contextlib.contextmanager
 def bare_loop() -> Iterator[BareLoop]:
     """Run the bare loop's process, still without a model."""
-    with running([sys.executable, str(HERE / "bare_loop.py")], _ENVIRONMENT) as (process, errors):
+    with running([sys.executable, str(HERE / "bare_loop.py")], WORKER_ENVIRONMENT) as (process, errors):
         loop = BareLoop(process, errors)
         loop.wait_until_started()
         yield loop
@@ -211,7 +210,7 @@ def obedient_rates(params: Mapping[str, Any], edits: Sequence[tuple[str, str]], 
     """Return the tokens a second of the engine, with speculation "on" and "off", where the answers to some prompts are
     what they should be.
     """
-    with running([sys.executable, str(HERE / "obedient.py")], _ENVIRONMENT) as (process, errors):
+    with running([sys.executable, str(HERE / "obedient.py")], WORKER_ENVIRONMENT) as (process, errors):
         command = {"params": params, "edits": edits, "tokens": tokens}
         out, _ = process.communicate(json.dumps(command).encode() + b"\n")
         if not out:

@@ -632,9 +632,12 @@ def test_it_tells_how_busy_it_is(tiny_models: dict[str, Path]) -> None:
     with _loaded(_tiny(tiny_models["cache"])) as embedder:
         assert embedder.occupancy() is None
         _submit(embedder, 1, [[1] * 60, [1] * 60])
-        assert embedder.occupancy() == Occupancy(running=1, waiting=2)
+        _submit(embedder, 2, [[1] * 60])
+        assert embedder.occupancy() == Occupancy(running=0, waiting=2)
         embedder.step()
         assert embedder.occupancy() == Occupancy(running=1, waiting=1)
+        embedder.step()
+        assert embedder.occupancy() == Occupancy(running=1, waiting=0)
         embedder.step()
         assert embedder.occupancy() == Occupancy()
         assert embedder.occupancy() is None

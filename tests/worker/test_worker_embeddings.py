@@ -212,7 +212,7 @@ def test_work_that_nobody_waits_for_is_dropped(params: LoadParams, caplog: pytes
             given_up = asyncio.create_task(worker.embed([_LONG] * 500, Embedding(truncate="end" if cut else "none")))
             await _until(lambda: worker.occupancy.running == 1)
             waiting = asyncio.create_task(worker.embed([_LONG], _PLAIN))
-            await _until(lambda: worker.occupancy.running == 2)
+            await _until(lambda: worker.occupancy.running + worker.occupancy.waiting == 2)
             given_up.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await given_up

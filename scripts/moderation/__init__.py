@@ -1,0 +1,1 @@
+"""The parts of ``scripts/train_moderation.py``: its sentences, their embeddings, training, and what is measured."""

@@ -1,0 +1,89 @@
+"""The sentences and longer texts of ``sentences/*.yaml``, with what they are. Each file has one author's style."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import yaml
+
+from llamaserve.moderation.categories import CATEGORIES
+
+FOLDER: Final = Path(__file__).resolve().parent / "sentences"
+BENIGN: Final = "benign"
+DANGEROUS: Final = "benign_dangerous"  # looks so, and is not
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence; its ``kind`` is a category, ``BENIGN`` or ``DANGEROUS``."""
+
+    text: str
+    kind: str
+    style: str
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether it is in a category."""
+        return self.kind in CATEGORIES
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A text of several sentences, and the categories that at least one of them is in."""
+
+    text: str
+    categories: frozenset[str]
+    style: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that there is to learn from and to measure with."""
+
+    sentences: Sequence[Sentence]
+    long_texts: Sequence[LongText]
+
+    @property
+    def styles(self) -> list[str]:
+        """The names of the files."""
+        return sorted({sentence.style for sentence in self.sentences})
+
+
+class _Long(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    text: str
+    categories: tuple[str, ...]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    harmful: dict[str, tuple[str, ...]]
+    benign: tuple[str, ...]
+    benign_dangerous: tuple[str, ...]
+    long: tuple[_Long, ...]
+
+
+def read(folder: Path = FOLDER) -> Data:
+    """Return what the files of a folder have. Raises ``ValueError`` for a file that has not the form that it should
+    have, and for a sentence that is there twice.
+    """
+    sentences: list[Sentence] = []
+    long_texts: list[LongText] = []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            file = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), _File)
+        except (yaml.YAMLError, msgspec.ValidationError) as error:
+            raise ValueError(f"{path.name}: {error}") from None
+        named = {*file.harmful, *(name for long in file.long for name in long.categories)}
+        if unknown := named - set(CATEGORIES):
+            raise ValueError(f"{path.name} has categories that there are not: {', '.join(sorted(unknown))}")
+        kinds = {**file.harmful, BENIGN: file.benign, DANGEROUS: file.benign_dangerous}
+        sentences += [Sentence(text, kind, path.stem) for kind, texts in kinds.items() for text in texts]
+        long_texts += [LongText(long.text, frozenset(long.categories), path.stem) for long in file.long]
+    counts = Counter(each.text.casefold() for each in (*sentences, *long_texts))
+    if twice := [text for text, count in counts.items() if count > 1]:
+        raise ValueError(f"there twice: {twice[0]!r}")
+    return Data(sentences, long_texts)
