@@ -25,11 +25,12 @@ from llamaserve.api import (
     model_admin,
     model_events,
     models,
+    moderations,
     rerank,
 )
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
-from llamaserve.api.options import IGNORED_HEADER
+from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.services import Services
 from llamaserve.chat.characters import Characters
@@ -43,7 +44,7 @@ from llamaserve.settings import Settings
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, embeddings, rerank, models, internal),
+    *(completions, chat, fim, infill, embeddings, rerank, moderations, models, internal),
     *(model_admin, lora, downloads_api, model_events),
 )
 
@@ -93,7 +94,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         allow_origins=settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[IGNORED_HEADER, chat.TRUNCATED_HEADER, rerank.METHOD_HEADER, "Retry-After"],
+        expose_headers=[IGNORED_HEADER, TRUNCATED_HEADER, rerank.METHOD_HEADER, "Retry-After"],
     )
     return app
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -38,12 +38,12 @@ from llamaserve.registry.deleting import deletable_with_adapters, delete_model, 
 from llamaserve.registry.facts import ModelFacts, gather
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import FoundModel, resolve, scan
-from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
 from llamaserve.registry.remedies import Remedies, command
-from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.registry.spec import ModelSpec, Registry, Task
 from llamaserve.registry.tasks import task_of
 from llamaserve.registry.verifying import Finding, verify_model
 
@@ -271,13 +271,23 @@ def _listed(registry: Registry, others: Mapping[str, ModelSpec]) -> list[_Listed
             default=name == registry.default_model,
             here=is_here(registry, spec),
             source=spec.source,
-            task=task_of(spec, None),
+            task=_task(registry, spec),
             size=spec.size,
             licence=spec.licence,
             description=spec.description,
         )
         for name, spec in (*registry.models.items(), *others.items())
     ]
+
+
+def _task(registry: Registry, spec: ModelSpec) -> Task:
+    """Return what a model is there for. Where its settings do not say, its file does, if it is here and whole."""
+    path = locate(registry.source(spec)) if spec.task is None else None
+    header = None
+    if path is not None and path.name.lower().endswith(".gguf"):
+        with suppress(LlamaserveError):  # a damaged one, which other commands tell
+            header = read_header(path)
+    return task_of(spec, header)
 
 
 def _found_columns(model: FoundModel, registry: Registry) -> tuple[str, str, str, str]:

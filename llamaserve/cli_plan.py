@@ -148,7 +148,12 @@ def _print(
         )
     for each in planned:
         if each.error is not None:
-            say(f"\n{told(each.error)}")
+            say(f"\n{_said(each.name, told(each.error))}")
+
+
+def _said(name: str, message: str) -> str:
+    """Return a message that says which model it is about; those on memory do so already."""
+    return message if message.startswith(f"{name} ") else f"{name}: {message}"
 
 
 def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:

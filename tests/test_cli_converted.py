@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -70,12 +71,34 @@ def test_a_converted_model_goes_through_all_commands(desk: Desk) -> None:
     assert (facts["header"]["quantisation"], facts["header"]["key_value_heads"]) == ("F16", 4)
     assert desk("verify") == desk("verify", "bert") == "bert: good\n"
     assert "bert " in desk("plan", "bert", "--memory", "2GB")
-    assert "its checksum is that of models.yaml" in desk(
-        "doctor", "bert", status=None
-    )  # of this machine it may say more
+    told = desk("doctor", "bert", status=None)  # of this machine it may say more
+    assert "it was made from the weights that models.yaml names" in told
+    assert "its checksum is that of models.yaml" not in told
     assert "bert: deleted 1 file" in desk("rm", "--yes", "bert")
     assert not path.exists()
     assert "it is not on this machine" in desk("verify", "bert", status=1)
+
+
+def test_a_damaged_converted_model_is_called_damaged_by_all_commands(desk: Desk) -> None:
+    desk("pull", "bert")
+    path = desk.folder / "cache/models/pypi-converted/tiny-model-1.0/tiny_model/model-F16.gguf"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (desk.folder / "models.lock").unlink()
+    for command in ("pull", "verify", "doctor"):
+        assert "when it was converted" in desk(command, "bert", status=1)
+    assert not (desk.folder / "models.lock").exists()
+    desk("rm", "--yes", "bert")
+    desk("pull", "bert")
+    assert path.read_bytes() == data
+
+
+def test_a_model_of_which_nobody_knows_how_it_was_converted_is_a_warning(desk: Desk) -> None:
+    desk("pull", "bert")
+    shutil.rmtree(desk.folder / "cache/converted")
+    told = desk("doctor", "bert", status=None)
+    assert "nobody knows whether" in told
+    assert "llamaserve pull bert" in told
 
 
 def test_a_converted_model_is_fetched_by_its_source_alone(desk: Desk) -> None:

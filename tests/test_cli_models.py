@@ -19,6 +19,7 @@ from gguf_splitter import split_gguf
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub, running_hub, settings_for
 from lora_files import random_lora, shapes_of
+from rank_model import RankModel
 from running_server import wait_until
 
 MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
@@ -124,6 +125,40 @@ def test_models_lists_what_was_fetched_by_its_source_alone(desk: Desk) -> None:
         desk.json("models")["models"][-1] | {"model": "hf:o/r:Q8_0", "here": True, "source": "hf:o/r:Q8_0"}
         == (desk.json("models")["models"][-1])
     )
+
+
+def test_models_shows_the_task_that_a_file_says_it_is_for(desk: Desk, embedding_model: Path) -> None:
+    RankModel().write(desk.folder / "ranker.gguf")
+    (desk.folder / "cut.gguf").write_bytes(embedding_model.read_bytes()[:1000])
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        f"  minilm: {{source: 'file:{embedding_model}'}}\n"
+        f"  judge: {{source: 'file:{embedding_model}', task: moderation}}\n"
+        "  ranker: {source: 'file:ranker.gguf'}\n"
+        "  cut: {source: 'file:cut.gguf'}\n"
+        "  none: {source: 'file:none.gguf'}\n"
+    )
+    tasks = {each["model"]: each["task"] for each in desk.json("models")["models"]}
+    generating = dict.fromkeys(("cut", "none"), "generation")
+    assert tasks == {"minilm": "embedding", "judge": "moderation", "ranker": "rerank"} | generating
+    assert "embedding; " in desk("models")
+
+
+def test_show_says_why_a_model_cannot_do_what_its_settings_say(desk: Desk, embedding_model: Path) -> None:
+    (desk.folder / "mine.gguf").write_bytes(MODEL)
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        f"  chatty: {{source: 'file:{embedding_model}', task: generation}}\n"
+        f"  pooled: {{source: 'file:{embedding_model}', pooling: rank}}\n"
+        "  scores: {source: 'file:mine.gguf', task: rerank}\n"
+    )
+    said = {"chatty": "it is an encoder", "pooled": "pooling: rank is for", "scores": "no classification head"}
+    for name, problem in said.items():
+        facts = desk.json("show", name)
+        assert problem in facts["problem"]
+        assert facts["memory"] is None
+        assert facts["header"]["architecture"] in ("bert", "llama")
+        assert problem in desk("show", name)
 
 
 def test_models_shows_names_with_brackets_as_they_are(desk: Desk) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from lora_files import random_lora, shapes_of
+from rank_model import RankModel
 
 MODELS = """\
 models:
@@ -68,3 +69,32 @@ def test_an_adapter_that_is_missing_or_of_another_model_is_told(folder: Path) ->
     assert "the LoRA adapter file:style.gguf of with-a-style is not" in answer["models"][0]["error"]["message"]
     (folder / "style.gguf").write_bytes(tiny_llama())
     assert "is no LoRA adapter" in plan(folder, "with-a-style", status=1)
+
+
+def test_an_error_names_its_model_once(folder: Path) -> None:
+    assert "\nwith-a-style needs " in plan(folder, "with-a-style", "--memory", "1MB", status=1)
+    (folder / "tiny.gguf").unlink()
+    assert "\nwith-a-style is not on this machine" in plan(folder, "with-a-style", status=1)
+
+
+def test_models_for_vectors_are_planned_without_a_cache_and_with_outputs_of_all_tokens(
+    folder: Path, embedding_model: Path
+) -> None:
+    RankModel().write(folder / "ranker.gguf")
+    (folder / "models.yaml").write_text(
+        "models:\n"
+        f"  minilm: {{source: 'file:{embedding_model}'}}\n"
+        f"  short: {{source: 'file:{embedding_model}', context: 128}}\n"
+        "  ranker: {source: 'file:ranker.gguf'}\n"
+        "  decoder: {source: 'file:tiny.gguf', task: embedding}\n"
+        f"  chatty: {{source: 'file:{embedding_model}', task: generation}}\n"
+    )
+    minilm, short, ranker, decoder, chatty = as_json(folder, status=1)["models"]
+    assert (minilm["context"], short["context"], ranker["context"], decoder["context"]) == (512, 128, 96, 128)
+    assert minilm["cache"] == short["cache"] == ranker["cache"] == 0
+    assert decoder["cache"] > 0
+    assert minilm["compute"] - short["compute"] > (512 - 128) * 30522 * 4
+    assert chatty["error"]["code"] == "model_not_capable"
+    assert "it is an encoder; it can't generate text" in chatty["error"]["message"]
+    assert "\nchatty: it is an encoder; it can't generate text" in plan(folder, status=1)
+    assert "minilm" in plan(folder, "minilm")

@@ -12,7 +12,7 @@ from llamaserve.api.adapters import adapters_for
 from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice, truncated
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.generating import Job, generate_whole, new_id, stream_response, unless_client_leaves
-from llamaserve.api.options import IGNORED_HEADER
+from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, asked_of
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.chat.modes import NO_TEMPLATE, ModelTemplate
@@ -26,7 +26,6 @@ router = APIRouter()
 
 Count = Callable[[str], Awaitable[int]]
 
-TRUNCATED_HEADER = "x-llamaserve-truncated"
 _RESERVED = 512  # tokens kept for an answer of which the length is not said, but at most a quarter of the context
 _LONG = 16  # characters a token: a prompt that is longer is not tokenised to see that it is too long
 _KEYWORD = re.compile(r'"([\w$]+)"')
@@ -36,7 +35,8 @@ _KEYWORD = re.compile(r'"([\w$]+)"')
 async def create_chat_completion(body: ChatRequest, request: Request, services: UsesServices) -> Response:
     """Answer with ``n`` messages."""
     model = services.pool.get(body.model)
-    await model.require(*GENERATING)
+    with asked_of(body.model):
+        await model.require(*GENERATING)
     body = with_defaults(body, model.defaults)
     wish = body.wish(services, await _template_of(model))
     prepared = await _prepared(services, body, wish)

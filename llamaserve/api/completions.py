@@ -22,11 +22,12 @@ from llamaserve.api.generating import (
     unless_client_leaves,
 )
 from llamaserve.api.logprobs import Echo, for_completion
-from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions
+from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions, asked_of
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.engine.params import Logprobs
+from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["generation"])
@@ -112,6 +113,8 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         return filled
 
     model = services.pool.get(body.model)
+    with asked_of(body.model):
+        await model.require(*GENERATING)
     body = with_defaults(body, model.defaults)
     logprobs = Logprobs(body.logprobs, prompt=body.echo) if body.logprobs is not None else None
     truncate = body.truncation_length > 0 and not body.gap

@@ -15,7 +15,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.embedding import (
+from llamaserve.api.fields import check_text
+from llamaserve.api.generating import unless_client_leaves
+from llamaserve.api.options import asked_of
+from llamaserve.api.services import UsesServices
+from llamaserve.api.vectors import (
     EmbeddingFields,
     Plain,
     check_item,
@@ -26,9 +30,6 @@ from llamaserve.api.embedding import (
     rows_of,
     usage,
 )
-from llamaserve.api.fields import check_text
-from llamaserve.api.generating import unless_client_leaves
-from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Embedded
 from llamaserve.engine.params import Embedding
 from llamaserve.errors import InvalidRequest
@@ -117,7 +118,7 @@ class EmbeddingRequest(EmbeddingFields):
     not_offered: ClassVar[Plain] = {
         **dict.fromkeys(("normalize", "normalized"), ((True,), "vectors always have a length of 1")),
         "embd_normalize": ((2,), "vectors always have a length of 1"),
-        **dict.fromkeys(("output_dtype",), (("float",), "vectors are of 32-bit floats")),
+        "output_dtype": (("float",), "vectors are of 32-bit floats"),
         "embedding_types": ((["float"],), "vectors are of 32-bit floats"),
         "late_chunking": ((False,), "each text is embedded by itself"),
         "return_multivector": ((False,), "there is one vector for each text"),
@@ -184,7 +185,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, services: 
 
     async def answer() -> Response:
         try:
-            with places(body.place):
+            with asked_of(body.model), places(body.place):
                 embedded = await embed(model, inputs, embedding, body.keep_alive)
         except InvalidRequest as error:
             if error.param == "dimensions":

@@ -52,7 +52,7 @@ def capabilities(model: ServedModel) -> dict[str, bool]:
         "reasoning": thinks(template or ""),
         "fim": header is not None and generates and _fills(header),
         "embeddings": header is not None and task == "embedding",
-        "rerank": header is not None and task in ("embedding", "rerank"),
+        "rerank": header is not None and (task == "embedding" or (task == "rerank" and header.gives_scores)),
         "moderation": header is not None and task == "moderation",
     }
 

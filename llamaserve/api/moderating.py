@@ -13,13 +13,15 @@ import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Final, Literal, TypeVar
 
-from llamaserve.api.embedding import embed, rows_of
 from llamaserve.api.generating import Job, generate_whole, new_id
 from llamaserve.api.services import Services
+from llamaserve.api.vectors import embed, places
 from llamaserve.chat.modes import ModelTemplate, Style
 from llamaserve.chat.preparation import ChatWish
+from llamaserve.engine.events import Embedded
 from llamaserve.engine.params import Embedding, Generation, NextToken, Sampling
 from llamaserve.errors import (
     ChatTemplateError,
@@ -31,7 +33,7 @@ from llamaserve.errors import (
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
 from llamaserve.moderation.chunks import chunks
 from llamaserve.moderation.guards import Family, Verdict, recognised
-from llamaserve.moderation.heads import load_heads
+from llamaserve.moderation.heads import Heads, load_heads
 from llamaserve.moderation.judging import judge
 from llamaserve.moderation.words import TOP, NextTokens, next_tokens
 from llamaserve.registry.pool import ModelPool
@@ -42,7 +44,7 @@ from llamaserve.worker.protocol import Prompt
 Method = Literal["embedding_heads", "guard"]
 T = TypeVar("T")
 
-NOTHING: Final = Scores.of({})
+_NOTHING: Final = Scores.of({})
 _SHORTEST: Final = 64  # characters; what is shorter is not cut in two
 _LOOK: Final = Generation(sampling=Sampling(seed=0), max_tokens=0, next_token=NextToken(TOP))
 _BREAKS: Final = (  # where a text may be cut in two, the best places first
@@ -79,11 +81,15 @@ async def judged(
     await model.require("moderation", "embedding")
     written = [number for number, text in enumerate(texts) if text.strip()]
     kept = [texts[number] for number in written]
+
+    def name(number: int) -> str:
+        return place(written[number])
+
     if await model.task() == "embedding":
-        found = await _by_heads(model, kept, keep_alive)
+        found = await _by_heads(model, kept, name, keep_alive)
     else:
-        found = await _by_guard(services, model, kept, lambda number: place(written[number]), keep_alive)
-    scores = [NOTHING] * len(texts)
+        found = await _by_guard(services, model, kept, name, keep_alive)
+    scores = [_NOTHING] * len(texts)
     for number, each in zip(written, found.scores, strict=True):
         scores[number] = each
     return replace(found, scores=scores)
@@ -99,23 +105,35 @@ async def _by_guard(
     guard = await _Guard.of(services, model, keep_alive)
     # Before the guard is held: two models that have no room beside each other would wait for each other for ever.
     classifier = await asyncio.to_thread(_classifier, services.pool)
-    others = await _by_heads(classifier, texts) if classifier is not None else None
+    others = await _by_heads(classifier, texts, place) if classifier is not None else None
     verdicts = await guard.judge(texts, place)
-    scores = [
-        verdict.completed(None if others is None else others.scores[number]) for number, verdict in enumerate(verdicts)
-    ]
     covered = guard.family.method.covered
-    judges = {name: others.judges[name] if others is not None else None for name in CATEGORIES}
-    judges |= {PARENT[name]: model.name for name in covered if name in PARENT and judges[PARENT[name]] is None}
-    judges |= dict.fromkeys(covered, model.name)
-    thresholds = {} if others is None else {k: v for k, v in others.thresholds.items() if k not in covered}
-    return Judgement("guard", scores, thresholds, judges)
+    if others is None:
+        scores = [verdict.completed() for verdict in verdicts]
+        return Judgement("guard", scores, {}, _judges(model, covered, {}))
+    scores = [verdict.completed(other) for verdict, other in zip(verdicts, others.scores, strict=True)]
+    thresholds = {name: value for name, value in others.thresholds.items() if name not in covered}
+    return Judgement("guard", scores, thresholds, _judges(model, covered, others.judges))
+
+
+def _judges(guard: ServedModel, covered: frozenset[str], others: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    """Return who judges each category: the guard what it covers, and the others the rest. What they leave has the score
+    of what is part of it, if the guard covers that.
+    """
+    raised = {PARENT[name] for name in covered if name in PARENT}
+    judges = {name: guard.name if name in covered else others.get(name) for name in CATEGORIES}
+    return {name: by or (guard.name if name in raised else None) for name, by in judges.items()}
 
 
 # ---- the classifier ----------------------------------------------------------------------------------------------
 
 
-async def _by_heads(model: ServedModel, texts: Sequence[str], keep_alive: float | None = None) -> Judgement:
+async def _by_heads(
+    model: ServedModel, texts: Sequence[str], place: Callable[[int], str], keep_alive: float | None = None
+) -> Judgement:
+    """Return what the classifier says: for each text the highest scores of its chunks. What takes long is for threads:
+    there may be thousands of chunks.
+    """
     heads = load_heads()
     if not heads.fit(await model.file.read()):
         raise ModelNotCapable(
@@ -125,13 +143,18 @@ async def _by_heads(model: ServedModel, texts: Sequence[str], keep_alive: float 
         )
     scores: list[Scores] = []
     if texts:
-        pieces = [chunks(text) for text in texts]
-        inputs = [piece for each in pieces for piece in each]
-        embedded = await embed(model, inputs, Embedding(truncate="end"), keep_alive)
-        numbers = struct.Struct(f"<{embedded.width}f")
-        rows = aiter(rows_of(embedded))
-        scores = [Scores.merged(*[heads.scores(numbers.unpack(await anext(rows))) for _ in each]) for each in pieces]
+        chunked = await asyncio.to_thread(lambda: [chunks(text) for text in texts])
+        owners = [number for number, each in enumerate(chunked) for _ in each]
+        with places(lambda number: place(owners[number])):
+            embedded = await embed(model, [chunk for each in chunked for chunk in each], Embedding(), keep_alive)
+        scores = await asyncio.to_thread(_scores, heads, embedded, [len(each) for each in chunked])
     return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
+
+
+def _scores(heads: Heads, embedded: Embedded, sizes: Sequence[int]) -> list[Scores]:
+    """Return the scores of texts of so many chunks each."""
+    rows = struct.iter_unpack(f"<{embedded.width}f", embedded.vectors)
+    return [Scores.merged(*map(heads.scores, islice(rows, size))) for size in sizes]
 
 
 def _classifier(pool: ModelPool) -> ServedModel | None:
@@ -243,8 +266,8 @@ def halves(text: str) -> tuple[str, str]:
     """
     middle, reach = len(text) // 2, len(text) // 8
     for breaks in _BREAKS:
-        places = [found.end() for found in breaks.finditer(text, middle - reach, middle + reach)]
-        if places:
-            middle = min(places, key=lambda place: abs(place - len(text) // 2))
-            break
+        ends = [found.end() for found in breaks.finditer(text, middle - reach, middle + reach)]
+        if ends:
+            cut = min(ends, key=lambda end: abs(end - middle))
+            return text[:cut], text[cut:]
     return text[:middle], text[middle:]

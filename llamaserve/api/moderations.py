@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.embedding import misplaced
 from llamaserve.api.fields import RequestFields, Text, check_text
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.moderating import Judgement, judged
 from llamaserve.api.options import KeepAlive, header_words, ignored_header
 from llamaserve.api.services import UsesServices
+from llamaserve.api.vectors import misplaced
 from llamaserve.chat.messages import TEXT_PARTS
 from llamaserve.errors import UnsupportedParameter
 from llamaserve.moderation.categories import CATEGORIES

@@ -6,6 +6,7 @@ accepted and reported in a response header, or refused if the request is ``stric
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
@@ -31,10 +32,11 @@ from llamaserve.api.fields import check_text
 from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
-from llamaserve.errors import InvalidRequest, UnsupportedParameter
+from llamaserve.errors import InvalidRequest, ModelNotCapable, UnsupportedParameter
 from llamaserve.registry.spec import parse_duration
 
 IGNORED_HEADER = "x-llamaserve-ignored"
+TRUNCATED_HEADER = "x-llamaserve-truncated"  # what was cut
 MAX_SEQUENCES = 128  # prompts times choices of one request
 _MAX_STOPS = 1024
 _MAX_STOP_CHARACTERS = 65536  # of all stop strings together
@@ -112,6 +114,17 @@ def header_words(names: Iterable[str]) -> list[str]:
 def ignored_header(words: Sequence[str]) -> dict[str, str]:
     """Return the header that names what has no effect; none if there is nothing."""
     return {IGNORED_HEADER: ", ".join(words[:64])} if words else {}
+
+
+@contextlib.contextmanager
+def asked_of(name: str | None) -> Iterator[None]:
+    """Have an error that says that a model can't do this be about the field ``model``, if the request has named it."""
+    try:
+        yield
+    except ModelNotCapable as error:
+        if name is not None and error.param is None:
+            error.param = "model"
+        raise
 
 
 class StreamOptions(BaseModel):

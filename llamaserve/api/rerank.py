@@ -18,9 +18,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.chat import TRUNCATED_HEADER
-from llamaserve.api.embedding import (
-    Counts,
+from llamaserve.api.fields import Text
+from llamaserve.api.generating import new_id, unless_client_leaves
+from llamaserve.api.options import TRUNCATED_HEADER, asked_of
+from llamaserve.api.services import UsesServices
+from llamaserve.api.vectors import (
     EmbeddingFields,
     Plain,
     check_item,
@@ -31,9 +33,7 @@ from llamaserve.api.embedding import (
     rows_of,
     usage,
 )
-from llamaserve.api.fields import Text
-from llamaserve.api.generating import new_id, unless_client_leaves
-from llamaserve.api.services import UsesServices
+from llamaserve.engine.events import Embedded
 from llamaserve.engine.params import Embedding
 from llamaserve.errors import InvalidRequest, ModelNotLoaded, UnsupportedParameter
 from llamaserve.registry.pool import ModelPool
@@ -120,21 +120,21 @@ class RerankRequest(EmbeddingFields):
         if "texts" in (self.model_extra or {}):
             raise InvalidRequest("texts and documents are two names of the same thing; give one", param="texts")
         if self.cut == "start":
-            name = "truncation_direction" if self.truncate is True else "truncate"
+            name = "truncation_direction" if self.truncate is True else self.called("truncate")
             raise UnsupportedParameter(f"{name}: documents can only be cut at their end", param=name)
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """A score for each document in their order, how much of it was cut, and how the scores came about. The ``counts``
-    are those of everything that the model was given.
+    """A score for each document in their order, how much of it was cut, and how the scores came about: ``evaluated`` is
+    what the model gave, for each text that it got.
     """
 
     method: Method
     scores: Sequence[float]  # the model's own
     relevances: Sequence[float]  # from 0 to 1
     truncated: Sequence[int]
-    counts: Counts
+    evaluated: Embedded
 
     def best(self, number: int | None) -> list[int]:
         """Return the documents' numbers, the best first, and those with equal scores in their order."""
@@ -153,13 +153,14 @@ async def create_ranking(body: RerankRequest, request: Request, services: UsesSe
     model = _model(services.pool, body.model)
 
     async def answer() -> Response:
-        await model.require("rerank", "embedding")
-        ranking = await (_cross_encoded if await model.task() == "rerank" else _by_cosine)(model, body)
+        with asked_of(body.model):
+            await model.require("rerank", "embedding")
+            ranking = await (_cross_encoded if await model.task() == "rerank" else _by_cosine)(model, body)
         headers[METHOD_HEADER] = ranking.method
         if not body.like_tei:
             return JSONResponse(_answer(model, body, ranking), headers=headers)
-        headers[TOKENS_HEADER] = str(sum(ranking.counts.tokens))
-        if truncated := sum(ranking.counts.truncated):
+        headers[TOKENS_HEADER] = str(sum(ranking.evaluated.tokens))
+        if truncated := sum(ranking.evaluated.truncated):
             headers[TRUNCATED_HEADER] = f"{truncated} tokens"
         return JSONResponse(_tei_answer(body, ranking), headers=headers)
 
@@ -168,12 +169,13 @@ async def create_ranking(body: RerankRequest, request: Request, services: UsesSe
 
 def _model(pool: ModelPool, name: str | None) -> ServedModel:
     """Return the named model, or the server's for this. Where there is none for it, the one for embeddings does it."""
-    try:
+    with contextlib.suppress(ModelNotLoaded):
         return pool.get_for("rerank", name)
-    except ModelNotLoaded:
-        with contextlib.suppress(ModelNotLoaded):
-            return pool.get_for("embedding", name)
-        raise
+    with contextlib.suppress(ModelNotLoaded):
+        return pool.get_for("embedding", name)
+    raise ModelNotLoaded(
+        "the request names no model, and models.yaml has neither `rerank_model` nor `embedding_model` under `defaults`"
+    )
 
 
 class _Distinct:
@@ -203,13 +205,12 @@ async def _cross_encoded(model: ServedModel, body: RerankRequest) -> _Ranking:
         ranked = await rank(model, body.query, distinct.texts, truncate=cut, keep_alive=body.keep_alive)
     scores = [first for first, *_ in struct.iter_unpack(f"<{ranked.width}f", ranked.vectors)]
     relevances = [_sigmoid(score) for score in scores]
-    truncated = distinct.for_all(ranked.truncated)
     return _Ranking(
         "cross_encoder",
         distinct.for_all(scores),
         distinct.for_all(relevances),
-        truncated,
-        Counts(distinct.for_all(ranked.tokens), truncated),
+        distinct.for_all(ranked.truncated),
+        ranked,
     )
 
 
@@ -222,16 +223,12 @@ async def _by_cosine(model: ServedModel, body: RerankRequest) -> _Ranking:
     query = numbers.unpack_from(embedded.vectors)
     _, *cosines = [sum(map(mul, query, numbers.unpack(row))) async for row in rows_of(embedded)]
     scores = distinct.for_all(cosines)
-    truncated = distinct.for_all(embedded.truncated[1:])
     return _Ranking(
         "embedding_cosine",
         scores,
         [min(max(score, 0.0), 1.0) for score in scores],
-        truncated,
-        Counts(
-            [embedded.tokens[0], *distinct.for_all(embedded.tokens[1:])],
-            [embedded.truncated[0], *truncated],
-        ),
+        distinct.for_all(embedded.truncated[1:]),
+        embedded,
     )
 
 
@@ -258,7 +255,8 @@ def _answer(model: ServedModel, body: RerankRequest, ranking: _Ranking) -> dict[
         "model": model.name,
         "method": ranking.method,
         "results": results,
-        "usage": usage(ranking.counts),
+        "data": results,  # where some clients look for them
+        "usage": usage(ranking.evaluated),
     }
 
 

@@ -27,7 +27,7 @@ from llamaserve.doctor.llama import Build, NoAnswer, read_build, read_vocabulary
 from llamaserve.doctor.template_lint import lint
 from llamaserve.engine.events import Device
 from llamaserve.errors import InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
-from llamaserve.registry import folder
+from llamaserve.registry import folder, wheels
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
 from llamaserve.registry.fetching import check_sum, locate
@@ -37,7 +37,7 @@ from llamaserve.registry.load_plan import configured_adapters, load_params, plan
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.remedies import EDITOR, Files, Remedies, told
-from llamaserve.registry.sources import FileSource, parse_source
+from llamaserve.registry.sources import FileSource, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.registry.split import part_paths
 from llamaserve.registry.tasks import GENERATING, task_of
@@ -203,7 +203,8 @@ async def _template(case: Case, model: _Model, header: GGUFHeader) -> list[Findi
 
 
 def _sum(case: Case, remedies: Remedies, files: Files) -> Iterator[Finding]:
-    if files.sha256 is None:
+    wheel = files.source if isinstance(files.source, WheelSource) and files.source.quant is not None else None
+    if files.sha256 is None and wheel is None:
         return
     if _takes_long(files.path):
         message = "its checksum has not been looked at yet, which takes a while"
@@ -213,8 +214,14 @@ def _sum(case: Case, remedies: Remedies, files: Files) -> Iterator[Finding]:
         check_sum(files.source, files.path, files.sha256)
     except (LlamaserveError, OSError) as error:
         yield problem(remedies.name, *remedies.mend(files, error))
-    else:
+        return
+    if wheel is None:
         yield ok(remedies.name, "its checksum is that of models.yaml")
+    elif wheels.is_unknown(wheel):
+        yield warning(remedies.name, *remedies.unknown(files))
+    else:
+        origin = "" if files.sha256 is None else "it was made from the weights that models.yaml names, and "
+        yield ok(remedies.name, f"{origin}its checksum is that of its conversion")
 
 
 def _adapters(
@@ -235,7 +242,7 @@ def _adapters(
 def _fit(
     case: Case, remedies: Remedies, spec: ModelSpec, header: GGUFHeader, devices: Callable[[], list[Device]]
 ) -> Iterator[Finding]:
-    """Say whether a model fits into the memory that is free now."""
+    """Say whether a model can be loaded as its settings say, and fits into the memory that is free now."""
     name, registry, gpus = remedies.name, remedies.registry, devices()
     budget = memory_budget(case.settings.memory, case.settings.gpu_memory)(gpus)
     try:
@@ -244,6 +251,9 @@ def _fit(
         plan = plan_load(name, header, params, budget, len(gpus), unified=is_unified(gpus))
     except InsufficientMemory as error:
         yield warning(name, *remedies.unfit(registry.source(spec), error))
+        return
+    except LlamaserveError as error:
+        yield problem(name, *remedies.unfit(registry.source(spec), error))
         return
     on_gpu = f" and {gigabytes(plan.need.device)} of the GPU's" if plan.need.device else ""
     share = f"{gigabytes(plan.need.host)} of memory{on_gpu}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from llamaserve.engine.events import Embedded, EngineEvent, Failed, Occupancy
 from llamaserve.engine.llama import Batch, Context, Interrupted, Model, close_all, uses_gpu
 from llamaserve.engine.packing import Packer, Part
-from llamaserve.engine.pairs import frame_pair
+from llamaserve.engine.pairs import PairFrame, frame_pair
 from llamaserve.engine.params import UNTILED, Embedding, LoadParams
 from llamaserve.engine.threads import ThreadController
 from llamaserve.engine.work import MAX_TEXT, Work
@@ -134,7 +134,7 @@ class Embedder(Work):
         after: list[int] = []
         if isinstance(text, str):
             before, after = self.vocab.frame
-            tokens = self._tokens(text, place, cut=embedding.truncate != "none", parse_special=True)
+            tokens = self._tokens(text, place, cut=embedding.truncate != "none")
         else:
             tokens = list(text)
             self.vocab.check(tokens, place)
@@ -142,8 +142,10 @@ class Embedder(Work):
             raise InvalidRequest(f"{place} has no tokens; there is nothing to embed", param=place)
         return self._framed(before, tokens, after, place, embedding.truncate)
 
-    def encode_pairs(self, query: str, documents: Iterable[str], *, truncate: bool) -> list[Encoded]:
-        """Return the tokens of a query with each document. Raises why they can't be scored. Thread-safe."""
+    def encode_pairs(self, query: str, documents: Sequence[str], *, truncate: bool) -> Iterator[Encoded]:
+        """Return the tokens of a query with each document, encoded as they are taken. Raises why they can't be scored.
+        Thread-safe.
+        """
         if self._pooling != "rank":
             raise ModelNotCapable("this model makes embeddings; it does not score documents for a query")
         with _named("query"):
@@ -153,33 +155,37 @@ class Embedder(Work):
             frame = frame_pair(self.vocab, self._template, query)
         if len(frame.before) + len(frame.after) >= self._context:
             raise self._too_long(f"{len(frame.before) + len(frame.after)} tokens and leaves no room", "query")
-        pairs = []
-        for number, document in enumerate(documents):
-            place = f"documents[{number}]"
-            tokens = self._tokens(frame.lead + document + frame.trail, place, cut=truncate, parse_special=False)
-            pairs.append(self._framed(frame.before, tokens, frame.after, place, "end" if truncate else "none"))
-        return pairs
+        return (
+            self._encode_pair(frame, document, f"documents[{number}]", truncate=truncate)
+            for number, document in enumerate(documents)
+        )
 
-    def _tokens(self, text: str, place: str, *, cut: bool, parse_special: bool) -> list[int]:
-        """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it."""
+    def _encode_pair(self, frame: PairFrame, document: str, place: str, *, truncate: bool) -> Encoded:
+        tokens = self._tokens(frame.lead + document + frame.trail, place, cut=truncate)
+        return self._framed(frame.before, tokens, frame.after, place, "end" if truncate else "none")
+
+    def _tokens(self, text: str, place: str, *, cut: bool) -> list[int]:
+        """Return a text's tokens; of one that is certainly too long not all are looked at, except to cut it. Names of
+        control tokens are text: it comes from anybody.
+        """
         with _named(place):
             size = self.size_if_over(text, self._context) if len(text) > MAX_TEXT or not cut else None
             if size is not None:
                 raise self._too_long(size, place)
-            return self.vocab.tokenize(text, add_bos=False, parse_special=parse_special)
+            return self.vocab.tokenize(text, add_bos=False, parse_special=False)
 
     def _framed(self, before: list[int], tokens: list[int], after: list[int], place: str, truncate: str) -> Encoded:
         size = len(before) + len(tokens) + len(after)
         excess = max(0, size - self._context)
-        if excess and truncate == "none":
+        if excess and (truncate == "none" or excess > len(tokens)):
             raise self._too_long(f"{size} tokens", place)
         kept = tokens[excess:] if truncate == "start" else tokens[: len(tokens) - excess]
         return Encoded([*before, *kept, *after], excess)
 
     def _too_long(self, size: str, place: str) -> ContextLengthExceeded:
         return ContextLengthExceeded(
-            f"{place} has {size}; this model takes {self._context} at most. Shorten it, ask for it to be cut "
-            "(`truncate`), or raise `context` and `batch` for this model in models.yaml",
+            f"{place} has {size}; this model takes {self._context} at most. Shorten it, or ask for it to be cut "
+            "(`truncate`). If the model was trained for longer texts, raise its `context` and `batch` in models.yaml",
             param=place,
         )
 

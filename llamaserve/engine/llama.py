@@ -172,7 +172,9 @@ def _prepare_pooling(native: Any, params: LoadParams) -> None:
     native.embeddings = True
     native.pooling_type = _POOLING[params.pooling or ""]
     native.n_seq_max = params.parallel
-    native.n_batch = native.n_ubatch = native.n_outputs_max = -(-params.batch // params.parallel) * params.parallel
+    step = -(-params.batch // params.parallel) * params.parallel
+    native.n_batch = native.n_ubatch = native.n_outputs_max = step
+    native.n_ctx = max(params.kv_cells, step)  # else it would cut the step to its cells
 
 
 def _scratch_sequences(params: LoadParams) -> int:

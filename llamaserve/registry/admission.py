@@ -1,4 +1,5 @@
-"""The queue before one model: how many sequences may wait for it, and when to come again when there are as many.
+"""The queue before one model: how many sequences or how much text may wait for it, and when to come again when there is
+as much.
 
 Counts only. Who is served first is the scheduler's business.
 """
@@ -38,6 +39,7 @@ class Admission:
         self._queue = queue
         self._clock = clock
         self._duration = _LEAST_WAIT  # mean seconds of a request, waiting included
+        self._requests = 0
         self.open = 0
 
     def limit(self, parallel: int, queue: int) -> None:
@@ -48,21 +50,46 @@ class Admission:
     def enter(self, sequences: int) -> Place:
         """Let a request in, however many sequences it has, as long as the queue is not full before it.
 
-        Raises ``QueueFull`` with the seconds after which a place is probably free: if those that are here stay for the
-        mean time, one of them leaves after that time divided by their number.
+        Raises ``QueueFull`` with the seconds after which a place is probably free: if the requests that are here stay
+        for the mean time, one of them leaves after that time divided by their number.
         """
         if self.open >= self._parallel + self._queue:
-            waiting = self.open - self._parallel
-            wait = min(max(_LEAST_WAIT, self._duration / self.open), _LONGEST_WAIT)
-            raise QueueFull(
-                f"{waiting} answers wait for this model already, and no more may; try again later, or raise `queue` "
-                "for it in models.yaml",
-                retry_after=wait,
-            )
+            wait = min(max(_LEAST_WAIT, self._duration / self._requests), _LONGEST_WAIT)
+            raise QueueFull(self._refusal(), retry_after=wait)
+        self._requests += 1
         self.open += sequences
         return Place(self, sequences, self._clock())
 
     def left(self, sequences: int, since: float) -> None:
         """Take note that a request that came at ``since`` is over."""
+        self._requests -= 1
         self.open -= sequences
         self._duration += (self._clock() - since - self._duration) * _FORGETTING
+
+    def _refusal(self) -> str:
+        return (
+            f"{self.open - self._parallel} answers wait for this model already, and no more may; try again later, or "
+            "raise `queue` for it in models.yaml"
+        )
+
+
+class TextAdmission(Admission):
+    """The texts of all requests for vectors or scores that are at one model, in bytes. So that there are not too many
+    requests either, none counts for less than its share.
+    """
+
+    def __init__(self, requests: int, size: int) -> None:
+        """So many requests may be there, and so many bytes of text; the last one to come may bring more."""
+        super().__init__(0, size)
+        self._most = requests
+        self._share = size // requests
+
+    def enter(self, size: int) -> Place:
+        """Let a request in with so many bytes of text. Raises ``QueueFull``."""
+        return super().enter(max(self._share, size))
+
+    def _refusal(self) -> str:
+        return (
+            "as many requests for embeddings or scores wait for this model as may "
+            f"({self._most}, or {self._share * self._most // 2**20} MiB of text); try again later"
+        )

@@ -1,8 +1,9 @@
 """Published weights become a GGUF file, in a process of its own; and what such a file says of where it came from.
 
 The work is done by ``converting``, with libraries that the API process does without. It can be given up at any time.
-A converted file says the sum of the weights that it was made from, since its own is promised by nobody: it may be
-another after an update of this program. This module does not know where weights come from.
+A converted file says the sum of the weights that it was made from, since its publisher does not know its own: it may be
+another after an update of this program. This module does not know where weights come from, and whether a file is still
+as it was made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llamaserve.registry.gguf import read_header
 from llamaserve.registry.sources import Quantisation
 from llamaserve.sandbox import environment
 
+AGAIN: Final = "Delete the file and fetch it again: llamaserve rm, llamaserve pull"
 VERSION: Final = 1  # of what is written; one more whenever the same weights become another file
 SHA256_KEY: Final = "llamaserve.converted.sha256"
 VERSION_KEY: Final = "llamaserve.converted.version"
@@ -28,7 +30,6 @@ WEIGHTS: Final = "model.safetensors"  # in the folder of a request; its neighbou
 REFUSED: Final = 3  # exit status: the weights are at fault, and standard output says why
 
 _POLL_SECONDS: Final = 0.2
-_AGAIN: Final = "Delete the file and fetch it again: llamaserve rm, llamaserve pull"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def check_origin(path: Path, sha256: str) -> None:
     if made_from.sha256 != sha256.lower():
         raise errors.ChecksumMismatch(
             f"{path} was converted from weights with the SHA-256 {made_from.sha256}, and {sha256.lower()} was promised",
-            hint=f"{_AGAIN}; if the sum stays, check the source, then correct sha256 in models.yaml",
+            hint=f"{AGAIN}; if the sum stays, check the source, then correct sha256 in models.yaml",
         )
 
 
@@ -120,7 +121,7 @@ def _known_origin(path: Path) -> Origin:
     try:
         made_from = origin(path)
     except errors.GGUFError as error:
-        raise errors.ChecksumMismatch(error.message, hint=_AGAIN) from error
+        raise errors.ChecksumMismatch(error.message, hint=AGAIN) from error
     if made_from is None:
-        raise errors.ChecksumMismatch(f"{path} does not say which weights it was converted from", hint=_AGAIN)
+        raise errors.ChecksumMismatch(f"{path} does not say which weights it was converted from", hint=AGAIN)
     return made_from

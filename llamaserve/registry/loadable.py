@@ -17,6 +17,8 @@ from llamaserve.registry.layers import sliding_layers
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
+_LEAST_CONTEXT = 4  # tokens: what an encoder wants around a text, and something between
+_LEAST_BUCKETS = 4  # of distances in T5, for those before and behind
 
 _NOT_ALONE = {
     "clip": "a vision or audio projector (mmproj), which only works beside its language model",
@@ -84,17 +86,21 @@ _DIVISORS = {
 
 @dataclass(frozen=True, slots=True)
 class _Specials:
-    """What llama.cpp assumes of a tokenizer unless the file says otherwise: token numbers, and which are added."""
+    """What llama.cpp assumes of a tokenizer unless the file says otherwise: token numbers, and which are added; those
+    that are ``needed`` are put in whatever the file says.
+    """
 
     bos: int | None = None
     eos: int | None = None
     sep: int | None = None
+    unk: int | None = None
     adds: frozenset[str] = frozenset()
+    needed: frozenset[str] = frozenset()
 
 
 _SPECIALS = {
     "llama": _Specials(bos=1, eos=2, adds=frozenset({"bos"})),
-    "bert": _Specials(bos=101, sep=102, adds=frozenset({"bos", "sep"})),
+    "bert": _Specials(bos=101, sep=102, unk=100, needed=frozenset({"bos", "sep", "unk"})),
     "gpt2": _Specials(bos=11, eos=11),
     "hybriddna": _Specials(bos=11, eos=11),
     "whitespace": _Specials(bos=11, eos=11),
@@ -119,7 +125,7 @@ _PRE_ADDS_BOS = frozenset(
     }
 )
 _PRE_WITHOUT_BOS = frozenset({"chatglm-bpe", "glm4", "glm5"})
-_TOKEN_ID_KEYS = {"bos": "bos", "eos": "eos", "sep": "seperator"}  # the file format's own spelling
+_TOKEN_ID_KEYS = {"bos": "bos", "eos": "eos", "sep": "seperator", "unk": "unknown"}  # the file format's own spelling
 
 
 def check_loadable(header: GGUFHeader) -> None:
@@ -236,11 +242,13 @@ def _check_experts(header: GGUFHeader) -> None:
 
 
 def _check_encoder(header: GGUFHeader) -> None:
-    """Refuse heads that do not fit to each other or to the weights. Of decoders llama.cpp sees this by the shapes of
-    their tensors.
+    """Refuse an encoder in which no text has room, or whose heads do not fit to each other or to the weights. Of
+    decoders llama.cpp sees this by the shapes of their tensors.
     """
     if header.remembers:
         return
+    if (header.context_length or _LEAST_CONTEXT) < _LEAST_CONTEXT:
+        raise _damaged(header, f"{header.architecture}.context_length is {header.context_length}; no text has room")
     heads = next(iter(_integers(header, "{arch}.attention.head_count")), 0)
     shared = next(iter(_integers(header, "{arch}.attention.head_count_kv")), heads)
     if not heads or not shared or heads % shared:
@@ -256,12 +264,14 @@ def _check_encoder(header: GGUFHeader) -> None:
     if not key or len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise _damaged(header, f"its heads must have keys and values of one length; it has {told}")
-    _check_rope(header, key)
     for tensor in header.tensors:
         if tensor.name.endswith(("attn_output.weight", "attn_o.weight")) and tensor.shape[0] != heads * value:
             raise _damaged(header, f"{heads} heads of {value} do not fit to the tensor {tensor.name!r} {tensor.shape}")
+    _check_rope(header, key)
     if header.architecture == "jina-bert-v2":
         _check_jina(header)
+    if header.architecture == "t5encoder":
+        _check_t5(header)
 
 
 def _check_rope(header: GGUFHeader, head: int) -> None:
@@ -278,6 +288,14 @@ def _check_jina(header: GGUFHeader) -> None:
     for tensor in header.tensors:
         if tensor.name.endswith("ffn_up.weight") and tensor.shape[-1] not in (forward, 2 * forward):
             raise _damaged(header, f"feed_forward_length is {forward}, and the tensor {tensor.name!r} {tensor.shape}")
+
+
+def _check_t5(header: GGUFHeader) -> None:
+    buckets = _integer(header, "{arch}.attention.relative_buckets_count")
+    if buckets is not None and buckets < _LEAST_BUCKETS:
+        raise _damaged(header, f"attention.relative_buckets_count is {buckets}; {_LEAST_BUCKETS} are the least")
+    if not any(tensor.name == "enc.blk.0.attn_rel_b.weight" for tensor in header.tensors):
+        raise _damaged(header, "the tensor 'enc.blk.0.attn_rel_b.weight' is missing")
 
 
 def _check_windows(header: GGUFHeader) -> None:
@@ -390,7 +408,7 @@ def _check_special_tokens(header: GGUFHeader) -> None:
     if specials is None:
         return
     for kind, name in _TOKEN_ID_KEYS.items():
-        if kind == "sep" and model != "bert":
+        if kind in ("sep", "unk") and model != "bert":
             continue
         token = getattr(specials, kind)
         if kind == "bos" and model == "gpt2" and pre in _PRE_WITHOUT_BOS:
@@ -401,5 +419,6 @@ def _check_special_tokens(header: GGUFHeader) -> None:
         adds = kind in specials.adds or (kind == "bos" and model == "gpt2" and pre in _PRE_ADDS_BOS)
         told = header.metadata.get(f"tokenizer.ggml.add_{kind}_token")
         adds = told if isinstance(told, bool) and pre not in ("gemma4", "granite-embed-multi-311m") else adds
+        adds = adds or kind in specials.needed
         if adds and (token is None or token >= header.vocabulary_size):
             raise _damaged(header, f"its tokenizer adds a {kind} token, which it does not have or name")

@@ -78,6 +78,10 @@ class ModelFile:
             self._unreadable_until = time.monotonic() + _FAILURE_KEPT
         return self._header
 
+    async def peek(self) -> GGUFHeader | None:
+        """Return the header, read in a thread if it is not known yet; None when the file is missing or bad."""
+        return self._header if self._header is not None else await asyncio.to_thread(lambda: self.known_header)
+
     async def read(self) -> GGUFHeader:
         """Return the header, read in a thread if it is not known yet. Raises ``ModelError``."""
         return self._header if self._header is not None else await asyncio.to_thread(lambda: self.header)

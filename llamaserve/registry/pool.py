@@ -28,7 +28,7 @@ from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.served import Facilities, ServedModel
 from llamaserve.registry.sources import Source, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, Task, load_registry
-from llamaserve.registry.tasks import task_of
+from llamaserve.registry.tasks import GENERATING, task_of
 from llamaserve.worker.child import Child
 from llamaserve.worker.fork_server import ForkServer
 from llamaserve.worker.protocol import Device
@@ -172,8 +172,9 @@ class ModelPool:
     # ---- by command ----------------------------------------------------------------------------------------------
 
     async def load(self, name: str, overrides: Mapping[str, Any] | None = None) -> ServedModel:
-        """Load a model with some settings other than models.yaml's, and make it the current one. When that fails, all
-        is as before: the same models are loaded, with the same settings. A caller that gives up does not stop it.
+        """Load a model with some settings other than models.yaml's, and make it the current one, unless it generates
+        nothing and there is one already. When that fails, all is as before: the same models are loaded, with the same
+        settings. A caller that gives up does not stop it.
         """
         loading = self._background(self._load(name, overrides or {}))
         loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have given up
@@ -189,7 +190,8 @@ class ModelPool:
             except BaseException:
                 await self._restore(loaded)
                 raise
-            self._current = name
+            if self.current is None or await model.task() in GENERATING:
+                self._current = name
             return model
 
     async def _loaded(self, name: str, overrides: Mapping[str, Any]) -> ServedModel | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamaserve.errors import ChecksumMismatch, LlamaserveError, ModelFileMissing, RegistryError
-from llamaserve.registry import hub
+from llamaserve.registry import hub, wheels
 from llamaserve.registry.cache import checksum
 from llamaserve.registry.fetching import locate, missing
 from llamaserve.registry.lock_file import LockEntry
@@ -54,18 +54,21 @@ class Files:
     adapter: bool = False
 
     def promised_by(self) -> str | None:
-        """Return who promised just these files; None if nobody did, or if the hub or models.lock promised others. They
-        are read, unless their sums are known, which raises ``OSError`` where that is impossible.
+        """Return who promised just these files; None if nobody did, or if the hub, their conversion or models.lock
+        promised others. They are read, unless their sums are known, which raises ``OSError`` where that is impossible.
         """
         sums = [checksum(part) for part in part_paths(self.path)]
-        promised = [hub.promised_sum(part) for part in part_paths(self.path)]
+        if converted := isinstance(self.source, WheelSource) and self.source.quant is not None:
+            promised = [wheels.made_sum(self.source)]
+        else:
+            promised = [hub.promised_sum(part) for part in part_paths(self.path)]
         if any(promise not in (None, actual) for promise, actual in zip(promised, sums, strict=True)):
             return None
         if self.entry is not None:
             return None if differences(self.entry, self.path) else "models.lock"
         if None not in promised:
-            return "the hub"
-        if isinstance(self.source, WheelSource) and self.source.quant is not None:
+            return "its conversion" if converted else "the hub"
+        if converted:
             return None  # its sum in models.yaml is that of the weights which it was converted from
         return "models.yaml" if self.sha256 is not None and sums == [self.sha256.lower()] else None
 
@@ -123,6 +126,11 @@ class Remedies:
         own = isinstance(files.source, FileSource)
         caution = "the command deletes the files before it fetches them again: use it where they can be reached"
         return Advice(problem if own else f"{problem} ({caution})", self._fetch_again(files))
+
+    def unknown(self, files: Files) -> Advice:
+        """Advise on a converted file of which nobody knows if it is as it was made."""
+        what = f"nobody knows whether {files.path} is as it was when it was converted (the command converts it anew)"
+        return Advice(what, self.fetch(files.source))
 
     def unfit(self, source: Source, error: LlamaserveError) -> Advice:
         """Advise on what is as it was meant to be, and does not go with the rest."""

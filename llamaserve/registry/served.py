@@ -21,7 +21,7 @@ import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
 from llamaserve.errors import LlamaserveError, ModelError, ModelNotCapable, Unavailable
-from llamaserve.registry.admission import Admission
+from llamaserve.registry.admission import Admission, TextAdmission
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, context_of
 from llamaserve.registry.measurements import record
@@ -30,7 +30,7 @@ from llamaserve.registry.model_file import ModelFile
 from llamaserve.registry.residency import Residency
 from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.spec import ModelSpec, Task
-from llamaserve.registry.tasks import WORK, task_of
+from llamaserve.registry.tasks import GENERATING, WORK, task_of
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.protocol import Device
 from llamaserve.worker.spare import Spares
@@ -38,8 +38,9 @@ from llamaserve.worker.supervisor import Status, Supervisor
 
 logger = logging.getLogger(__name__)
 
-# Requests for vectors of texts that may be at one model; each takes a moment and next to no memory while it waits.
+# Requests for vectors or scores of texts that may be at one model, and the bytes of their texts, which wait with them.
 MAX_EMBEDDING_REQUESTS = 1024
+MAX_EMBEDDING_TEXT = 64 * 1024 * 1024
 _SAVING_LIMIT = 10.0  # seconds in which a model that leaves must have written its prefixes
 _ANSWERS_LIMIT = 3.0  # seconds for answers to come to their end when the server ends
 
@@ -140,7 +141,7 @@ class ServedModel:
         self.created = int(time.time())
         self.defaults: dict[str, Any] = {}  # request fields that hold where a request does not name them
         self.admission = Admission(spec.parallel, spec.queue)
-        self.embedding_admission = Admission(0, MAX_EMBEDDING_REQUESTS)
+        self.embedding_admission = TextAdmission(MAX_EMBEDDING_REQUESTS, MAX_EMBEDDING_TEXT)
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
         self.plan: LoadPlan | None = None  # of the last load
@@ -219,8 +220,7 @@ class ServedModel:
         """Return what it is there for. One whose file would have to say so and can't be read is believed to generate
         text; loading it will tell what is wrong.
         """
-        header = None if self.spec.task else await asyncio.to_thread(lambda: self.file.known_header)
-        return task_of(self.spec, header)
+        return self.spec.task or task_of(self.spec, await self.file.peek())
 
     async def require(self, *tasks: Task) -> None:
         """Refuse a request that needs a model for one of these tasks if it is there for another. Raises
@@ -228,7 +228,10 @@ class ServedModel:
         """
         task = await self.task()
         if task not in tasks:
-            raise ModelNotCapable(f"{self.name} {WORK[task]}; this request needs a model that {WORK[tasks[0]]}")
+            message = f"{self.name} {WORK[task]}; this request needs a model that {WORK[tasks[0]]}"
+            if "embedding" in tasks and task in GENERATING:
+                message += ". Its file can make embeddings, too: list it under another name with `task: embedding`"
+            raise ModelNotCapable(message)
 
     def load_params(self) -> LoadParams:
         """Return how it was loaded last, or else how its settings say."""

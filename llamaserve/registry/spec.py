@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from llamaserve import errors
-from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, Pooling, SplitMode
+from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, SplitMode
 from llamaserve.registry import fetching, sources
 
 MAX_FILE: Final = 1024 * 1024  # bytes; a list of models that is larger is a mistake
@@ -188,7 +188,7 @@ class AdapterSpec(BaseModel):
 
     source: str
     scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
-    name: Annotated[str, Field(pattern=_NAME.pattern, max_length=200)] | None = None
+    name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$", max_length=200)] | None = None
 
     @field_validator("source")
     @classmethod
@@ -218,7 +218,7 @@ class ModelSpec(RunOptions):
     source: str
     sha256: str | None = None
     task: Task | None = None
-    pooling: Pooling | Literal["auto"] = "auto"
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     prefixes: Prefixes = Prefixes()
     size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? (kB|MB|GB)$")] | None = None
     licence: str | None = None

@@ -10,7 +10,7 @@ from typing import Final
 from llamaserve.engine.params import Pooling
 from llamaserve.errors import ModelNotCapable
 from llamaserve.registry.gguf import GGUFHeader
-from llamaserve.registry.spec import ModelSpec, Task
+from llamaserve.registry.spec import ModelSpec, Prefixes, Task
 
 _POOLING: Final[dict[int | None, Pooling]] = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type
 _RANK: Final = 4
@@ -42,14 +42,16 @@ def pooling_of(spec: ModelSpec, header: GGUFHeader) -> Pooling | None:
 
     Raises ``ModelNotCapable`` when it can't do what its settings say.
     """
-    match task_of(spec, header):
+    task = task_of(spec, header)
+    if task != "embedding" and (spec.pooling != "auto" or spec.prefixes != Prefixes()):
+        raise ModelNotCapable(
+            f"it {WORK[task]}, and `pooling` and `prefixes` are for models that make embeddings: leave them out, or "
+            "set `task: embedding`"
+        )
+    match task:
         case "embedding":
-            if spec.pooling == "rank":
-                raise ModelNotCapable("pooling: rank is for models of the task rerank")
             return _POOLING.get(header.pooling_type, "mean") if spec.pooling == "auto" else spec.pooling
         case "rerank":
-            if spec.pooling not in ("auto", "rank"):
-                raise ModelNotCapable(f"a model of the task rerank gives scores; leave out pooling: {spec.pooling}")
             if not header.gives_scores:
                 raise ModelNotCapable("it has no classification head, so it can't score documents")
             return "rank"

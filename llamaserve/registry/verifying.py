@@ -88,7 +88,9 @@ class _Verification:
                 for what in differences(entry, path):
                     yield self.remedies.accept(self.spec, what) if own else self.remedies.replace(files, what)
             check_sum(source, path, sha256)
-            if isinstance(source, WheelSource) and wheels.is_outdated(source, path):
+            if isinstance(source, WheelSource) and wheels.is_unknown(source):
+                yield self.remedies.unknown(files)
+            elif isinstance(source, WheelSource) and wheels.is_outdated(source, path):
                 what = f"{path} was converted by another version of llamaserve, and would be another file now"
                 yield self.remedies.accept(self.spec, what)
             if entry is not None and (other := _other_template(entry, path)):

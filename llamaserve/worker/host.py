@@ -19,9 +19,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from llamaserve.engine.adapters import FileDigest
 from llamaserve.engine.embedder import Embedder, Encoded, LoadedEmbedder
@@ -87,7 +88,6 @@ _Job = (
     | LimitSpill
     | SavePrefixes
 )
-_T = TypeVar("_T")
 _VocabularyJob = Generate | Embed | Rank | Tokenize | Detokenize | SetAdapters
 
 
@@ -216,29 +216,37 @@ class Host:
         engine.interrupt(command.request)
 
     def _use_vocabulary(self, engine: Work) -> None:
+        """Do what needs the vocabulary, a text of each request in turn: thousands of long ones take seconds to encode,
+        and nobody shall wait for another's.
+        """
+        under_way: deque[tuple[int, Iterator[None]]] = deque()
         while True:
-            job = self._vocabulary_jobs.get()
+            while not under_way or not self._vocabulary_jobs.empty():
+                job = self._vocabulary_jobs.get()
+                under_way.append((job.request, self._answer(engine, job)))
+            request, work = under_way.popleft()
             try:
-                self._answer(engine, job)
+                for _ in work:
+                    under_way.append((request, work))
+                    break
             except LlamaserveError as error:
                 with self._lock:
-                    self._encoding.pop(job.request, None)
-                self._send([Failed(job.request, to_value(error))])
+                    self._encoding.pop(request, None)
+                self._send([Failed(request, to_value(error))])
 
-    def _answer(self, engine: Work, job: _VocabularyJob) -> None:
+    def _answer(self, engine: Work, job: _VocabularyJob) -> Iterator[None]:
+        """Answer a request that needs the vocabulary, or hand it to the engine; yields where others may have a turn."""
         match job:
             case Generate():
                 self._encode_prompts(_generator(engine), job)
-            case Embed(request, inputs, embedding):
+            case Embed(_, inputs, embedding):
                 embedder = _embedder(engine)
                 embedder.check(embedding)
-                wanted = enumerate(self._while_wanted(request, inputs))
-                encoded = [embedder.encode(text, f"input[{n}]", embedding) for n, text in wanted]
-                self._hand_over(request, lambda _: _Texts(job, encoded))
-            case Rank(request, query, documents, truncate):
-                wanted_documents = self._while_wanted(request, documents)
-                pairs = _embedder(engine).encode_pairs(query, wanted_documents, truncate=truncate)
-                self._hand_over(request, lambda _: _Texts(job, pairs))
+                texts = (embedder.encode(text, f"input[{n}]", embedding) for n, text in enumerate(inputs))
+                yield from self._encode_texts(job, texts)
+            case Rank(_, query, documents, truncate):
+                pairs = _embedder(engine).encode_pairs(query, documents, truncate=truncate)
+                yield from self._encode_texts(job, pairs)
             case Tokenize(request, text, add_bos, parse_special):
                 tokens = engine.tokenize(text, add_bos=add_bos, parse_special=parse_special)
                 self._send([Tokens(request, tokens)])
@@ -247,12 +255,15 @@ class Host:
             case SetAdapters(_, adapters):  # behind the requests that came before it and may still have been encoded
                 self._jobs.put((job, _generator(engine).read_adapters(adapters)))
 
-    def _while_wanted(self, request: int, texts: Sequence[_T]) -> Iterator[_T]:
-        """Yield a request's texts until it is cancelled; thousands of long ones take seconds to encode."""
+    def _encode_texts(self, command: Embed | Rank, texts: Iterator[Encoded]) -> Iterator[None]:
+        """Encode a request's texts, unless it is cancelled meanwhile, and hand it to the engine."""
+        encoded: list[Encoded] = []
         for text in texts:
-            if isinstance(self._encoding[request], Cancel):
-                return
-            yield text
+            encoded.append(text)
+            yield
+            if isinstance(self._encoding[command.request], Cancel):
+                break
+        self._hand_over(command.request, lambda _: _Texts(command, encoded))
 
     def _encode_prompts(self, engine: Engine, command: Generate) -> None:
         """Encode a request's prompts, and hand it to the engine with what came for it meanwhile."""

@@ -1,10 +1,9 @@
-"""Trains the heads: logistic regressions on unit vectors, and how what they say becomes one probability.
+"""Trains the heads: logistic regressions, and how what they say becomes one probability.
 
-The heads of all categories are trained at once. Each learns from some of the sentences: a category's ``harm`` from its
-own and the harmless ones, so that it need not tell kinds of harm from each other; its ``kind`` from all harmful ones.
-What the harm heads say together is weighed by a further regression on sentences that the heads did not learn from, and
-moved so that one half is the point from which on a text is flagged. Chance decides nothing but which sentences those
-are, and its seed is fixed.
+A category's ``harm`` head learns from its own sentences and the harmless ones, so that it need not tell kinds of harm
+from each other; its ``kind`` head from all harmful ones. What the harm heads say together is weighed by a further
+regression on sentences that they did not learn from, and moved so that one half is the point from which on a text is
+flagged. Chance decides nothing but which sentences those are, and its seed is fixed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llamaserve.moderation.categories import CATEGORIES
-from llamaserve.moderation.heads import CategoryHeads, Head, Heads
+from llamaserve.moderation.heads import CategoryHeads, HarmHead, Heads, KindHead
+from llamaserve.moderation.spelling import buckets
 from moderation.data import DANGEROUS, Sentence
 from moderation.embedding import Vectors
 
@@ -24,91 +24,150 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 FOLDS = 5
-ACCEPTED = 0.08  # of the sentences that only look dangerous, flagged among those that were not learned from
-_SCALE = 4.0  # of the unit vectors: how strongly weights are held back
-_STEPS = 200
+ACCEPTED = 0.085  # of the sentences that only look dangerous, flagged among those that were not learned from
+BUCKETS = 1024
+DIRECTIONS = 24
+# How much the features count beside each other: the larger, the less their weights are held back.
+_VECTOR, _PRODUCTS, _WORDS = 4.0, 2.0, 3.0
+_STEPS = 100
 _DIGITS = 4  # of a weight, after the point
-_KINDS = len(CATEGORIES)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Heads as columns: logits are ``vectors @ weights + bias``. First the categories' ``harm``, then the one against
-    all harmless sentences, then the categories' ``kind``.
-    """
+    """Regressions as columns: logits are ``features @ weights + bias``."""
 
     weights: Array
     bias: Array
 
-    def __call__(self, vectors: Vectors) -> Array:
-        """Return the logits, of shape (texts, heads)."""
-        logits: Array = vectors @ self.weights + self.bias
+    def __call__(self, features: Array) -> Array:
+        """Return the logits, of shape (texts, columns)."""
+        logits: Array = features @ self.weights + self.bias
         return logits
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """The heads, and what makes a probability of them: the logit is ``strength`` times the categories' harm together,
-    plus ``share`` times that of the one head for all, plus ``offset``.
+class Space:
+    """The main directions of some vectors, scaled so that the products of places in them are as large as they should be
+    beside the other features.
     """
 
-    linear: Linear
+    directions: Array  # (directions, width)
+    middle: Array
+    products: Array  # what each is on average
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> Space:
+        """Return the directions in which the vectors differ most, each with less weight the more they do."""
+        exact = vectors.astype(np.float64)
+        average = exact.mean(axis=0)
+        _, spread, directions = np.linalg.svd(exact - average, full_matrices=False)
+        first = np.abs(directions).argmax(axis=1)
+        directions *= np.sign(directions[np.arange(len(directions)), first])[:, None]
+        directions = directions[:DIRECTIONS] / np.sqrt(spread[:DIRECTIONS, None])
+        raw = _pairs((exact - average) @ directions.T)
+        size = np.sqrt((raw - raw.mean(axis=0)).var(axis=0).sum())
+        directions *= np.sqrt(_PRODUCTS / size)
+        return cls(directions, directions @ average, raw.mean(axis=0) * _PRODUCTS / size)
+
+    def features(self, vectors: Vectors, words: Array) -> Array:
+        """Return all that the harm heads look at, of shape (texts, features)."""
+        exact = vectors.astype(np.float64)
+        products = _pairs(exact @ self.directions.T - self.middle) - self.products
+        return np.hstack([exact * _VECTOR, products, words * _WORDS])
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What was learned: the logit of being harmful is ``strength`` times the categories' harm together, plus ``share``
+    times that of the one head for all, which is the last column, plus ``offset``.
+    """
+
+    space: Space
+    harm: Linear
+    kind: Linear
     strength: float
     share: float
     offset: float
 
-    def harm(self, vectors: Vectors) -> Array:
-        """Return the logits of being harmful; above 0 a text is flagged."""
-        return _summary(self.linear(vectors)) @ np.array([self.strength, self.share]) + self.offset
-
-    def kinds(self, vectors: Vectors) -> Array:
-        """Return by how much less probable each category is than the most probable one, of shape (texts, 13)."""
-        logits = self.linear(vectors)[:, _KINDS + 1 :]
-        shares: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shares
-
-    def scores(self, vectors: Vectors) -> Array:
-        """Return what ``Heads.scores`` does, without what parents get of their children."""
-        probability: Array = sigmoid(self.harm(vectors))[:, None] * self.kinds(vectors)
-        return probability
+    def logits(self, vectors: Vectors, words: Array) -> Array:
+        """Return the logits of being harmful; from 0 on a text is flagged."""
+        together = _together(self.harm(self.space.features(vectors, words)))
+        return together @ np.array([self.strength, self.share]) + self.offset
 
     def heads(self, model: str, sha256: str) -> Heads:
         """Return the heads in the form that the server reads, with rounded numbers."""
-        columns = [_head(self.linear, column) for column in range(2 * _KINDS + 1)]
         categories = {
-            name: CategoryHeads(columns[place], columns[_KINDS + 1 + place]) for place, name in enumerate(CATEGORIES)
+            name: CategoryHeads(self._harm_head(place), self._kind_head(place)) for place, name in enumerate(CATEGORIES)
         }
-        harm = _head(self.linear, _KINDS, self.share, self.offset)
-        strength = round(self.strength, _DIGITS)
-        return Heads(model, sha256, len(self.linear.weights), strength, harm, categories)
+        return Heads(
+            model=model,
+            sha256=sha256,
+            width=self.space.directions.shape[1],
+            buckets=BUCKETS,
+            directions=tuple(_rounded(each) for each in self.space.directions),
+            middle=_rounded(self.space.middle),
+            strength=round(self.strength, _DIGITS),
+            harm=self._harm_head(len(CATEGORIES), self.share, self.offset),
+            categories=categories,
+        )
+
+    def _harm_head(self, column: int, factor: float = 1.0, offset: float = 0.0) -> HarmHead:
+        width = self.space.directions.shape[1]
+        weights = self.harm.weights[:, column] * factor
+        vector, products, words = np.split(weights, [width, width + len(self.space.products)])
+        bias = float(self.harm.bias[column] * factor - products @ self.space.products) + offset
+        return HarmHead(_rounded(vector * _VECTOR), _rounded(products), _rounded(words * _WORDS), round(bias, _DIGITS))
+
+    def _kind_head(self, column: int) -> KindHead:
+        return KindHead(_rounded(self.kind.weights[:, column]), round(float(self.kind.bias[column]), _DIGITS))
 
 
-def train(vectors: Vectors, sentences: Sequence[Sentence], seed: int = 0) -> Classifier:
+def words_of(texts: Sequence[str]) -> Array:
+    """Return how much is in each bucket, of shape (texts, buckets)."""
+    found = np.zeros((len(texts), BUCKETS))
+    for row, text in zip(found, texts, strict=True):
+        for place, value in buckets(text, BUCKETS).items():
+            row[place] = value
+    return found
+
+
+def train(vectors: Vectors, words: Array, sentences: Sequence[Sentence], seed: int = 0) -> Classifier:
     """Return a classifier that has learned from all of the sentences."""
-    held_out = np.empty((len(sentences), 2))
-    fold = folds(sentences, seed)
+    fold, held_out = folds(sentences, seed), np.empty((len(sentences), 2))
     for number in range(FOLDS):
         rest, part = fold != number, fold == number
-        linear = train_heads(vectors[rest], [each for each, kept in zip(sentences, rest, strict=True) if kept])
-        held_out[part] = _summary(linear(vectors[part]))
-    harmful = np.array([each.is_harmful for each in sentences])
-    mixture = regress(held_out, harmful[:, None], np.ones((len(sentences), 1), bool), penalty=1e-3)
-    strength, share = mixture.weights[:, 0]
-    logits = held_out @ mixture.weights[:, 0]
-    looks_dangerous = np.array([each.kind == DANGEROUS for each in sentences])
-    offset = -float(np.quantile(logits[looks_dangerous], 1 - ACCEPTED))
-    return Classifier(train_heads(vectors, sentences), float(strength), float(share), offset)
+        space, harm = _harm(vectors[rest], words[rest], [each for each, kept in zip(sentences, rest, strict=True) if kept])
+        held_out[part] = _together(harm(space.features(vectors[part], words[part])))
+    harmful = np.array([[each.is_harmful] for each in sentences])
+    strength, share = regress(held_out, harmful, np.ones_like(harmful), penalty=1e-3).weights[:, 0]
+    only_looks_so = np.array([each.kind == DANGEROUS for each in sentences])
+    offset = -np.quantile(held_out[only_looks_so] @ np.array([strength, share]), 1 - ACCEPTED)
+    space, harm = _harm(vectors, words, sentences)
+    return Classifier(space, harm, _kind(vectors, sentences), float(strength), float(share), float(offset))
 
 
-def train_heads(vectors: Vectors, sentences: Sequence[Sentence]) -> Linear:
-    """Return the heads that some sentences teach."""
-    kinds = np.array([each.kind for each in sentences])
-    own = kinds[:, None] == np.array(CATEGORIES)
+def _harm(vectors: Vectors, words: Array, sentences: Sequence[Sentence]) -> tuple[Space, Linear]:
+    """Return the harm heads of the categories, and behind them the one for all, with the space for their features."""
+    own = _own(sentences)
     harmful = own.any(axis=1, keepdims=True)
-    wanted = np.hstack([own, harmful, own])
-    learned_from = np.hstack([own | ~harmful, np.ones_like(harmful), np.broadcast_to(harmful, own.shape)])
-    scaled = regress(vectors * _SCALE, wanted, learned_from, penalty=1.0)
-    return Linear(scaled.weights * _SCALE, scaled.bias)
+    space = Space.of(vectors)
+    learned_from = np.hstack([own | ~harmful, np.ones_like(harmful)])
+    return space, regress(space.features(vectors, words), np.hstack([own, harmful]), learned_from, penalty=1.0)
+
+
+def _kind(vectors: Vectors, sentences: Sequence[Sentence]) -> Linear:
+    """Return the heads that tell one category from the others."""
+    own = _own(sentences)
+    harmful = own.any(axis=1)
+    scaled = regress(vectors[harmful] * _VECTOR, own[harmful], np.ones_like(own[harmful]), penalty=1.0)
+    return Linear(scaled.weights * _VECTOR, scaled.bias)
+
+
+def _own(sentences: Sequence[Sentence]) -> Mask:
+    """Return which category a sentence is in, of shape (sentences, categories)."""
+    own: Mask = np.array([each.kind for each in sentences])[:, None] == np.array(CATEGORIES)
+    return own
 
 
 def regress(features: npt.NDArray[np.floating], wanted: Mask, learned_from: Mask, penalty: float) -> Linear:
@@ -150,13 +209,19 @@ def sigmoid(logits: Array) -> Array:
     return 0.5 + 0.5 * np.tanh(logits / 2)
 
 
-def _summary(logits: Array) -> Array:
-    """Return what the harm heads say together, and what the one for all says, of shape (texts, 2)."""
-    harm = logits[:, :_KINDS]
-    highest = harm.max(axis=1)
-    return np.stack([highest + np.log(np.exp(harm - highest[:, None]).sum(axis=1)), logits[:, _KINDS]], axis=1)
+def _together(logits: Array) -> Array:
+    """Return what the categories' heads say together, and what the one for all says, of shape (texts, 2)."""
+    each = logits[:, :-1]
+    highest = each.max(axis=1, keepdims=True)
+    together = highest[:, 0] + np.log(np.exp(each - highest).sum(axis=1))
+    return np.stack([together, logits[:, -1]], axis=1)
 
 
-def _head(linear: Linear, column: int, factor: float = 1.0, offset: float = 0.0) -> Head:
-    weights = (linear.weights[:, column] * factor).round(_DIGITS) + 0.0
-    return Head(tuple(weights.tolist()), round(float(linear.bias[column] * factor + offset), _DIGITS))
+def _pairs(places: Array) -> Array:
+    """Return the products of any two columns, in the order of ``Heads.features``."""
+    one, other = np.triu_indices(places.shape[1])
+    return places[:, one] * places[:, other]
+
+
+def _rounded(numbers: Array) -> tuple[float, ...]:
+    return tuple((numbers.round(_DIGITS) + 0.0).tolist())

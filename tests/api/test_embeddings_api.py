@@ -153,6 +153,13 @@ def test_token_ids_are_taken_as_they_are(embedder: RunningServer) -> None:
     assert abs(float(np.array(bare["data"][0]["embedding"]) @ text[0])) < 0.999
 
 
+@pytest.mark.parametrize("name", ["[SEP]", "[CLS]", "[PAD]"])
+def test_names_of_control_tokens_in_texts_are_text(embedder: RunningServer, name: str) -> None:
+    assert answer(embedder, name)["usage"]["prompt_tokens"] >= 5
+    spaced = "[ " + name.strip("[]") + " ]"
+    np.testing.assert_allclose(vectors(embedder, f"a {name} b"), vectors(embedder, f"a {spaced} b"), atol=1e-5)
+
+
 def test_usage_counts_all_tokens(embedder: RunningServer) -> None:
     assert answer(embedder, [HELLO, HELLO_IDS, [7592]])["usage"]["prompt_tokens"] == 4 + 4 + 1
 
@@ -182,6 +189,7 @@ def test_a_text_that_is_too_long_is_refused_by_its_place(embedder: RunningServer
     ("options", "end"),
     [
         ({"truncate": True}, True),
+        ({"truncation": True}, True),
         ({"truncate": "END"}, True),
         ({"truncate": "end", "truncation_direction": "left"}, True),
         ({"truncate": True, "truncation_direction": "Right"}, True),
@@ -208,7 +216,8 @@ def test_a_text_is_cut_on_request_and_that_is_reported(
 
 @pytest.mark.parametrize("truncate", [False, "none", "NONE", None])
 def test_nothing_is_cut_without_a_request(embedder: RunningServer, truncate: object) -> None:
-    assert_error(send(embedder, {"input": LONG, "truncate": truncate}), 400, "context_length_exceeded", "input")
+    for name in ("truncate", "truncation"):
+        assert_error(send(embedder, {"input": LONG, name: truncate}), 400, "context_length_exceeded", "input")
 
 
 # Kinds of texts
@@ -253,6 +262,7 @@ def test_token_ids_have_no_kind(embedder: RunningServer) -> None:
         ({"truncate": "end", "truncation_direction": "left"}, "truncation_direction"),
         ({"input_type": "query", "task": "retrieval.passage"}, "task"),
         ({"dimensions": 3, "output_dimension": 5}, "output_dimension"),
+        ({"truncate": True, "truncation": False}, "truncation"),
     ],
 )
 def test_what_has_no_effect_is_named(embedder: RunningServer, options: dict[str, Any], ignored: str | None) -> None:
@@ -296,8 +306,17 @@ def test_the_model_may_be_left_out_or_have_another_name(embedder: RunningServer)
 
 def test_models_that_are_not_there_or_make_no_vectors(embedder: RunningServer) -> None:
     assert_error(send(embedder, {"input": HELLO, "model": "nothing"}), 404, "model_not_found", "model")
-    assert_error(send(embedder, {"input": HELLO, "model": "smollm2-135m"}), 400, "model_not_capable")
+    assert_error(send(embedder, {"input": HELLO, "model": "smollm2-135m"}), 400, "model_not_capable", "model")
     assert "smollm2-135m" not in loaded(embedder)
+
+
+def test_a_model_that_makes_vectors_generates_nothing(embedder: RunningServer) -> None:
+    messages = [{"role": "user", "content": HELLO}]
+    for path, body in (("/v1/chat/completions", {"messages": messages}), ("/v1/completions", {"prompt": HELLO})):
+        for stream in (False, True):
+            named = embedder.post(path, {**body, "model": "minilm", "stream": stream})
+            assert_error(named, 400, "model_not_capable", "model")
+            assert_error(embedder.post(path, {**body, "stream": stream}), 400, "model_not_capable", None)
 
 
 def test_a_model_stays_as_long_as_a_request_says(embedder: RunningServer) -> None:

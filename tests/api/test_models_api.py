@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from api_helpers import CHAT, COMPLETIONS, MODEL, TINY, assert_error
+from model_helpers import write_registry
+from rank_model import RankModel
 from running_server import RunningServer
 
 
@@ -33,6 +36,37 @@ def test_a_model_has_what_clients_look_for(server: RunningServer) -> None:
     assert offered == {"completion", "chat", "tools"}
     assert {"tools", "vision", "reasoning", "fim", "embeddings"} < set(model["capabilities"])
     assert model["status"] == {"value": "loaded"}
+
+
+def test_models_for_other_tasks_offer_what_they_are_for(
+    embedding_model: Path, starter_model: Path, tmp_path: Path
+) -> None:
+    RankModel().write(tmp_path / "ranker.gguf")
+    models: dict[str, Path | str] = {
+        "minilm": f"source: 'file:{embedding_model}'",
+        "ranker": f"source: 'file:{tmp_path}/ranker.gguf'",
+        "headless": f"source: 'file:{embedding_model}', task: rerank",
+        "judge": f"source: 'file:{starter_model}', task: moderation",
+        "embedder": f"source: 'file:{starter_model}', task: embedding, context: 1024",
+        "ears": f"source: 'file:{starter_model}', task: transcription",
+    }
+    with RunningServer("serve", "--models-file", str(write_registry(tmp_path / "models.yaml", models, ""))) as server:
+        found = {model["id"]: model for model in server.get("/v1/models")["data"]}
+        assert server.get("/v1/models?loaded=true")["data"] == []
+    offered = {
+        name: {what for what, offers in model["capabilities"].items() if offers} for name, model in found.items()
+    }
+    assert offered["minilm"] == offered["embedder"] == {"embeddings", "rerank"}
+    assert offered["ranker"] == {"rerank"}
+    assert {"completion", "chat", "moderation"} <= offered["judge"]
+    assert offered["judge"].isdisjoint({"embeddings", "rerank"})
+    assert offered["ears"] == set()
+    minilm = found["minilm"]
+    assert minilm["context_length"] == minilm["meta"]["n_ctx"] == minilm["meta"]["n_ctx_train"] == 512
+    assert (minilm["meta"]["n_embd"], minilm["meta"]["n_vocab"]) == (384, 30522)
+    assert (minilm["meta"]["architecture"], minilm["meta"]["quantization"]) == ("bert", "F16")
+    assert found["embedder"]["context_length"] == 1024
+    assert found["ranker"]["context_length"] == 96
 
 
 @pytest.mark.parametrize("name", ["nope", "org/nope", "smollm2-135m/x", "\0", "a" * 5000, "%ff"])

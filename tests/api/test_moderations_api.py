@@ -22,8 +22,12 @@ from llamaserve.api.moderating import halves
 from llamaserve.api.options import IGNORED_HEADER
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
 from llamaserve.moderation.guards import FAMILIES, Asking, Family
+from llamaserve.registry.fetching import fetch
 from llamaserve.registry.gguf import GGUFArray, read_header
+from llamaserve.registry.sources import parse_source
+from llamaserve.registry.spec import load_registry
 
+ROOT = Path(__file__).resolve().parents[2]
 MODERATIONS = "/v1/moderations"
 HARMLESS = [
     "The library opens at nine, and the reading room is on the first floor.",
@@ -63,6 +67,13 @@ def write_guard(starter: Path, path: Path, template: str) -> Path:
 
 
 @pytest.fixture(scope="module")
+def quantised() -> Path:
+    """The classifier's model in Q8_0."""
+    _, spec = load_registry(ROOT / "models.yaml").resolve("all-minilm-l6-v2")
+    return fetch(parse_source(spec.source.replace(":F16", ":Q8_0"), ROOT), spec.sha256, newest=True)
+
+
+@pytest.fixture(scope="module")
 def guards(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Entries of models.yaml with the starter model in the place of guard models."""
     folder = tmp_path_factory.mktemp("guards")
@@ -72,13 +83,18 @@ def guards(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module")
 def moderator(
-    embedding_model: Path, starter_model: Path, guards: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    embedding_model: Path,
+    quantised: Path,
+    starter_model: Path,
+    guards: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningServer]:
     """A server with the classifier's model, guards, and models that can't judge."""
     folder = tmp_path_factory.mktemp("moderator")
     models: dict[str, Path | str] = {
         "smollm2-135m": starter_model,
         "minilm": embedding_model,
+        "minilm-q8": quantised,
         "hasty": f"source: 'file:{embedding_model}', time_limit: 0.02",
         "other": f"source: 'file:{RankModel().write(folder / 'other.gguf')}', task: embedding",
         "no-guard": f"source: 'file:{starter_model}', task: moderation",
@@ -206,8 +222,13 @@ def test_as_many_inputs_as_may_be(moderator: RunningServer) -> None:
     assert [result["flagged"] for result in results] == [False, True] * 128
 
 
-def test_a_quantised_copy_of_the_classifier_s_model_judges_alike() -> None:
-    pytest.skip("written once heads are there")
+def test_the_classifier_takes_its_model_in_any_quantisation(moderator: RunningServer) -> None:
+    texts = [*HARMLESS, *HARMFUL]
+    quantised, original = (moderate(moderator, texts, model=name)["results"] for name in ("minilm-q8", "minilm"))
+    for one, other in zip(quantised, original, strict=True):
+        assert one["flagged"] == other["flagged"]
+        assert one["category_scores"] == pytest.approx(other["category_scores"], abs=0.1)
+    assert quantised[-1]["category_scores"] != original[-1]["category_scores"]
 
 
 # Guards
@@ -281,7 +302,7 @@ def test_without_the_classifier_s_model_that_is_nobody_s(lone: RunningServer, na
 
 def test_the_current_model_judges_if_it_is_a_guard(lone: RunningServer) -> None:
     assert moderate(lone, TEXT)["model"] == "qwen"
-    assert_error(lone.post("/v1/embeddings", {"input": TEXT, "model": "qwen"}), 400, "model_not_capable")
+    assert_error(lone.post("/v1/embeddings", {"input": TEXT, "model": "qwen"}), 400, "model_not_capable", "model")
 
 
 def test_a_verdict_that_is_stopped_is_no_answer(lone: RunningServer) -> None:

@@ -119,9 +119,20 @@ def test_usage_counts_each_pair(ranker: RunningServer) -> None:
     assert rerank(ranker)["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
+def test_usage_counts_equal_documents_once_as_they_are_evaluated(ranker: RunningServer) -> None:
+    for model in ("ranker", "minilm"):
+        assert rerank(ranker, DOCUMENTS * 3, model=model)["usage"] == rerank(ranker, model=model)["usage"]
+    long = "a " * 100
+    once = rerank(ranker, [long], truncate=True)
+    twice = rerank(ranker, [long] * 2, truncate=True)
+    assert twice["usage"] == once["usage"]
+    assert [result["truncated_tokens"] for result in twice["results"]] == [once["results"][0]["truncated_tokens"]] * 2
+
+
 def test_the_answer_has_the_shape_of_jina_and_cohere(ranker: RunningServer) -> None:
     body = rerank(ranker, return_documents=True)
-    assert set(body) == {"id", "object", "model", "method", "results", "usage"}
+    assert set(body) == {"id", "object", "model", "method", "results", "data", "usage"}
+    assert body["data"] == body["results"]
     assert (body["object"], body["model"]) == ("list", "ranker")
     for result in body["results"]:
         assert result == {
@@ -181,16 +192,17 @@ def test_a_document_that_is_too_long_is_refused_by_its_place(ranker: RunningServ
         assert_error(response, 400, "context_length_exceeded", "query")
 
 
+@pytest.mark.parametrize("name", ["truncate", "truncation"])
 @pytest.mark.parametrize("truncate", [True, "end", "END"])
-def test_a_document_is_cut_on_request_and_that_is_reported(ranker: RunningServer, truncate: object) -> None:
+def test_a_document_is_cut_on_request_and_that_is_reported(ranker: RunningServer, name: str, truncate: object) -> None:
     long = "a " * 100
     cut = len(pair(QUERY, long)) - CONTEXT
-    body = rerank(ranker, ["A cat", long], truncate=truncate, raw_scores=True)
+    body = rerank(ranker, ["A cat", long], raw_scores=True, **{name: truncate})
     assert {result["index"]: result.get("truncated_tokens") for result in body["results"]} == {0: None, 1: cut}
     assert body["usage"]["prompt_tokens"] == len(pair(QUERY, "A cat")) + CONTEXT
     assert body["usage"]["prompt_tokens_details"] == {"truncated_tokens": cut}
     np.testing.assert_allclose(scores_of(body)[1], MODEL.score(QUERY, "a " * (100 - cut))[0], atol=ATOL)
-    response = send(ranker, {"query": QUERY, "texts": ["A cat", long], "truncate": truncate})
+    response = send(ranker, {"query": QUERY, "texts": ["A cat", long], name: truncate})
     assert response.headers[TRUNCATED] == f"{cut} tokens"
 
 
@@ -221,6 +233,12 @@ def test_an_embedding_model_gets_its_prefixes(ranker: RunningServer) -> None:
     np.testing.assert_allclose(scores_of(body), documents @ query, atol=1e-5)
 
 
+def test_names_of_control_tokens_are_text_to_an_embedding_model_too(ranker: RunningServer) -> None:
+    named = scores_of(rerank(ranker, ["a [SEP] b", "[PAD] x"], model="minilm", raw_scores=True))
+    spaced = scores_of(rerank(ranker, ["a [ SEP ] b", "[ PAD ] x"], model="minilm", raw_scores=True))
+    np.testing.assert_allclose(named, spaced, atol=1e-5)
+
+
 def test_cosines_below_zero_are_no_relevance_and_keep_their_order(ranker: RunningServer) -> None:
     query, documents = (
         "stock market crash",
@@ -245,8 +263,8 @@ def test_the_model_may_be_left_out_or_have_another_name(ranker: RunningServer) -
 def test_models_that_are_not_there_or_can_t_rank(ranker: RunningServer) -> None:
     body = {"query": QUERY, "documents": DOCUMENTS}
     assert_error(send(ranker, {**body, "model": "nothing"}), 404, "model_not_found", "model")
-    assert_error(send(ranker, {**body, "model": "smollm2-135m"}), 400, "model_not_capable")
-    assert_error(ranker.post("/v1/embeddings", {"input": "x", "model": "ranker"}), 400, "model_not_capable")
+    assert_error(send(ranker, {**body, "model": "smollm2-135m"}), 400, "model_not_capable", "model")
+    assert_error(ranker.post("/v1/embeddings", {"input": "x", "model": "ranker"}), 400, "model_not_capable", "model")
     assert "smollm2-135m" not in loaded(ranker)
 
 
@@ -261,7 +279,7 @@ def test_without_a_model_for_it_the_one_for_embeddings_does_it(
         path.write_text(path.read_text().replace("embedding_model: minilm", ""))
         wait_until(lambda: send(server, {"query": QUERY, "documents": DOCUMENTS}).status_code == 503)
         message = assert_error(send(server, {"query": QUERY, "documents": DOCUMENTS}), 503, "model_not_loaded")
-        assert "rerank_model" in message
+        assert "neither `rerank_model` nor `embedding_model`" in message
 
 
 def test_a_model_stays_as_long_as_a_request_says(ranker: RunningServer) -> None:
@@ -339,6 +357,7 @@ def test_wrong_values_are_refused_by_their_field(ranker: RunningServer, field: s
         ({"max_chunks_per_doc": 1}, "max_chunks_per_doc"),
         ({"rank_fields": ["title"]}, "rank_fields"),
         ({"truncate": "start"}, "truncate"),
+        ({"truncation": "start"}, "truncation"),
         ({"truncate": True, "truncation_direction": "Left"}, "truncation_direction"),
         ({"strict": True, "nonsense": 1}, "nonsense"),
         ({"strict": True, "truncation_direction": "Right"}, "truncation_direction"),

@@ -12,6 +12,7 @@ from gguf_splitter import split_gguf
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT
 from lora_files import random_lora, shapes_of
+from rank_model import RankModel
 
 from llamaserve.doctor import models as examined
 from llamaserve.doctor.findings import Finding, Level
@@ -77,6 +78,19 @@ def test_a_good_model_is_well(listed: Write, tmp_path: Path) -> None:
 
 def test_the_starter_model_is_well(starter_model: Path, listed: Write) -> None:
     assert not bad(findings(listed(f"models: {{starter: {{source: 'file:{starter_model}'}}}}"), "starter"))
+
+
+def test_models_for_vectors_are_well_without_a_template(embedding_model: Path, listed: Write, tmp_path: Path) -> None:
+    RankModel().write(tmp_path / "ranker.gguf")
+    path = listed(
+        f"models:\n  minilm: {{source: 'file:{embedding_model}'}}\n  ranker: {{source: 'file:ranker.gguf'}}\n"
+    )
+    found = findings(path)
+    assert not bad(found)
+    for name, context in (("minilm", 512), ("ranker", 96)):
+        whole, fits = (finding.message for finding in about(found, name))
+        assert whole.startswith("bert, ")
+        assert f"with {context} tokens of context" in fits
 
 
 def test_models_that_are_not_here(listed: Write) -> None:
@@ -246,6 +260,25 @@ def test_a_model_that_does_not_fit_into_memory(listed: Write, tmp_path: Path) ->
     (warning,) = bad(findings(path, memory="1MB"))
     assert warning.level is Level.WARNING
     assert warning.fix == f"${{EDITOR:-nano}} '{path}'"
+
+
+def test_a_wrong_setting_of_one_model_keeps_nothing_of_the_others_from_being_said(
+    embedding_model: Path, listed: Write, tmp_path: Path
+) -> None:
+    tiny(tmp_path / "tiny.gguf")
+    path = listed(
+        "models:\n"
+        f"  chatty: {{source: 'file:{embedding_model}', task: generation}}\n"
+        "  scores: {source: 'file:tiny.gguf', task: rerank}\n"
+        "  good: {source: 'file:tiny.gguf'}\n"
+    )
+    found = findings(path)
+    wrong = [finding for finding in bad(found) if finding.level is Level.PROBLEM]
+    assert [finding.subject for finding in wrong] == ["chatty", "scores"]
+    assert "it is an encoder; it can't generate text" in wrong[0].message
+    assert "it has no classification head" in wrong[1].message
+    assert {finding.fix for finding in wrong} == {f"${{EDITOR:-nano}} '{path}'"}
+    assert any("it takes " in finding.message for finding in about(found, "good"))
 
 
 def test_models_of_the_folder_count_too(listed: Write, tmp_path: Path) -> None:

@@ -788,7 +788,7 @@ def ranker(backend: None, tiny_models: dict[str, Path]) -> Iterator[LoadedEmbedd
 
 
 def _rank(embedder: Embedder, query: str, documents: Sequence[str], *, truncate: bool = False) -> Embedded:
-    embedder.submit(1, embedder.encode_pairs(query, documents, truncate=truncate), None)
+    embedder.submit(1, list(embedder.encode_pairs(query, documents, truncate=truncate)), None)
     event = _run(embedder)[1]
     assert isinstance(event, Embedded)
     return event
@@ -797,7 +797,7 @@ def _rank(embedder: Embedder, query: str, documents: Sequence[str], *, truncate:
 def test_a_pair_is_scored_as_the_model_is_defined(ranker: LoadedEmbedder) -> None:
     query = "what is the capital of france?"
     documents = ["paris is the capital of france", "the sea is blue", "cat", "", "berlin " * 60]
-    encoded = ranker.encode_pairs(query, documents, truncate=False)
+    encoded = list(ranker.encode_pairs(query, documents, truncate=False))
     assert [text.tokens for text in encoded] == [pair(query, document) for document in documents]
     event = _rank(ranker, query, documents)
     assert event.width == 1
@@ -832,9 +832,10 @@ def test_names_of_control_tokens_in_pairs_are_text(ranker: LoadedEmbedder) -> No
 
 def test_a_pair_that_is_too_long_is_refused_or_loses_the_end_of_its_document(ranker: LoadedEmbedder) -> None:
     with pytest.raises(ContextLengthExceeded) as caught:
-        ranker.encode_pairs("cat", ["sea", "sea " * 93], truncate=False)
+        list(ranker.encode_pairs("cat", ["sea", "sea " * 93], truncate=False))
     assert caught.value.param == "documents[1]"
-    assert len(ranker.encode_pairs("cat", ["sea " * 92], truncate=False)[0].tokens) == 96
+    (longest,) = ranker.encode_pairs("cat", ["sea " * 92], truncate=False)
+    assert len(longest.tokens) == 96
     for encoded, excess in zip(ranker.encode_pairs("cat", ["sea " * 93, "sea"], truncate=True), [1, 0], strict=True):
         assert encoded.truncated == excess
         assert encoded.tokens[:3] == pair("cat", "")[:3]
@@ -855,7 +856,7 @@ def test_a_query_that_leaves_no_room_is_refused(ranker: LoadedEmbedder, query: s
 def test_half_a_surrogate_pair_in_pairs_is_refused_with_its_place(ranker: LoadedEmbedder) -> None:
     for query, document, place in (("\ud800", "a", "query"), ("a", "\ud800", "documents[1]")):
         with pytest.raises(InvalidRequest) as caught:
-            ranker.encode_pairs(query, ["a", document], truncate=True)
+            list(ranker.encode_pairs(query, ["a", document], truncate=True))
         assert caught.value.param == place
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from gguf_writer import FLOAT32, INT32, STRING, Array
 from synthetic_models import F32, Shape, llama_vocabulary, write_tensors
 
-_Description = tuple[str, tuple[int, ...], int]
+Description = tuple[str, tuple[int, ...], int]
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WITH_RMS = ("gemma-embedding", "neo-bert", "eurobert", "t5encoder")
 _BUCKETS = 32  # of distances, in T5
@@ -72,7 +72,7 @@ def _words(tokens: int) -> dict[str, Any]:
     }
 
 
-def encoder_tensors(shape: Shape) -> Iterator[_Description]:
+def encoder_tensors(shape: Shape) -> Iterator[Description]:
     """Yield its tensors: name, shape and type."""
     width, name = shape.width, shape.architecture
     kind = shape.type if shape.embedding_type is None else shape.embedding_type
@@ -93,7 +93,7 @@ def encoder_tensors(shape: Shape) -> Iterator[_Description]:
             yield f"{'enc.' if name == 't5encoder' else ''}blk.{layer}.{part}", dims, kind
 
 
-def _bert(shape: Shape, layer: int) -> Iterator[_Description]:
+def _bert(shape: Shape, layer: int) -> Iterator[Description]:
     """A BERT, and what was made of it: norms behind the parts, biases, perhaps gates or experts."""
     width, forward, name = shape.width, shape.forward, shape.architecture
     biased = name != "nomic-bert"
@@ -119,7 +119,7 @@ def _bert(shape: Shape, layer: int) -> Iterator[_Description]:
         yield "ffn_down.bias", (width,), F32
 
 
-def _fused(shape: Shape, layer: int) -> Iterator[_Description]:
+def _fused(shape: Shape, layer: int) -> Iterator[Description]:
     """ModernBERT and NeoBERT: one matrix for queries, keys and values, one for gate and inner layer, norms before."""
     width, forward = shape.width, shape.forward
     if layer or shape.architecture == "neo-bert":
@@ -131,7 +131,7 @@ def _fused(shape: Shape, layer: int) -> Iterator[_Description]:
     yield "ffn_down.weight", (forward, width), shape.type
 
 
-def _decoder_like(shape: Shape, layer: int) -> Iterator[_Description]:  # noqa: ARG001
+def _decoder_like(shape: Shape, layer: int) -> Iterator[Description]:
     """EuroBERT and EmbeddingGemma: the layers of a decoder that looks both ways."""
     width, forward = shape.width, shape.forward
     kv_heads = shape.kv_heads if isinstance(shape.kv_heads, int) else shape.kv_heads[0]
@@ -150,7 +150,7 @@ def _decoder_like(shape: Shape, layer: int) -> Iterator[_Description]:  # noqa: 
         yield f"{name}.weight", (width,), F32
 
 
-def _t5(shape: Shape, layer: int) -> Iterator[_Description]:
+def _t5(shape: Shape, layer: int) -> Iterator[Description]:
     width, forward, inner = shape.width, shape.forward, shape.heads * shape.head
     if not layer:
         yield "attn_rel_b.weight", (shape.heads, _BUCKETS), F32

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llamaserve.errors import QueueFull
-from llamaserve.registry.admission import Admission
+from llamaserve.registry.admission import Admission, TextAdmission
 
 
 class _Clock:
@@ -57,3 +57,39 @@ def test_the_time_to_wait_follows_from_how_long_requests_take() -> None:
         places.pop(0).leave()
         places.append(admission.enter(1))
     assert refused() == 60.0
+
+
+def test_many_sequences_of_one_request_leave_together() -> None:
+    clock = _Clock()
+    admission = Admission(parallel=1, queue=0, clock=clock)
+    for _ in range(60):
+        place = admission.enter(50)
+        clock.now += 8.0
+        place.leave()
+    admission.enter(50)
+    with pytest.raises(QueueFull) as caught:
+        admission.enter(1)
+    assert caught.value.retry_after == pytest.approx(8.0, rel=0.01)
+
+
+def test_small_texts_are_let_in_up_to_a_number_of_requests() -> None:
+    admission = TextAdmission(4, 4 * 2**20)
+    places = [admission.enter(size) for size in (0, 1, 2**20, 5)]
+    with pytest.raises(QueueFull, match=r"requests for embeddings or scores .* \(4, or 4 MiB of text\)") as caught:
+        admission.enter(1)
+    assert "answers" not in caught.value.message
+    assert "queue" not in caught.value.message
+    assert caught.value.retry_after == 1.0
+    places.pop().leave()
+    admission.enter(1)
+
+
+def test_large_texts_are_let_in_up_to_a_size() -> None:
+    admission = TextAdmission(4, 4 * 2**20)
+    first, last = admission.enter(2**20 + 1), admission.enter(3 * 2**20)
+    with pytest.raises(QueueFull):
+        admission.enter(1)
+    first.leave()
+    admission.enter(100 * 2**20).leave()  # one may always bring more
+    last.leave()
+    assert admission.open == 0

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from encoder_files import encoder_file
+from gguf_writer import tiny_llama
 from synthetic_models import F16, Q4_0, Q4_1, Q4_K, Q8_0, Shape, write_model
 
-from llamaserve.engine.params import Adapter, Footprint
-from llamaserve.errors import InsufficientMemory, ModelFileMissing
+from llamaserve.engine.params import UNTILED, Adapter, Footprint, LoadParams
+from llamaserve.errors import InsufficientMemory, ModelFileMissing, ModelNotCapable
 from llamaserve.registry import memory
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.load_plan import (
@@ -182,3 +188,118 @@ def test_what_can_never_fit_is_refused_and_what_would_fit_is_named(header: GGUFH
         planned(header, Footprint(need.host - (64 << 20)))
     context = int(refusal.value.message.partition("a context of ")[2].split()[0])
     assert planned(header, Footprint(need.host - (64 << 20)), context=context)
+
+
+# ---- for vectors -------------------------------------------------------------------------------------------------
+
+
+def encoder(folder: Path, architecture: str = "nomic-bert", context: int = 2048, **changes: Any) -> GGUFHeader:
+    return read_header(encoder_file(folder / "encoder.gguf", architecture, arch__context_length=context, **changes))
+
+
+def decoder(folder: Path, **changes: Any) -> GGUFHeader:
+    path = folder / "decoder.gguf"
+    path.write_bytes(tiny_llama(llama__context_length=2048, **changes))
+    return read_header(path)
+
+
+def embeds(params: LoadParams) -> dict[str, int]:
+    """Load a model in a process of its own, and embed the longest text and many short ones."""
+    script = Path(__file__).with_name("measured_load.py")
+    command = [sys.executable, str(script), "load", msgspec.json.encode([params]).decode()]
+    found: dict[str, int] = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    return found
+
+
+def test_nothing_is_kept_from_one_text_to_the_next(header: GGUFHeader, tmp_path: Path) -> None:
+    for model in (header, encoder(tmp_path)):
+        for devices in (0, 1):
+            plan = planned(model, devices=devices, task="embedding", spill=100, prefix_cache=True)
+            params = plan.params
+            assert (params.pooling, params.kv_unified, params.prefix_cache) == ("mean", True, False)
+            assert (params.speculation, params.spill, params.micro_batch) == (False, 0, None)
+            assert plan.spill == 0
+            assert plan.need.host == (plan.estimate.total + PROCESS).host
+
+
+def test_a_text_that_is_seen_as_a_whole_fits_into_a_step(tmp_path: Path) -> None:
+    model = encoder(tmp_path)
+    for options, context in (
+        ({}, 512),
+        ({"batch": 1024}, 1024),
+        ({"batch": 8192}, 2048),
+        ({"batch": 1024, "micro_batch": 256}, 256),
+        ({"batch": 1024, "context": 300}, 300),
+    ):
+        assert context_of(ModelSpec(source="file:/x.gguf", **options), model) == context
+        params = planned(model, **options).params
+        assert (params.context, params.batch) == (context, context)
+        assert params.kv_cells >= context
+
+
+def test_a_decoder_sees_a_text_in_parts(tmp_path: Path) -> None:
+    model = decoder(tmp_path)
+    params = planned(model, task="embedding", context=1500, parallel=4).params
+    assert (params.context, params.kv_cells, params.parallel, params.batch) == (1500, 1500, 4, UNTILED + 1)
+    assert planned(model, devices=1, task="embedding", context=1500, gpu_layers="all").params.batch == 512
+    ahead = planned(decoder(tmp_path, llama__attention__causal=False), task="embedding", context=1500).params
+    assert (ahead.context, ahead.batch) == (512, 512)  # one that looks ahead does not
+    assert ahead.parallel == 64
+
+
+def test_steps_are_small_on_a_cpu_and_as_large_as_is_said_on_a_gpu(tmp_path: Path) -> None:
+    model = encoder(tmp_path)
+    options = {"batch": 1024, "context": 40 + 64}
+    assert planned(model, **options).params.batch == 104
+    assert planned(model, devices=1, **options).params.batch == 1024
+    assert planned(model, devices=1, gpu_layers=0, **options).params.batch == 104
+    assert planned(model, context=64).params.batch == UNTILED + 1
+    here, there = planned(model, **options), planned(model, devices=1, gpu_layers=0, **options)
+    assert here.need.host == there.need.host
+
+
+def test_without_flash_attention_texts_share_the_cells_too(tmp_path: Path) -> None:
+    params = planned(decoder(tmp_path), task="embedding", flash_attention="off", context=256, parallel=4).params
+    assert (params.kv_unified, params.kv_cells, params.flash_attention) == (True, 256, "off")
+
+
+def test_a_cache_is_never_smaller_than_a_step(tmp_path: Path) -> None:
+    """llama.cpp makes steps no larger than it, and ends the process where that can't be divided by the sequences."""
+    model = decoder(tmp_path)
+    for parallel in (1, 3, 6, 7, 60, 64):
+        for devices in (0, 1):
+            params = planned(model, devices=devices, task="embedding", context=64, parallel=parallel).params
+            assert params.kv_cells >= -(-params.batch // parallel) * parallel
+            assert params.context == 64
+
+
+@pytest.mark.parametrize("options", [{"context": 64, "parallel": 6}, {"context": 100, "parallel": 7, "batch": 33}])
+def test_steps_that_sequences_do_not_divide_evenly_end_no_process(options: dict[str, int], tmp_path: Path) -> None:
+    for model in (decoder(tmp_path), encoder(tmp_path), encoder(tmp_path, arch__attention__causal=None)):
+        assert embeds(planned(model, task="embedding", threads=1, **options).params)["used"] > 0
+
+
+def test_models_for_vectors_take_no_adapters(tmp_path: Path) -> None:
+    spec = ModelSpec(source="file:/x.gguf", task="embedding")
+    with pytest.raises(ModelNotCapable, match="LoRA adapters are for models that generate text"):
+        load_params(spec, decoder(tmp_path), [Adapter("style", "/style.gguf", 1.0)])
+
+
+def test_what_a_model_cannot_do_is_refused_before_anything_is_loaded(header: GGUFHeader, tmp_path: Path) -> None:
+    for model, options, said in (
+        (encoder(tmp_path), {"task": "generation"}, "it is an encoder"),
+        (encoder(tmp_path), {"task": "rerank"}, "no classification head"),
+        (header, {"pooling": "mean"}, "for models that make embeddings"),
+    ):
+        with pytest.raises(ModelNotCapable, match=said):
+            planned(model, **options)
+
+
+def test_a_refusal_of_a_model_for_vectors_names_a_context_that_fits(tmp_path: Path) -> None:
+    model = encoder(tmp_path)
+    options = {"batch": 2048, "context": 2048}
+    need = planned(model, **options).need
+    with pytest.raises(InsufficientMemory, match=r"context of \d+ tokens instead of 2048") as refusal:
+        planned(model, need - Footprint(2 * MEBIBYTE), **options)
+    context = int(refusal.value.message.partition("a context of ")[2].split()[0])
+    assert planned(model, need - Footprint(2 * MEBIBYTE), **options | {"context": context}).params.context == context

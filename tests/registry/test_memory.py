@@ -13,13 +13,16 @@ import msgspec
 import pytest
 from gguf_splitter import split_gguf
 from lora_files import random_lora, shapes_of
+from synthetic_encoders import write_encoder
 from synthetic_models import F16, MXFP4, Q4_0, Q4_K, Q8_0, Shape, write_model
 
 from llamaserve.engine.params import Adapter, Footprint, LoadParams
 from llamaserve.registry import memory
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.layers import read_layers
+from llamaserve.registry.load_plan import load_params, plan_load
 from llamaserve.registry.memory import claimed, estimate, insufficient, largest_context
+from llamaserve.registry.spec import ModelSpec
 from llamaserve.registry.step_memory import step_buffer
 
 MIB = 1024 * 1024
@@ -130,6 +133,49 @@ FAMILIES = {
 }
 
 
+def encoder(architecture: str, **dimensions: Any) -> Shape:
+    """Return the dimensions of an encoder, where nothing is said those of a small BERT."""
+    width, heads = dimensions.get("width", 512), dimensions.get("heads", 8)
+    usual: dict[str, Any] = {
+        "width": width,
+        "layers": 4,
+        "heads": heads,
+        "kv_heads": heads,
+        "head": width // heads,
+        "forward": 4 * width,
+        "tokens": 30522,
+        "type": F16,
+        "context": 2048,
+    }
+    return Shape(architecture=architecture, **usual | dimensions)
+
+
+ENCODERS = {
+    "narrow": encoder("bert", width=384, layers=6, heads=12),
+    "wide": encoder("bert", width=1024, heads=16, type=Q8_0),
+    "multilingual": encoder("bert", layers=3, tokens=120_000, type=Q8_0),
+    "rotated": encoder("nomic-bert", forward=3 * 512),
+    "mixed": encoder("nomic-bert-moe", experts=8, used=2, type=Q8_0),
+    "biased": encoder("jina-bert-v2"),
+    "fused": encoder("neo-bert", forward=1536, extra={"neo-bert.attention.head_count_kv": 8}),
+    "modern": encoder("modern-bert", forward=768, layers=6, tokens=50_368, window=128),
+    "gemma": encoder(
+        "gemma-embedding",
+        width=768,
+        layers=6,
+        heads=3,
+        kv_heads=1,
+        head=256,
+        forward=1152,
+        tokens=64_000,
+        type=Q8_0,
+        window=512,
+    ),
+    "euro": encoder("eurobert", tokens=64_000, type=Q8_0),
+    "distances": encoder("t5encoder"),
+}
+
+
 def loading(path: Path, **changes: Any) -> LoadParams:
     """Return settings of a load with a unified cache, as a server has them on a CPU."""
     settings: dict[str, Any] = {
@@ -155,6 +201,13 @@ def loading(path: Path, **changes: Any) -> LoadParams:
 def hollow(folder: Path, shape: Shape) -> GGUFHeader:
     """Return the header of a model without weights."""
     return read_header(write_model(folder / "model.gguf", shape, hollow=True))
+
+
+def for_vectors(header: GGUFHeader, **options: Any) -> LoadParams:
+    """Return how a server on a CPU loads a model to make vectors."""
+    spec = ModelSpec(source="file:/x.gguf", task="embedding", threads=2, **options)
+    planned = plan_load("x", header, load_params(spec, header), Footprint(1 << 40), 0).params
+    return msgspec.structs.replace(planned, adaptive_threads=False)
 
 
 def run(what: str, *requests: LoadParams) -> Any:
@@ -201,6 +254,70 @@ def test_the_buffer_for_a_step_is_the_one_that_llama_cpp_reserves(tmp_path: Path
         step = memory._largest_step(model, params)
         embeddings = step.tokens * model.width * 4  # for those who give these instead of tokens; never touched
         computed = step_buffer(model, model.layers, step) + embeddings
+        assert computed == pytest.approx(size, rel=0.15), (header.architecture, params)
+
+
+@pytest.fixture
+def _no_memory_of_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "cache"))
+
+
+def check_against_vectors(header: GGUFHeader, params: LoadParams) -> None:
+    """Compare with what is there after the load, and after the longest text: a step of so many tokens."""
+    measured, estimated = run("load", params), estimate(header, params)
+    assert (estimated.total - estimated.later).host == pytest.approx(measured["loaded"], rel=0.1), measured
+    assert estimated.total.host == pytest.approx(measured["used"], rel=0.1), measured
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+@pytest.mark.parametrize("context", [128, 512])
+def test_the_starter_embedding_model_takes_what_was_estimated(embedding_model: Path, context: int) -> None:
+    header = read_header(embedding_model)
+    check_against_vectors(header, for_vectors(header, context=context))
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+@pytest.mark.parametrize("family", ["wide", "multilingual", "mixed", "modern", "gemma", "distances"])
+def test_encoders_take_what_was_estimated(family: str, tmp_path: Path) -> None:
+    header = read_header(write_encoder(tmp_path / "model.gguf", ENCODERS[family]))
+    check_against_vectors(header, for_vectors(header, context=256))
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+def test_an_encoder_without_flash_attention_takes_what_was_estimated(tmp_path: Path) -> None:
+    header = read_header(write_encoder(tmp_path / "model.gguf", ENCODERS["narrow"]))
+    check_against_vectors(header, for_vectors(header, context=512, flash_attention="off"))
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+@pytest.mark.parametrize("options", [{"context": 256, "parallel": 2}, {"context": 128, "pooling": "last"}])
+def test_a_decoder_that_makes_vectors_takes_what_was_estimated(starter_model: Path, options: dict[str, Any]) -> None:
+    header = read_header(starter_model)
+    check_against_vectors(header, for_vectors(header, **options))
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+@pytest.mark.parametrize("shape", [replace(GROUPED, layers=4, tokens=64_000), replace(SLIDING, layers=6)])
+def test_other_decoders_that_make_vectors_take_what_was_estimated(shape: Shape, tmp_path: Path) -> None:
+    header = read_header(write_model(tmp_path / "model.gguf", shape))
+    check_against_vectors(header, for_vectors(header, context=256, parallel=4))
+
+
+@pytest.mark.usefixtures("_no_memory_of_loads")
+def test_the_buffer_for_a_step_of_texts_is_the_one_that_llama_cpp_reserves(tmp_path: Path) -> None:
+    cases: list[tuple[GGUFHeader, LoadParams]] = []
+    for name, shape in ENCODERS.items():
+        header = read_header(write_encoder(tmp_path / f"{name}.gguf", shape, hollow=True))
+        settings = ({}, {"context": 2048, "batch": 2048}, {"flash_attention": "off"})
+        cases += [(header, for_vectors(header, **changes)) for changes in settings]
+    for name in ("dense", "grouped", "sliding"):
+        header = read_header(write_model(tmp_path / f"{name}.gguf", FAMILIES[name], hollow=True))
+        cases += [(header, for_vectors(header, context=1024)), (header, for_vectors(header, parallel=30))]
+    reserved = run("reserve", *(params for _, params in cases))
+    for (header, params), size in zip(cases, reserved, strict=True):
+        model, step = read_layers(header), memory.Estimation(header, params, 1)._step
+        embeddings = step.tokens * model.width * 4
+        computed = step_buffer(model, model.layers, step, logits=header.remembers) + embeddings
         assert computed == pytest.approx(size, rel=0.15), (header.architecture, params)
 
 

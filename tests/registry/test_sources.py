@@ -490,7 +490,7 @@ def test_weights_are_converted_and_nothing_else_is_kept(convertible: Path, cache
     assert conversion.origin(path) == (SUM, conversion.VERSION)
     assert read_header(path).name == CONVERTED.name.removesuffix("-F16").replace(".", "-").lower() == "tiny-model"
     folder = "models/pypi-converted/tiny-model-1.0"
-    assert {found.relative_to(cache).as_posix() for found in cache.rglob("*") if found.is_file()} == {
+    assert {found.relative_to(cache).as_posix() for found in (cache / "models").rglob("*") if found.is_file()} == {
         f"{folder}/.lock",
         f"{folder}/tiny_model/model/model-F16.gguf",
     }

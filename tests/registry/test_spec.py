@@ -130,7 +130,6 @@ def test_the_default_model_may_be_an_alias(folder: Path) -> None:
         ("spill", "-1", "should be auto or a number of MiB, not -1"),
         ("key_type", "q3_k", "should be 'f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1', 'q4_0' or 'iq4_nl'"),
         ("sha256", "abc", "should be the 64 hexadecimal digits of a SHA-256 sum"),
-        ("task", "chat", "should be 'generation', 'embedding' or 'transcription', not 'chat'"),
         ("size", "big", "should be a number and kB, MB or GB, such as 1.2 GB, not 'big'"),
         ("licence", "2024-01-01", "this kind of value is not allowed here; put a text in quotes"),
         ("contxt", "1", "unknown field; did you mean context?"),
@@ -183,6 +182,89 @@ def test_a_wrong_field_is_told_with_file_line_and_name(folder: Path, field: str,
 )
 def test_a_wrong_file_is_told_with_its_line(folder: Path, text: str | bytes, said: str) -> None:
     assert refusal(folder, text).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: chat", "task: should be 'generation', 'embedding', 'rerank', 'moderation' or 'transcription', not"),
+        ("pooling: max", "pooling: should be 'auto', 'mean', 'cls' or 'last', not 'max'"),
+        ("pooling: none", "pooling: should be 'auto', 'mean', 'cls' or 'last', not 'none'"),
+        ("pooling: [mean]", "pooling: should be 'auto', 'mean', 'cls' or 'last', not ['mean']"),
+        ("prefixes: 'query: '", "prefixes: should be a valid dictionary"),
+        ("prefixes:", "prefixes: should be a valid dictionary"),
+        ("prefixes: [a]", "prefixes: should be a valid dictionary"),
+        ("prefixes:\n      query: 5", "prefixes.query: should be a valid string, not 5"),
+        ("prefixes:\n      query:", "prefixes.query: should be a valid string, not None"),
+        ("prefixes:\n      qeury: a", "prefixes.qeury: unknown field; did you mean query?"),
+        ("prefixes:\n      zzz: a", "prefixes.zzz: unknown field; known: query, document, plain"),
+        ("prefixes:\n      plain: " + "x" * 2001, "prefixes.plain: String should have at most 2000 characters"),
+        ("lora:\n      - scale: 1", "lora.0.source: is missing"),
+        ("lora: [{source: 'file:a',\n      scale: lots}]", "lora.0.scale: should be a valid number"),
+        ("lora: [{source: 'file:a',\n      nmae: b}]", "lora.0.nmae: unknown field; did you mean name?"),
+        ("lora: [{source: 'file:a',\n      name: 'a b'}]", "lora.0.name: a name starts with a letter or digit"),
+    ],
+)
+def test_a_wrong_field_of_a_field_is_told_with_its_own_line(folder: Path, text: str, said: str) -> None:
+    line = 5 if "\n" in text and "is missing" not in said else 4
+    assert refusal(folder, f"models:\n  a:\n    source: hf:o/r\n    {text}\n").startswith(
+        f"models.yaml:{line}: models.a.{said}"
+    )
+
+
+def test_every_mistake_of_a_field_with_fields_is_told(folder: Path) -> None:
+    text = "models:\n  a:\n    source: hf:o/r\n    prefixes:\n      query: 1\n      document: 2\n      pain: x\n"
+    assert [line.split(": ")[:2] for line in refusal(folder, text).splitlines()] == [
+        ["models.yaml:5", "models.a.prefixes.query"],
+        ["models.yaml:6", "models.a.prefixes.document"],
+        ["models.yaml:7", "models.a.prefixes.pain"],
+    ]
+
+
+def test_a_model_says_what_it_is_for_and_what_it_wants_before_a_text(folder: Path) -> None:
+    text = (
+        "models:\n  a: {source: 'hf:o/r', task: rerank}\n"
+        "  b: {source: 'hf:o/r', pooling: cls, prefixes: {query: 'query: ', document: ''}}\n"
+    )
+    one, two = load(folder, text).models.values()
+    assert (one.task, one.pooling, one.prefixes) == ("rerank", "auto", Prefixes())
+    assert (two.task, two.pooling, two.prefixes) == (None, "cls", Prefixes(query="query: "))
+
+
+@pytest.mark.parametrize("task", ["embedding", "rerank", "moderation"])
+def test_the_defaults_name_a_model_for_each_task_by_name_or_alias(folder: Path, task: str) -> None:
+    models = "models: {a: {source: 'hf:o/r'}}\naliases: {b: a}"
+    for name in ("a", "b"):
+        registry = load(folder, f"defaults: {{{task}_model: {name}}}\n{models}")
+        assert registry.default_models == {task: "a"}
+        assert registry.default_model is None
+    assert load(folder, models).default_models == {}
+    assert load(folder, f"defaults: {{{task}_model: null}}\n{models}").default_models == {}
+    where = f"models.yaml:1: defaults.{task}_model: "
+    unknown = refusal(folder, f"defaults: {{{task}_model: aa}}\n{models}")
+    assert unknown == f"{where}there is no model 'aa'; did you mean a?"
+    assert refusal(folder, f"defaults: {{{task}_model: 5}}\n{models}").startswith(f"{where}should be a valid string")
+    assert refusal(folder, f"defaults: {{{task}_model: [a]}}\n{models}").startswith(f"{where}should be a valid string")
+
+
+def test_what_one_model_is_for_is_no_default(folder: Path) -> None:
+    text = "defaults:\n  task: embedding\n  pooling: mean\n  prefixes: {query: a}\n  generation_model: a\n"
+    lines = refusal(folder, text).splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [
+        [f"models.yaml:{number}", f"defaults.{field}", found]
+        for number, (field, found) in enumerate(
+            (
+                ("task", "unknown field; known"),
+                ("pooling", "unknown field; known"),
+                ("prefixes", "unknown field; did you mean prefix_cache?"),
+                (
+                    "generation_model",
+                    "unknown field; did you mean moderation_model or rerank_model or embedding_model?",
+                ),
+            ),
+            2,
+        )
+    ]
 
 
 def test_a_key_given_twice_is_refused_wherever_it_is(folder: Path) -> None:
@@ -380,7 +462,9 @@ def test_the_shipped_file_is_good_and_says_what_a_reader_needs() -> None:
 def test_the_shipped_defaults_are_the_programs_defaults() -> None:
     written = yaml.safe_load(SHIPPED.read_text())["defaults"]
     assert set(written) == set(Defaults.model_fields)
-    assert load_registry(SHIPPED).defaults == Defaults(model="smollm2-135m")
+    embedder = "all-minilm-l6-v2"
+    chosen = Defaults(model="smollm2-135m", embedding_model=embedder, moderation_model=embedder)
+    assert load_registry(SHIPPED).defaults == chosen
 
 
 # --- Properties --------------------------------------------------------------------------------------------------

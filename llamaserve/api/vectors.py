@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from llamaserve.api.fields import RequestFields, Text, check_text
@@ -25,13 +26,6 @@ from llamaserve.worker.protocol import Prompt
 
 Cut = Literal["none", "end", "start"]
 Plain = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing special, and why others are refused
-
-
-class Counts(NamedTuple):
-    """Of each text how many tokens the model saw, and how many more it had before it was cut."""
-
-    tokens: Sequence[int]
-    truncated: Sequence[int]
 
 
 _TURN: Final = 65536  # numbers that are worked on before others get a turn
@@ -62,7 +56,9 @@ class EmbeddingFields(RequestFields):
 
     model: Text | None = Field(None, max_length=512, description="A served model's name or alias.")
     truncate: Annotated[bool | Cut, PlainValidator(_truncate), WithJsonSchema(_CUT_SCHEMA)] = Field(
-        default=False, description="What a text that is too long for the model loses; false or none: it is refused."
+        default=False,
+        validation_alias=AliasChoices("truncate", "truncation"),
+        description="What a text that is too long for the model loses; false or none: it is refused.",
     )
     truncation_direction: Annotated[Literal["left", "right"], BeforeValidator(lower)] | None = Field(
         None, description="Which end of a text is cut when truncate is true: right, or left."
@@ -135,7 +131,7 @@ async def embed(
     ``keep_alive`` is how many seconds it stays after this, if the request says so.
     """
     await model.require("embedding")
-    async with _in_use(model, keep_alive) as worker:
+    async with _in_use(model, inputs, keep_alive) as worker:
         return await worker.embed(inputs, embedding)
 
 
@@ -143,16 +139,18 @@ async def rank(
     model: ServedModel, query: str, documents: Sequence[str], *, truncate: bool, keep_alive: float | None = None
 ) -> Embedded:
     """Return what a model that scores pairs makes of each document together with the query, the score first."""
-    async with _in_use(model, keep_alive) as worker:
+    async with _in_use(model, [query, *documents], keep_alive) as worker:
         return await worker.rank(query, documents, truncate=truncate)
 
 
 @contextlib.asynccontextmanager
-async def _in_use(model: ServedModel, keep_alive: float | None) -> AsyncIterator[WorkerProcess]:
+async def _in_use(
+    model: ServedModel, inputs: Sequence[Prompt], keep_alive: float | None
+) -> AsyncIterator[WorkerProcess]:
     """Have the process of a model for one request, within a ``with`` block. Once it is loaded, the request may take as
     long as the model's time limit says.
     """
-    place = model.embedding_admission.enter(1)
+    place = model.embedding_admission.enter(sum(map(sys.getsizeof, inputs)))
     use = model.use()
     try:
         worker = await use.worker()
@@ -180,8 +178,8 @@ async def rows_of(embedded: Embedded) -> AsyncIterator[bytes]:
         yield embedded.vectors[number * size : (number + 1) * size]
 
 
-def usage(counts: Counts | Embedded) -> dict[str, Any]:
+def usage(embedded: Embedded) -> dict[str, Any]:
     """Return OpenAI's usage object. What was cut is not among the tokens that count."""
-    tokens, truncated = sum(counts.tokens), sum(counts.truncated)
+    tokens, truncated = sum(embedded.tokens), sum(embedded.truncated)
     total = {"prompt_tokens": tokens, "total_tokens": tokens}
     return total | ({"prompt_tokens_details": {"truncated_tokens": truncated}} if truncated else {})
