@@ -33,7 +33,7 @@ from llamaserve.errors import (
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
 from llamaserve.moderation.chunks import chunks
 from llamaserve.moderation.guards import Family, Verdict, recognised
-from llamaserve.moderation.heads import Heads, load_heads
+from llamaserve.moderation.heads import Heads, load_heads, merged
 from llamaserve.moderation.judging import judge
 from llamaserve.moderation.words import TOP, NextTokens, next_tokens
 from llamaserve.registry.pool import ModelPool
@@ -46,6 +46,7 @@ T = TypeVar("T")
 
 _NOTHING: Final = Scores.of({})
 _SHORTEST: Final = 64  # characters; what is shorter is not cut in two
+_AT_ONCE: Final = 256  # chunks
 _LOOK: Final = Generation(sampling=Sampling(seed=0), max_tokens=0, next_token=NextToken(TOP))
 _BREAKS: Final = (  # where a text may be cut in two, the best places first
     re.compile(r"\n\s*\n"),
@@ -131,35 +132,43 @@ def _judges(guard: ServedModel, covered: frozenset[str], others: Mapping[str, st
 async def _by_heads(
     model: ServedModel, texts: Sequence[str], place: Callable[[int], str], keep_alive: float | None = None
 ) -> Judgement:
-    """Return what the classifier says: for each text the highest scores of its chunks. What takes long is for threads:
-    there may be thousands of chunks.
-    """
-    heads = load_heads()
+    """Return what the classifier says of the texts' chunks, of which a long text has thousands."""
+    heads = await asyncio.to_thread(load_heads)
     if not heads.fit(await model.file.read()):
         raise ModelNotCapable(
             f"{model.name} makes embeddings, but the classifier knows those of {heads.model} only; "
             "name that, or a guard model",
             param="model",
         )
+    chunked = await asyncio.to_thread(lambda: [chunks(text) for text in texts])
+    inputs = [chunk for each in chunked for chunk in each]
     scores: list[Scores] = []
-    if texts:
-        chunked = await asyncio.to_thread(lambda: [chunks(text) for text in texts])
+    if inputs:
         owners = [number for number, each in enumerate(chunked) for _ in each]
         with places(lambda number: place(owners[number])):
-            embedded = await embed(model, [chunk for each in chunked for chunk in each], Embedding(), keep_alive)
-        scores = await asyncio.to_thread(_scores, heads, embedded, [len(each) for each in chunked])
+            embedded = await embed(model, inputs, Embedding(), keep_alive)
+        found = iter(await _scores(heads, embedded, inputs))
+        scores = [merged([*islice(found, len(each))]) for each in chunked]
     return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
 
 
-def _scores(heads: Heads, embedded: Embedded, sizes: Sequence[int]) -> list[Scores]:
-    """Return the scores of texts of so many chunks each."""
-    rows = struct.iter_unpack(f"<{embedded.width}f", embedded.vectors)
-    return [Scores.merged(*map(heads.scores, islice(rows, size))) for size in sizes]
+async def _scores(heads: Heads, embedded: Embedded, chunks: Sequence[str]) -> list[Scores]:
+    """Return the scores of each chunk. Each takes a millisecond, so it is done in a thread, which looks up now and then
+    whether anybody still waits for them.
+    """
+    rows = zip(struct.iter_unpack(f"<{embedded.width}f", embedded.vectors), chunks, strict=True)
+    scores: list[Scores] = []
+    while len(scores) < len(chunks):
+        scores += await asyncio.to_thread(lambda: [heads.scores(*each) for each in islice(rows, _AT_ONCE)])
+    return scores
 
 
 def _classifier(pool: ModelPool) -> ServedModel | None:
-    """Return a model on this machine whose embeddings the classifier knows, if there is one. May read files."""
-    for model in pool.models:
+    """Return a model on this machine whose embeddings the classifier knows, if there is one: always the same, one that
+    models.yaml has for moderation or embeddings rather than another. May read files.
+    """
+    usual = set(pool.registry.default_models.values())
+    for model in sorted(pool.models, key=lambda each: (each.name not in usual, each.name)):
         header = model.file.known_header
         if header is not None and task_of(model.spec, header) == "embedding" and load_heads().fit(header):
             return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class Data:
         """The names of the files."""
         return sorted({sentence.style for sentence in self.sentences})
 
+    @property
+    def sha256(self) -> str:
+        """The sum of all that heads learn from, by which it shows whether a file of heads is of these sentences."""
+        told = [(each.style, each.kind, each.text) for each in self.sentences]
+        return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
+
 
 class _Long(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
@@ -83,6 +90,8 @@ def read(folder: Path = FOLDER) -> Data:
         kinds = {**file.harmful, BENIGN: file.benign, DANGEROUS: file.benign_dangerous}
         sentences += [Sentence(text, kind, path.stem) for kind, texts in kinds.items() for text in texts]
         long_texts += [LongText(long.text, frozenset(long.categories), path.stem) for long in file.long]
+    if not sentences:
+        raise ValueError(f"{folder} has no sentences")
     counts = Counter(each.text.casefold() for each in (*sentences, *long_texts))
     if twice := [text for text, count in counts.items() if count > 1]:
         raise ValueError(f"there twice: {twice[0]!r}")

@@ -95,7 +95,7 @@ class Classifier:
         together = _together(self.harm(self.space.features(vectors, words)))
         return together @ np.array([self.strength, self.share]) + self.offset
 
-    def heads(self, model: str, sha256: str) -> Heads:
+    def heads(self, model: str, sha256: str, sentences: str) -> Heads:
         """Return the heads in the form that the server reads, with rounded numbers."""
         categories = {
             name: CategoryHeads(self._harm_head(place), self._kind_head(place)) for place, name in enumerate(CATEGORIES)
@@ -103,6 +103,7 @@ class Classifier:
         return Heads(
             model=model,
             sha256=sha256,
+            sentences=sentences,
             width=self.space.directions.shape[1],
             buckets=BUCKETS,
             directions=tuple(_rounded(each) for each in self.space.directions),
@@ -137,7 +138,9 @@ def train(vectors: Vectors, words: Array, sentences: Sequence[Sentence], seed: i
     fold, held_out = folds(sentences, seed), np.empty((len(sentences), 2))
     for number in range(FOLDS):
         rest, part = fold != number, fold == number
-        space, harm = _harm(vectors[rest], words[rest], [each for each, kept in zip(sentences, rest, strict=True) if kept])
+        space, harm = _harm(
+            vectors[rest], words[rest], [each for each, kept in zip(sentences, rest, strict=True) if kept]
+        )
         held_out[part] = _together(harm(space.features(vectors[part], words[part])))
     harmful = np.array([[each.is_harmful] for each in sentences])
     strength, share = regress(held_out, harmful, np.ones_like(harmful), penalty=1e-3).weights[:, 0]
