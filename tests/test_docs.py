@@ -63,7 +63,8 @@ def whole_server(
     minilm = "all-minilm-l6-v2"
     models.write_text(
         f"defaults: {{context: 2048, parallel: 4, embedding_model: {minilm}, moderation_model: {minilm}}}\n"
-        f"models: {{smollm2-135m: {{source: 'file:{starter_model}'}}, {minilm}: {{source: 'file:{embedding_model}'}}}}\n"
+        f"models:\n  smollm2-135m: {{source: 'file:{starter_model}'}}\n"
+        f"  {minilm}: {{source: 'file:{embedding_model}'}}\n"
         f"aliases: {{starter: smollm2-135m, text-embedding-3-small: {minilm}, text-embedding-ada-002: {minilm}}}\n"
     )
     with RunningServer("serve", "smollm2-135m", "--models-file", str(models)) as running:

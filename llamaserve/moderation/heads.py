@@ -62,7 +62,7 @@ class HarmHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def logit(self, features: Features) -> float:
         """Return how far a text is on this head's side."""
         known = sum(map(mul, self.vector, features.vector), self.bias)
-        words = sum(self.words[place] * value for place, value in features.words.items())
+        words: float = sum(self.words[place] * value for place, value in features.words.items())
         return known + words + sum(map(mul, self.products, features.products))
 
 

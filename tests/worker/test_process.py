@@ -17,10 +17,10 @@ import pytest
 from gguf_writer import tiny_llama
 
 from llamaserve.engine.engine import LoadedEngine
-from llamaserve.engine.work import MAX_TEXT
 from llamaserve.engine.events import Delta, Finished
 from llamaserve.engine.llama import start_backend
 from llamaserve.engine.params import Generation, LoadParams, Sampling
+from llamaserve.engine.work import MAX_TEXT
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineCrashed,
