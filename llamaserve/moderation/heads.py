@@ -48,7 +48,8 @@ class KindHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def logit(self, features: Features) -> float:
         """Return how far a text is on this head's side."""
-        return sum(map(mul, self.vector, features.vector), self.bias)
+        logit: float = sum(map(mul, self.vector, features.vector), self.bias)
+        return logit
 
 
 class HarmHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +64,8 @@ class HarmHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return how far a text is on this head's side."""
         known = sum(map(mul, self.vector, features.vector), self.bias)
         words: float = sum(self.words[place] * value for place, value in features.words.items())
-        return known + words + sum(map(mul, self.products, features.products))
+        products: float = sum(map(mul, self.products, features.products))
+        return known + words + products
 
 
 class CategoryHeads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,8 +144,8 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def merged(chunks: Sequence[Scores]) -> Scores:
     """Return the scores of a text from those of its chunks: the highest in each category, and lower the more chunks
-    there are, as each is a chance to be wrong. The odds are divided by the square root of their number: with that,
-    long harmless texts are flagged no more often than sentences (measured; with no division three in ten were).
+    there are, as each is a chance to be wrong. The odds are divided by the square root of their number: with less, too
+    many long harmless texts are flagged, with more, harmful sentences among others are missed (docs/moderation.md).
     """
     doubt = sqrt(max(len(chunks), 1))
     highest = Scores.merged(*chunks).values

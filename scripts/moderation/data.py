@@ -92,7 +92,8 @@ def read(folder: Path = FOLDER) -> Data:
         long_texts += [LongText(long.text, frozenset(long.categories), path.stem) for long in file.long]
     if not sentences:
         raise ValueError(f"{folder} has no sentences")
-    counts = Counter(each.text.casefold() for each in (*sentences, *long_texts))
+    texts = [*(each.text for each in sentences), *(each.text for each in long_texts)]
+    counts = Counter(text.casefold() for text in texts)
     if twice := [text for text, count in counts.items() if count > 1]:
         raise ValueError(f"there twice: {twice[0]!r}")
     return Data(sentences, long_texts)

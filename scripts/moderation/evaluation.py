@@ -106,7 +106,7 @@ def evaluate(material: Material, say: Callable[[str], None]) -> Report:
     mixed = {"harmless": [0, 0], "with a harmful one": [0, 0]}
     for number in range(FOLDS):
         say(f"cross-validation, fold {number + 1} of {FOLDS}")
-        heads, part = material.heads(fold != number), np.flatnonzero(fold == number)
+        heads, part = material.heads(fold != number), np.flatnonzero(fold == number).tolist()
         for place in part:
             flags[place] = heads.scores(material.vectors[place].tolist(), sentences[place].text).flags(heads.thresholds)
         for kind, flagged in _mixed(heads, [sentences[place] for place in part], material.file).items():
@@ -118,7 +118,8 @@ def evaluate(material: Material, say: Callable[[str], None]) -> Report:
         own = np.array([each.style == style for each in sentences])
         heads = material.heads(~own)
         scores = [
-            heads.scores(material.vectors[place].tolist(), sentences[place].text) for place in np.flatnonzero(own)
+            heads.scores(material.vectors[place].tolist(), sentences[place].text)
+            for place in np.flatnonzero(own).tolist()
         ]
         judged = [each.flagged(heads.thresholds) for each in scores]
         unseen[style] = _counts([each for each in sentences if each.style == style], judged)
@@ -153,9 +154,9 @@ def _mixed(heads: Heads, sentences: Sequence[Sentence], file: Path) -> dict[str,
         return {}
     texts: dict[str, list[str]] = {"harmless": [], "with a harmful one": []}
     for _ in range(_MIXED):
-        chosen = [benign[place] for place in random.integers(len(benign), size=_PLACES)]
+        chosen = [benign[place] for place in random.integers(len(benign), size=_PLACES).tolist()]
         texts["harmless"].append(" ".join(chosen))
-        chosen[random.integers(_PLACES)] = harmful[random.integers(len(harmful))]
+        chosen[int(random.integers(_PLACES))] = harmful[int(random.integers(len(harmful)))]
         texts["with a harmful one"].append(" ".join(chosen))
     return {kind: _flagged(heads, each, file) for kind, each in texts.items()}
 

@@ -8,12 +8,14 @@ from moderation.data import BENIGN, DANGEROUS, Data
 from moderation.evaluation import LEAST_ACCURACY, MOST_FALSE, Counts, Report
 from moderation.training import FOLDS
 
+_KINDS = {"harmful": "harmful", BENIGN: "harmless", DANGEROUS: "harmless that look dangerous"}
+
 
 def as_markdown(report: Report, data: Data) -> str:
     """Return all tables."""
     head = (
         f"{len(data.sentences)} sentences in {len(data.styles)} styles: "
-        + ", ".join(f"{count} {kind}" for kind, count in report.cross_validation.all.items())
+        + ", ".join(f"{report.cross_validation.all[kind]} {name}" for kind, name in _KINDS.items())
         + f"; {len(data.long_texts)} longer texts"
     )
     return "\n\n".join([head, _flagged(report), _categories(report), _longer(report)]) + "\n"

@@ -93,7 +93,8 @@ class Classifier:
     def logits(self, vectors: Vectors, words: Array) -> Array:
         """Return the logits of being harmful; from 0 on a text is flagged."""
         together = _together(self.harm(self.space.features(vectors, words)))
-        return together @ np.array([self.strength, self.share]) + self.offset
+        logits: Array = together @ np.array([self.strength, self.share]) + self.offset
+        return logits
 
     def heads(self, model: str, sha256: str, sentences: str) -> Heads:
         """Return the heads in the form that the server reads, with rounded numbers."""
