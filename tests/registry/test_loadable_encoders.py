@@ -158,7 +158,7 @@ from llamaserve.errors import LlamaserveError
 def embed(params):
     embedder = LoadedEmbedder(params, lambda fraction: True)
     if params.pooling == "rank":
-        embedder.submit(1, embedder.encode_pairs("w1 a", ["w2", "b " * 200], truncate=True), None)
+        embedder.submit(1, list(embedder.encode_pairs("w1 a", ["w2", "b " * 200], truncate=True)), None)
     else:
         how = Embedding(truncate="end")
         embedder.submit(1, [embedder.encode(text, "input", how) for text in ("w1 a", "b " * 200)], how)
