@@ -36,9 +36,10 @@ from llamaserve.moderation.guards import Family, Verdict, recognised
 from llamaserve.moderation.heads import Heads, load_heads, merged
 from llamaserve.moderation.judging import judge
 from llamaserve.moderation.words import TOP, NextTokens, next_tokens
+from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
-from llamaserve.registry.tasks import task_of
+from llamaserve.registry.tasks import pooling_of, task_of
 from llamaserve.worker.protocol import Prompt
 
 Method = Literal["embedding_heads", "guard"]
@@ -134,11 +135,10 @@ async def _by_heads(
 ) -> Judgement:
     """Return what the classifier says of the texts' chunks, of which a long text has thousands."""
     heads = await asyncio.to_thread(load_heads)
-    if not heads.fit(await model.file.read()):
+    if not _suits(heads, model, await model.file.read()):
         raise ModelNotCapable(
-            f"{model.name} makes embeddings, but the classifier knows those of {heads.model} only; "
-            "name that, or a guard model",
-            param="model",
+            f"{model.name} makes embeddings, but the classifier knows those of {heads.model} with mean pooling only; "
+            "name that, or a guard model"
         )
     chunked = await asyncio.to_thread(lambda: [chunks(text) for text in texts])
     inputs = [chunk for each in chunked for chunk in each]
@@ -170,9 +170,14 @@ def _classifier(pool: ModelPool) -> ServedModel | None:
     usual = set(pool.registry.default_models.values())
     for model in sorted(pool.models, key=lambda each: (each.name not in usual, each.name)):
         header = model.file.known_header
-        if header is not None and task_of(model.spec, header) == "embedding" and load_heads().fit(header):
+        if header is not None and task_of(model.spec, header) == "embedding" and _suits(load_heads(), model, header):
             return model
     return None
+
+
+def _suits(heads: Heads, model: ServedModel, header: GGUFHeader) -> bool:
+    """Whether a model's embeddings are those that the heads were trained on; its settings may pool them otherwise."""
+    return heads.fit(header) and pooling_of(model.spec, header) == "mean"
 
 
 # ---- guards -------------------------------------------------------------------------------------------------------

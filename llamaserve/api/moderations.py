@@ -15,7 +15,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from llamaserve.api.fields import RequestFields, Text, check_text
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.moderating import Judgement, judged
-from llamaserve.api.options import KeepAlive, header_words, ignored_header
+from llamaserve.api.options import KeepAlive, asked_of, header_words, ignored_header
 from llamaserve.api.services import UsesServices
 from llamaserve.api.vectors import misplaced
 from llamaserve.chat.messages import TEXT_PARTS
@@ -133,7 +133,8 @@ async def create_moderation(body: ModerationRequest, request: Request, services:
     model = _model(services.pool, body.model)
 
     async def answer() -> Response:
-        judgement = await judged(services, model, body.input, body.place, body.keep_alive)
+        with asked_of(body.model):
+            judgement = await judged(services, model, body.input, body.place, body.keep_alive)
         return JSONResponse(_answer(model, judgement), headers=headers)
 
     return await unless_client_leaves(request, answer())

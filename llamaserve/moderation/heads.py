@@ -116,12 +116,14 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return dict.fromkeys(CATEGORIES, THRESHOLD)
 
     def fit(self, header: GGUFHeader) -> bool:
-        """Whether a model makes the embeddings that the heads were trained on: it was made from the same weights, or it
-        is called so, as other conversions are.
+        """Whether a model has the weights that the heads were trained on: the file says so, or else, as other
+        conversions do not, it is called so.
         """
         if header.embedding_length != self.width:
             return False
-        return header.text(SHA256_KEY) == self.sha256 or _letters(self.model) in _letters(header.name or "")
+        if (sha256 := header.text(SHA256_KEY)) is not None:
+            return sha256 == self.sha256
+        return _letters(self.model) in _letters(header.name or "")
 
     def scores(self, vector: Sequence[float], text: str) -> Scores:
         """Return the scores of a text, whose embedding is a vector of length 1."""

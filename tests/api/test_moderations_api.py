@@ -95,6 +95,7 @@ def moderator(
         "smollm2-135m": starter_model,
         "minilm": embedding_model,
         "minilm-q8": quantised,
+        "pooled-otherwise": f"source: 'file:{embedding_model}', pooling: cls",
         "hasty": f"source: 'file:{embedding_model}', time_limit: 0.02",
         "other": f"source: 'file:{RankModel().write(folder / 'other.gguf')}', task: embedding",
         "no-guard": f"source: 'file:{starter_model}', task: moderation",
@@ -354,11 +355,13 @@ def test_models_yaml_may_give_openai_s_names_to_others(moderator: RunningServer)
 
 def test_models_that_are_not_there_or_can_t_judge(moderator: RunningServer) -> None:
     assert_error(send(moderator, {"input": "x", "model": "nothing"}), 404, "model_not_found", "model")
-    message = assert_error(send(moderator, {"input": "x", "model": "smollm2-135m"}), 400, "model_not_capable")
+    message = assert_error(send(moderator, {"input": "x", "model": "smollm2-135m"}), 400, "model_not_capable", "model")
     assert "judges texts" in message
     message = assert_error(send(moderator, {"input": "x", "model": "other"}), 400, "model_not_capable", "model")
     assert "all-minilm-l6-v2" in message
-    message = assert_error(send(moderator, {"input": "x", "model": "no-guard"}), 400, "model_not_capable")
+    body = {"input": "x", "model": "pooled-otherwise"}
+    assert "mean pooling only" in assert_error(send(moderator, body), 400, "model_not_capable", "model")
+    message = assert_error(send(moderator, {"input": "x", "model": "no-guard"}), 400, "model_not_capable", "model")
     assert "no guard model" in message
     assert "other" not in loaded(moderator)
 

@@ -121,6 +121,7 @@ def test_heads_fit_the_model_that_they_were_trained_on_however_it_was_converted(
     assert not heads.fit(header(name="multi-qa-minilm"))
     assert not heads.fit(header(name="all-minilm", width=4))
     assert not heads.fit(header())
+    assert not heads.fit(header(name="all-minilm", sha256="34cd"))
 
 
 def test_the_shipped_heads_fit_the_shipped_embedding_model(embedding_model: Path) -> None:
