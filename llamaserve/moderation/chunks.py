@@ -2,7 +2,8 @@
 
 A chunk is a sentence or a few short ones after one another. Where two have room in one, each overlaps with the next by
 a sentence, so that what is said in both is seen together once. What is longer, or is written without spaces, is cut
-where it has to be, and its parts do not overlap. Knows nothing of tokens: a chunk is short enough for 512 of them in any script. The time is linear in the text's length.
+where it has to be, and its parts do not overlap. Knows nothing of tokens: a chunk is short enough for 512 of them in
+any script. The time is linear in the text's length.
 """
 
 from __future__ import annotations
