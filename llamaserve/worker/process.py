@@ -1,7 +1,8 @@
 """One life of one child process with a model: load it, talk to it, notice its end.
 
-``WorkerProcess.start`` returns when the model is loaded. From then on requests run until the process ends, for whatever
-reason; then every open request gets ``EngineCrashed``. Whether to start another is the supervisor's business.
+``WorkerProcess.start`` returns when the model is loaded. From then on requests run until the process ends; then every
+open request gets ``EngineCrashed``, or ``Unavailable`` if the process was told to end. Whether to start another is the
+supervisor's business.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from llamaserve.engine.events import Delta, Embedded, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
-from llamaserve.errors import EngineCrashed, from_value, to_value
+from llamaserve.errors import EngineCrashed, Unavailable, from_value, to_value
 from llamaserve.worker.child import Child
 from llamaserve.worker.protocol import (
     Accepted,
@@ -272,7 +273,7 @@ class WorkerProcess:
     def open_request(self, request: int, frame: bytes) -> _Inbox:
         """Send a request's command, and return the place to which its events come."""
         if self._is_gone:
-            raise self.crash()
+            raise self._end()
         self._child.write(frame)
         inbox = self._requests[request] = _Inbox()
         return inbox
@@ -321,11 +322,11 @@ class WorkerProcess:
         self.ended.set()
         self._child.close_link()
         self.occupancy = Occupancy()
-        crash = self.crash()
-        if not self._closing:
-            logger.error("%s", crash.message)
+        end = self._end()
+        if isinstance(end, EngineCrashed):
+            logger.error("%s", end.message)
         for request, inbox in self._requests.items():
-            inbox.put(Failed(request, to_value(crash)))
+            inbox.put(Failed(request, to_value(end)))
 
     def _hand_out(self, frame: bytes) -> None:
         for event in decode_events(frame):
@@ -338,7 +339,14 @@ class WorkerProcess:
                     inbox.progress = None
                     inbox.put(event)
 
+    def _end(self) -> Unavailable:
+        """Return why requests fail: the child was told to end, or did of itself."""
+        if self._closing:
+            return Unavailable(f"{self._name} was stopped before the request was finished", retry_after=1)
+        return self.crash()
+
     def crash(self) -> EngineCrashed:
+        """Return how the child ended."""
         return EngineCrashed(
             f"the process that ran {self._name} {self._child.end}; the request was not finished", retry_after=1
         )
