@@ -23,10 +23,11 @@ from llamaserve.api.generating import (
     stream_response,
     unless_client_leaves,
 )
-from llamaserve.api.options import GenerationOptions
+from llamaserve.api.options import GenerationOptions, asked_of
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["generation"])
@@ -52,6 +53,8 @@ class FimRequest(GenerationOptions):
 async def create_fim_completion(body: FimRequest, request: Request, services: UsesServices) -> Response:
     """Answer with what stands between prompt and suffix, as a chat's message or its pieces."""
     model = services.pool.get(body.model)
+    with asked_of(body.model):
+        await model.require(*GENERATING)
     body = with_defaults(body, model.defaults)
     truncate = body.truncation_length > 0 and not body.suffix
     generation = body.generation(services.presets, truncate=truncate, adapters=adapters_for(model, body.lora))

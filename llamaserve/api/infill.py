@@ -31,7 +31,7 @@ from llamaserve.api.generating import (
     unless_client_leaves,
 )
 from llamaserve.api.indentation import IndentLimit
-from llamaserve.api.options import GenerationOptions
+from llamaserve.api.options import GenerationOptions, asked_of
 from llamaserve.api.sampling_options import Order
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
@@ -39,6 +39,7 @@ from llamaserve.engine.events import Delta, Finished, Progress
 from llamaserve.engine.stopping import StopMatcher
 from llamaserve.errors import UnsupportedParameter
 from llamaserve.registry.gguf import FimTokens
+from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.process import GenerationStream
 from llamaserve.worker.protocol import Prompt
 
@@ -121,6 +122,8 @@ async def infill(body: InfillRequest, request: Request, services: UsesServices) 
         raise UnsupportedParameter("n: there is one answer to an infill", param="n")
     # Stop texts are looked for here, since the answer says which one it was; and pieces are needed to end it in time.
     model = services.pool.get(body.model)
+    with asked_of(body.model):
+        await model.require(*GENERATING)
     generation = body.generation(services.presets, stream=True, stop=(), adapters=adapters_for(model, body.lora))
     marks = await fim_tokens(model)
 

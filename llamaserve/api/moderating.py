@@ -1,33 +1,35 @@
 """How texts are judged: by the trained classifier on their embeddings, or by a guard model's own verdict.
 
 A guard has nothing to say about some categories; there the classifier is asked as well, if its embedding model is on
-this machine. Knows nothing of what requests and answers look like.
+this machine and has room beside the guard. Knows nothing of what requests and answers look like.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import re
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, TypeVar
 
-from llamaserve.api.generating import Job, generate_whole, new_id
+from llamaserve.api.generating import new_id
 from llamaserve.api.services import Services
-from llamaserve.api.vectors import embed, places
+from llamaserve.api.vectors import in_use, place_for, places
 from llamaserve.chat.modes import ModelTemplate, Style
 from llamaserve.chat.preparation import ChatWish
-from llamaserve.engine.events import Embedded
+from llamaserve.engine.events import Embedded, Finished
 from llamaserve.engine.params import Embedding, Generation, NextToken, Sampling
 from llamaserve.errors import (
     ChatTemplateError,
     ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    ModelError,
     ModelNotCapable,
-    TimeLimitExceeded,
     Unavailable,
 )
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
@@ -35,12 +37,16 @@ from llamaserve.moderation.chunks import chunks
 from llamaserve.moderation.guards import Family, Verdict, recognised
 from llamaserve.moderation.heads import Heads, load_heads, merged
 from llamaserve.moderation.judging import judge
+from llamaserve.moderation.spelling import plain
 from llamaserve.moderation.words import TOP, NextTokens, next_tokens
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
 from llamaserve.registry.tasks import pooling_of, task_of
-from llamaserve.worker.protocol import Prompt
+from llamaserve.worker.process import WorkerProcess
+from llamaserve.worker.supervisor import Status
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["embedding_heads", "guard"]
 T = TypeVar("T")
@@ -104,12 +110,10 @@ async def _by_guard(
     place: Callable[[int], str],
     keep_alive: float | None,
 ) -> Judgement:
-    guard = await _Guard.of(services, model, keep_alive)
-    # Before the guard is held: two models that have no room beside each other would wait for each other for ever.
-    classifier = await asyncio.to_thread(_classifier, services.pool)
-    others = await _by_heads(classifier, texts, place) if classifier is not None else None
-    verdicts = await guard.judge(texts, place)
-    covered = guard.family.method.covered
+    family, verdicts = await _verdicts(services, model, texts, place, keep_alive)
+    # While the guard is not held: two models that have no room beside each other would wait for each other for ever.
+    others = await _by_classifier(services.pool, texts, place)
+    covered = family.method.covered
     if others is None:
         scores = [verdict.completed() for verdict in verdicts]
         return Judgement("guard", scores, {}, _judges(model, covered, {}))
@@ -135,21 +139,33 @@ async def _by_heads(
 ) -> Judgement:
     """Return what the classifier says of the texts' chunks, of which a long text has thousands."""
     heads = await asyncio.to_thread(load_heads)
-    if not _suits(heads, model, await model.file.read()):
-        raise ModelNotCapable(
-            f"{model.name} makes embeddings, but the classifier knows those of {heads.model} with mean pooling only; "
-            "name that, or a guard model"
-        )
-    chunked = await asyncio.to_thread(lambda: [chunks(text) for text in texts])
-    inputs = [chunk for each in chunked for chunk in each]
+    _check(heads, model, await model.file.read())
     scores: list[Scores] = []
-    if inputs:
-        owners = [number for number, each in enumerate(chunked) for _ in each]
-        with places(lambda number: place(owners[number])):
-            embedded = await embed(model, inputs, Embedding(), keep_alive)
-        found = iter(await _scores(heads, embedded, inputs))
-        scores = [merged([*islice(found, len(each))]) for each in chunked]
+    if texts:
+        async with in_use(model, place_for(model, texts), keep_alive) as (worker, used):
+            _check(heads, used, await used.file.read())  # again, for that is what was loaded
+            scores = await _of_chunks(heads, worker, texts, place)
     return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
+
+
+async def _of_chunks(
+    heads: Heads, worker: WorkerProcess, texts: Sequence[str], place: Callable[[int], str]
+) -> list[Scores]:
+    """Return the scores of each text. A chunk is judged once, however often it occurs, and counts as one in a text."""
+    chunked = [list(dict.fromkeys(await asyncio.to_thread(_chunks, text))) for text in texts]
+    owners: dict[str, int] = {}  # the first text that has it
+    for number, each in enumerate(chunked):
+        for chunk in each:
+            owners.setdefault(chunk, number)
+    inputs, numbers = [*owners], [*owners.values()]
+    with places(lambda number: place(numbers[number])):
+        embedded = await worker.embed(inputs, Embedding())
+    found = dict(zip(inputs, await _scores(heads, embedded, inputs), strict=True))
+    return [merged([found[chunk] for chunk in each]) for each in chunked]
+
+
+def _chunks(text: str) -> list[str]:
+    return chunks(plain(text))
 
 
 async def _scores(heads: Heads, embedded: Embedded, chunks: Sequence[str]) -> list[Scores]:
@@ -175,6 +191,36 @@ def _classifier(pool: ModelPool) -> ServedModel | None:
     return None
 
 
+async def _by_classifier(pool: ModelPool, texts: Sequence[str], place: Callable[[int], str]) -> Judgement | None:
+    """Return what the classifier says for the categories that a guard leaves; None if it can't: nobody is refused a
+    guard's verdict for that, or has the guard leave memory. What is wrong with the request itself is raised.
+    """
+    model = await asyncio.to_thread(_classifier, pool)
+    if model is None:
+        return None
+    try:
+        if await _is_at_hand(model):
+            return await _by_heads(model, texts, place)
+        logger.warning("%s judges nothing that a guard leaves: it has no room beside the models in memory", model.name)
+    except (Unavailable, EngineError, ModelError, ModelNotCapable) as error:
+        logger.warning("%s judges nothing that a guard leaves: %s", model.name, error.message)
+    return None
+
+
+async def _is_at_hand(model: ServedModel) -> bool:
+    """Whether a model can be used without another's leaving memory. Raises why it can't be used at all."""
+    here = model.status in (Status.LOADED, Status.LOADING) and not model.leaving
+    return here or await model.has_room()
+
+
+def _check(heads: Heads, model: ServedModel, header: GGUFHeader) -> None:
+    if not _suits(heads, model, header):
+        raise ModelNotCapable(
+            f"{model.name} makes embeddings, but the classifier knows those of {heads.model} with mean pooling only; "
+            "name that, or a guard model"
+        )
+
+
 def _suits(heads: Heads, model: ServedModel, header: GGUFHeader) -> bool:
     """Whether a model's embeddings are those that the heads were trained on; its settings may pool them otherwise."""
     return heads.fit(header) and pooling_of(model.spec, header) == "mean"
@@ -183,37 +229,60 @@ def _suits(heads: Heads, model: ServedModel, header: GGUFHeader) -> bool:
 # ---- guards -------------------------------------------------------------------------------------------------------
 
 
+async def _verdicts(
+    services: Services,
+    model: ServedModel,
+    texts: Sequence[str],
+    place: Callable[[int], str],
+    keep_alive: float | None,
+) -> tuple[Family, list[Verdict]]:
+    """Return what kind of guard a model is, and its verdict on each text. The request has one place at the model, which
+    it holds until all is judged: its own questions never come upon a full queue, or wait for who waits for the model to
+    leave. Raises ``ModelNotCapable`` if it is no guard.
+    """
+    family = await _family(model)
+    if not texts:
+        return family, []
+    sequences = min(model.spec.parallel, len(texts) * family.prompts)
+    async with in_use(model, model.admission.enter(sequences), keep_alive) as (worker, used):
+        await used.require("moderation")
+        guard = _Guard(services, worker, used, await _family(used), sequences)  # again, for that is what was loaded
+        return guard.family, await guard.judge(texts, place)
+
+
+async def _family(model: ServedModel) -> Family:
+    header = await model.file.read()
+    return recognised(header.chat_template or "", [model.name, header.name or ""])
+
+
 class _Guard:
-    """A guard model, and what one request asks it."""
+    """A guard model that is held, and what one request asks it: no more than so many sequences at once."""
 
     def __init__(
-        self, services: Services, model: ServedModel, template: ModelTemplate, family: Family, keep_alive: float | None
+        self, services: Services, worker: WorkerProcess, model: ServedModel, family: Family, sequences: int
     ) -> None:
         self.family = family
         self._services = services
+        self._worker = worker
         self._model = model
-        self._template = template
-        self._keep_alive = keep_alive
-        self._turns = asyncio.Semaphore(model.spec.parallel)
-
-    @classmethod
-    async def of(cls, services: Services, model: ServedModel, keep_alive: float | None) -> _Guard:
-        """Return the guard that a model is. Raises ``ModelNotCapable`` if its template is not that of one."""
-        header = await model.file.read()
-        family = recognised(header.chat_template or "", [model.name, header.name or ""])
-        template = ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token)
-        return cls(services, model, template, family, keep_alive)
+        header = model.header
+        self._template = ModelTemplate(header.chat_template or None, header.bos_token, header.eos_token)
+        self._sequences = sequences
+        self._turns = asyncio.Semaphore(sequences)
 
     async def judge(self, texts: Sequence[str], place: Callable[[int], str]) -> list[Verdict]:
         """Return a verdict on each text. The first is judged alone, so that the others find the instructions, which
         stand before each of them, evaluated.
         """
-        if not texts:
-            return []
-        async with self._model.in_use(), _time_limit(self._model):
-            first = await self._verdict(texts[0], place(0))
-            others = [self._verdict(text, place(number)) for number, text in enumerate(texts[1:], 1)]
-            return [first, *await _all(others)]
+        found = {0: await self._verdict(texts[0], place(0))}
+        numbers = iter(range(1, len(texts)))
+
+        async def work() -> None:
+            for number in numbers:
+                found[number] = await self._verdict(texts[number], place(number))
+
+        await _all([work() for _ in range(self._sequences)])
+        return [found[number] for number in range(len(texts))]
 
     async def _verdict(self, text: str, place: str) -> Verdict:
         """Return the verdict on a text; on one that the context has no room for, what is worst in its parts."""
@@ -236,31 +305,28 @@ class _Guard:
 
     async def _ask(self, place: str, prompts: Sequence[str]) -> list[NextTokens]:
         """Return what could come next after each of the prompts; ``place`` is the field that they are from."""
+        return await _all([self._next(place, prompt) for prompt in prompts])
 
-        async def given() -> Sequence[Prompt]:
-            return list(prompts)
-
+    async def _next(self, place: str, prompt: str) -> NextTokens:
         async with self._turns:
-            job = Job(new_id("modr"), self._model, _LOOK, given, param=place, sequences=len(prompts))
-            job.keep_alive = self._keep_alive
-            finished, _ = await generate_whole(self._services, job)
-        if not all(each.next_tokens for each in finished):
+            stream = self._worker.generate([prompt], _LOOK)
+            number = new_id("modr")
+            self._services.running[number] = stream
+            try:
+                await stream.accepted()
+                if self._model.closing:  # and all that was generated has been told so before this came
+                    stream.stop()
+                found = [each.next_tokens async for each in stream.events() if isinstance(each, Finished)]
+            except InvalidRequest as error:
+                if error.param == "prompt":
+                    error.param = place
+                raise
+            finally:
+                self._services.running.pop(number)
+                stream.close()
+        if not all(found):
             raise Unavailable("it was stopped before all was judged")
-        return [next_tokens(each.next_tokens) for each in finished]
-
-
-@contextlib.asynccontextmanager
-async def _time_limit(model: ServedModel) -> AsyncIterator[None]:
-    """Raise ``TimeLimitExceeded`` when the ``with`` block takes longer than the model's time limit says."""
-    try:
-        async with asyncio.timeout(model.spec.time_limit) as limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise TimeLimitExceeded(
-            f"it took longer than the {model.spec.time_limit:g} seconds that this model's `time_limit` leaves"
-        ) from None
+        return next_tokens(found[0])
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.fields import RequestFields, Text, check_text
+from llamaserve.api.fields import Text, check_text
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.moderating import Judgement, judged
-from llamaserve.api.options import KeepAlive, asked_of, header_words, ignored_header
+from llamaserve.api.options import asked_of
 from llamaserve.api.services import UsesServices
-from llamaserve.api.vectors import misplaced
+from llamaserve.api.vectors import TextFields, misplaced
 from llamaserve.chat.messages import TEXT_PARTS
 from llamaserve.errors import UnsupportedParameter
 from llamaserve.moderation.categories import CATEGORIES
@@ -33,7 +33,6 @@ _OPENAI: Final = frozenset(
         *("text-moderation-latest", "text-moderation-stable", "text-moderation-007"),
     }
 )
-_WITHOUT_EFFECT: Final = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})  # in the answer
 _MAX_INPUTS: Final = 256
 _MAX_CHARACTERS: Final = 1_000_000  # of all inputs together
 _INPUT_SCHEMA: Final = {
@@ -90,7 +89,7 @@ def _string(value: Any, number: int, expected: str) -> str:
     return value
 
 
-class ModerationRequest(RequestFields):
+class ModerationRequest(TextFields):
     """Texts to be judged."""
 
     input: Annotated[list[str], PlainValidator(_inputs), WithJsonSchema(_INPUT_SCHEMA)] = Field(
@@ -99,24 +98,11 @@ class ModerationRequest(RequestFields):
     model: Text | None = Field(
         None, max_length=512, description="A served model's name or alias; one of OpenAI's names is the server's."
     )
-    keep_alive: KeepAlive | None = Field(
-        None,
-        description="How long the model stays loaded after this: seconds, or such as 5m; 0: not at all, -1: for ever.",
-    )
-    strict: bool = Field(default=False, description="Refuse what would have no effect.")
 
     def place(self, number: int) -> str:
         """Return what the request calls a text."""
         given = self._given["input"]
         return f"input[{number}]" if isinstance(given, list) and isinstance(given[0], str) else "input"
-
-    def ignored_header(self) -> dict[str, str]:
-        """Return the header that names what has no effect. Raises for that with ``strict``."""
-        others = (name for name in self.model_extra or {} if name not in _WITHOUT_EFFECT)
-        words = header_words([*others, *self._idle()])
-        if self.strict and words:
-            raise UnsupportedParameter(f"strict: {', '.join(words)} would have no effect", param=words[0])
-        return ignored_header(words)
 
     def _idle(self) -> Iterator[str]:
         """Yield the fields of parts that do nothing."""

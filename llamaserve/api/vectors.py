@@ -1,4 +1,5 @@
-"""What requests for vectors and scores of texts have in common: some fields, and holding a model until they are made.
+"""What requests for vectors, scores and judgements of texts have in common: some fields, and holding a model until
+they are made.
 
 Knows nothing of what the texts are for, or of what an answer looks like but for its usage.
 """
@@ -20,6 +21,7 @@ from llamaserve.api.options import KeepAlive, header_words, ignored_header
 from llamaserve.engine.events import Embedded
 from llamaserve.engine.params import Embedding
 from llamaserve.errors import InvalidRequest, TimeLimitExceeded, UnsupportedParameter
+from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.protocol import Prompt
@@ -49,32 +51,17 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-class EmbeddingFields(RequestFields):
-    """Fields of every request for vectors or scores."""
+class TextFields(RequestFields):
+    """Fields of every request in which a model looks at texts and writes none."""
 
     not_offered: ClassVar[Plain] = {}
 
     model: Text | None = Field(None, max_length=512, description="A served model's name or alias.")
-    truncate: Annotated[bool | Cut, PlainValidator(_truncate), WithJsonSchema(_CUT_SCHEMA)] = Field(
-        default=False,
-        validation_alias=AliasChoices("truncate", "truncation"),
-        description="What a text that is too long for the model loses; false or none: it is refused.",
-    )
-    truncation_direction: Annotated[Literal["left", "right"], BeforeValidator(lower)] | None = Field(
-        None, description="Which end of a text is cut when truncate is true: right, or left."
-    )
     keep_alive: KeepAlive | None = Field(
         None,
         description="How long the model stays loaded after this: seconds, or such as 5m; 0: not at all, -1: for ever.",
     )
     strict: bool = Field(default=False, description="Refuse what would have no effect.")
-
-    @property
-    def cut(self) -> Cut:
-        """What a text that is too long loses."""
-        if isinstance(self.truncate, bool):
-            return "none" if not self.truncate else "start" if self.truncation_direction == "left" else "end"
-        return self.truncate
 
     def ignored_header(self) -> dict[str, str]:
         """Return the header that names what has no effect. Raises for what is not offered, and with ``strict`` for what
@@ -89,6 +76,30 @@ class EmbeddingFields(RequestFields):
         if self.strict and words:
             raise UnsupportedParameter(f"strict: {', '.join(words)} would have no effect", param=words[0])
         return ignored_header(words)
+
+    def _idle(self) -> Iterator[str]:
+        """Yield the known fields that do nothing."""
+        yield from ()
+
+
+class EmbeddingFields(TextFields):
+    """Fields of every request for vectors or scores."""
+
+    truncate: Annotated[bool | Cut, PlainValidator(_truncate), WithJsonSchema(_CUT_SCHEMA)] = Field(
+        default=False,
+        validation_alias=AliasChoices("truncate", "truncation"),
+        description="What a text that is too long for the model loses; false or none: it is refused.",
+    )
+    truncation_direction: Annotated[Literal["left", "right"], BeforeValidator(lower)] | None = Field(
+        None, description="Which end of a text is cut when truncate is true: right, or left."
+    )
+
+    @property
+    def cut(self) -> Cut:
+        """What a text that is too long loses."""
+        if isinstance(self.truncate, bool):
+            return "none" if not self.truncate else "start" if self.truncation_direction == "left" else "end"
+        return self.truncate
 
     def _idle(self) -> Iterator[str]:
         """Yield the fields that do nothing beside the others."""
@@ -131,7 +142,7 @@ async def embed(
     ``keep_alive`` is how many seconds it stays after this, if the request says so.
     """
     await model.require("embedding")
-    async with _in_use(model, inputs, keep_alive) as worker:
+    async with in_use(model, place_for(model, inputs), keep_alive) as (worker, _):
         return await worker.embed(inputs, embedding)
 
 
@@ -139,29 +150,35 @@ async def rank(
     model: ServedModel, query: str, documents: Sequence[str], *, truncate: bool, keep_alive: float | None = None
 ) -> Embedded:
     """Return what a model that scores pairs makes of each document together with the query, the score first."""
-    async with _in_use(model, [query, *documents], keep_alive) as worker:
+    async with in_use(model, place_for(model, [query, *documents]), keep_alive) as (worker, _):
         return await worker.rank(query, documents, truncate=truncate)
 
 
+def place_for(model: ServedModel, inputs: Sequence[Prompt]) -> Place:
+    """Return a place at a model for texts, or token ids. Raises ``QueueFull``."""
+    return model.embedding_admission.enter(sum(map(sys.getsizeof, inputs)))
+
+
 @contextlib.asynccontextmanager
-async def _in_use(
-    model: ServedModel, inputs: Sequence[Prompt], keep_alive: float | None
-) -> AsyncIterator[WorkerProcess]:
-    """Have the process of a model for one request, within a ``with`` block. Once it is loaded, the request may take as
-    long as the model's time limit says.
+async def in_use(
+    model: ServedModel, place: Place, keep_alive: float | None = None
+) -> AsyncIterator[tuple[WorkerProcess, ServedModel]]:
+    """Have the process of a model, at which the request has a place, within a ``with`` block; and the model that it
+    runs, since another may have taken the name while this one was waited for, or its file have changed. Once it is
+    loaded, the request may take as long as that model's time limit says.
     """
-    place = model.embedding_admission.enter(sum(map(sys.getsizeof, inputs)))
     use = model.use()
     try:
         worker = await use.worker()
+        used = use.model or model
         try:
-            async with asyncio.timeout(model.spec.time_limit) as limit:
-                yield worker
+            async with asyncio.timeout(used.spec.time_limit) as limit:
+                yield worker, used
         except TimeoutError:
             if not limit.expired():
                 raise
             raise TimeLimitExceeded(
-                f"it took longer than the {model.spec.time_limit:g} seconds that this model's `time_limit` leaves"
+                f"it took longer than the {used.spec.time_limit:g} seconds that this model's `time_limit` leaves"
             ) from None
         use.keep(keep_alive)
     finally:

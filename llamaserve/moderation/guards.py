@@ -137,6 +137,11 @@ class Family:
     lead: str | None = None
     generation_prompt: bool = True
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts one text takes."""
+        return sum(len(question.words.asked_behind) for question in self.method.questions)
+
     def is_marked(self, template: str) -> bool:
         """Whether a chat template is one of this family's."""
         return all(re.search(mark, template) for mark in self.marks)
@@ -179,7 +184,7 @@ def _mapped(table: Table, found: Mapping[str, float]) -> Scores:
 # ---- Llama Guard 3, and 4, which has the same categories: "safe", or "unsafe" and a line with "S1,S10"
 
 _LLAMA_GUARD: Table = {
-    "1": ("violence",),  # violent crimes
+    "1": ("violence", "illicit/violent"),  # violent crimes: what enables, encourages or endorses them
     "2": ("illicit",),  # non-violent crimes
     "3": ("illicit",),  # sex-related crimes
     "4": ("sexual/minors",),  # child sexual exploitation
@@ -199,7 +204,7 @@ _LLAMA_VARIABLES: Mapping[str, Any] = {"excluded_category_keys": []}  # the smal
 # ---- Qwen3Guard-Gen: "Safety: Unsafe", and a line with "Categories: Violent, PII"
 
 _QWEN: Table = {
-    "Violent": ("violence",),
+    "Violent": ("violence", "illicit/violent"),  # instructions for violence and weapons, and depictions of it
     "Non-violent Illegal Acts": ("illicit",),
     "Sexual Content or Sexual Acts": ("sexual",),
     "PII": (),

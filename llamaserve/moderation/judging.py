@@ -25,20 +25,30 @@ _TAG = re.compile(
     r"|(start|end)_of_(turn|text|role|image|risk_definition)>)",
     re.IGNORECASE,
 )
+_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+_BLANKS = rf"(?:[^\S{_BREAKS}]|[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff])"  # seen or not
+# What stands before the templates' words for who speaks, at the beginning of a line. Markdown's marks may be around.
+_SPEAKER = re.compile(
+    rf"((?:\A|(?<=[{_BREAKS}]))(?:{_BLANKS}|[#*_])*+)"
+    rf"(?=(?:user|agent|assistant|human|chatbot)(?:{_BLANKS}++(?:message|question|response))?"
+    rf"(?:{_BLANKS}|[*_])*+[:\u02d0\u2236\ua789\ufe13\ufe30\ufe55\uff1a])",
+    re.IGNORECASE,
+)
 
 
 async def judge(text: str, family: Family, render: Render, ask: Ask) -> Verdict:
     """Return what a guard model says of a text. Raises what ``render`` and ``ask`` raise; ``ModelNotCapable`` when the
     chat template leaves the text out; ``EngineError`` when the model answers with nothing that it was asked for.
 
-    The first question is asked alone, so that the others find its prompt evaluated as far as they begin like it.
+    The first question is asked alone, so that the others find its prompt evaluated as far as they begin like it; and
+    those are not rendered before it is answered.
     """
     text = defused(text)
-    first, *others = [await _prompts(text, question, family, render) for question in family.method.questions]
-    answers = [await ask(first)]
-    if others:
-        rest = iter(await ask([prompt for prompts in others for prompt in prompts]))
-        answers += [list(islice(rest, len(prompts))) for prompts in others]
+    first, *others = family.method.questions
+    answers = [await ask(await _prompts(text, first, family, render))]
+    prompts = [await _prompts(text, question, family, render) for question in others]
+    rest = iter(await ask([prompt for some in prompts for prompt in some]))
+    answers += [list(islice(rest, len(some))) for some in prompts]
     return family.method.read(answers)
 
 
@@ -55,6 +65,6 @@ async def _prompts(text: str, question: Question, family: Family, render: Render
 
 def defused(text: str) -> str:
     """Return a text in which nothing is read as a control token, or as the end of what is judged: it could go on with a
-    verdict of its own. A space parts what would be.
+    verdict of its own. A space parts what would be. Lines that name a speaker become quoted ones.
     """
-    return _TAG.sub("< ", text)
+    return _SPEAKER.sub(r"\1> ", _TAG.sub("< ", text))

@@ -1,4 +1,4 @@
-"""A text's words and their parts as numbers of buckets, which a classifier can have weights for.
+"""A text in usual letters, and its words and their parts as numbers of buckets, for which a classifier has weights.
 
 Vectors tell what a text is about; small words, which decide who does what to whom, hardly move them. Parts of words are
 there for spellings that no dictionary has. Which bucket one falls into is a checksum's matter, so that no list of words
@@ -8,6 +8,7 @@ has to be kept; a few share theirs. Source of the idea: Weinberger et al., Featu
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from math import sqrt
@@ -16,6 +17,23 @@ from zlib import crc32
 
 _WORD: Final = re.compile(r"[^\W_]+|[?!]")
 _LENGTHS: Final = (3, 4)  # characters of a part
+_NOT_ASCII: Final = re.compile(r"[^\x00-\x7f]")
+_ACCENTS: Final = ("\u0300", "\u036f")  # put over the character before: the first and the last
+_GROWS: Final = 3  # a character becomes so many at most; some stand for whole sentences
+
+
+def plain(text: str) -> str:
+    """Return a text in usual letters: full-width, mathematical and circled ones become those that they are read as
+    (NFKC), and what can't be seen between letters or is piled on them goes.
+    """
+    return text if text.isascii() else _NOT_ASCII.sub(lambda found: _usual(found[0]), text)
+
+
+def _usual(character: str) -> str:
+    if unicodedata.category(character) == "Cf" or _ACCENTS[0] <= character <= _ACCENTS[1]:
+        return ""
+    usual = unicodedata.normalize("NFKC", character)
+    return usual if usual.isalnum() and len(usual) <= _GROWS else character
 
 
 def buckets(text: str, count: int) -> dict[int, float]:

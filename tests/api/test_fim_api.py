@@ -37,6 +37,7 @@ def coder(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     models.write_text(
         f"defaults: {{context: {CONTEXT}, parallel: 2, flash_attention: off}}\n"
         f"models:\n  coder: {{source: 'file:{folder / 'coder.gguf'}'}}\n"
+        f"  vectors: {{source: 'file:{folder / 'coder.gguf'}', task: embedding}}\n"
     )
     with RunningServer("serve", "coder", "--models-file", str(models)) as running:
         yield running
@@ -187,6 +188,18 @@ def test_a_model_without_the_tokens_says_so(
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("not_supported_error", "not_supported")
     assert "smollm2-135m can't fill in the middle" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(COMPLETIONS, {"prompt": "a"}), (FIM, {"prompt": "a"}), (FIM, {"prompt": "a", "suffix": "b"}), (INFILL, CURSOR)],
+)
+def test_a_model_that_writes_nothing_is_refused_by_the_field_that_names_it(
+    coder: RunningServer, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    response = coder.post(path, body | {"stream": stream, "model": "vectors"})
+    assert "makes embeddings" in assert_error(response, 400, "model_not_capable", "model")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, FIM])

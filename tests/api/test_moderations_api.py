@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +106,7 @@ def moderator(
         "narrow": f"{guards['qwen']}, context: 128",
         "cramped": f"{guards['gemma']}, context: 64",
         "hasty-guard": f"{guards['qwen']}, time_limit: 0.01",
+        "narrow-door": f"{guards['qwen']}, parallel: 1, queue: 0",
     }
     aliases = "guard: qwen, text-moderation-007: gemma"
     path = write_registry(folder / "models.yaml", models, f"{SMALL}, moderation_model: minilm", aliases)
@@ -222,6 +226,15 @@ def test_as_many_inputs_as_may_be(moderator: RunningServer) -> None:
     assert [result["flagged"] for result in results] == [False, True] * 128
 
 
+def test_a_text_that_says_the_same_for_ever_is_judged_as_if_it_said_it_once(moderator: RunningServer) -> None:
+    sentence = "This is a sentence that is so long that there is room for no other one in a chunk of the text."
+    once, often = scores_of(moderator, [sentence, f"{sentence} " * 10_000])
+    assert often == pytest.approx(once, abs=1e-5)
+    start = time.monotonic()
+    moderate(moderator, ["." * 100_000, ". " * 50_000, "?!" * 50_000])
+    assert time.monotonic() - start < 10  # and not the minute that so many tokens take
+
+
 def test_the_classifier_takes_its_model_in_any_quantisation(moderator: RunningServer) -> None:
     texts = [*HARMLESS, *HARMFUL]
     quantised, original = (moderate(moderator, texts, model=name)["results"] for name in ("minilm-q8", "minilm"))
@@ -297,12 +310,25 @@ def test_without_the_classifier_s_model_that_is_nobody_s(lone: RunningServer, na
     raised = {PARENT[each] for each in method.covered if each in PARENT}
     assert {each for each, model in body["category_models"].items() if model} == method.covered | raised
     assert set(body["category_models"].values()) == {name, None}
-    assert (raised != set()) == isinstance(method, Asking)
+    assert (raised - method.covered != set()) == isinstance(method, Asking)
 
 
 def test_the_current_model_judges_if_it_is_a_guard(lone: RunningServer) -> None:
     assert moderate(lone, TEXT)["model"] == "qwen"
     assert_error(lone.post("/v1/embeddings", {"input": TEXT, "model": "qwen"}), 400, "model_not_capable", "model")
+
+
+def test_a_request_is_not_refused_because_of_its_own_questions(moderator: RunningServer) -> None:
+    texts = [TEXT, BAD, *HARMLESS]
+    expected = [pytest.approx(each, rel=1e-3, abs=1e-6) for each in scores_of(moderator, texts, model="qwen")]
+    assert scores_of(moderator, texts, model="narrow-door") == expected
+    long = {"input": [f"{number} {TEXT * 10}" for number in range(256)], "model": "narrow-door"}
+    with unanswered(moderator, MODERATIONS, long):
+        wait_until(lambda: moderator.running > 0)
+        refused = send(moderator, {"input": "x", "model": "narrow-door"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+    wait_until(lambda: send(moderator, {"input": "x", "model": "narrow-door"}).status_code == 200)
 
 
 def test_a_verdict_that_is_stopped_is_no_answer(lone: RunningServer) -> None:
@@ -315,17 +341,59 @@ def test_a_verdict_that_is_stopped_is_no_answer(lone: RunningServer) -> None:
     assert moderate(lone, TEXT)["model"] == "qwen"
 
 
+def test_a_guard_is_answered_for_if_the_classifier_fails(
+    guards: dict[str, str], embedding_model: Path, tmp_path: Path
+) -> None:
+    models: dict[str, Path | str] = {
+        "qwen": guards["qwen"],
+        "minilm": f"source: 'file:{embedding_model}', lora: [{{source: 'file:{tmp_path / 'none.gguf'}'}}]",
+    }
+    with RunningServer("serve", "--models-file", str(write_registry(tmp_path / "models.yaml", models))) as server:
+        assert send(server, {"input": TEXT, "model": "minilm"}).status_code == 500
+        body = moderate(server, TEXT, model="qwen")
+        assert {name for name, by in body["category_models"].items() if by} == FAMILY["qwen"].method.covered
+        assert max(body["results"][0]["category_scores"].values()) > 0
+        assert_error(send(server, {"input": ["x", 5], "model": "qwen"}), 400, None, "input[1]")
+
+
+def test_a_guard_and_the_classifier_do_not_drive_each_other_out(
+    guards: dict[str, str], embedding_model: Path, tmp_path: Path
+) -> None:
+    models: dict[str, Path | str] = {"qwen": guards["qwen"], "minilm": embedding_model}
+    path = write_registry(tmp_path / "models.yaml", models)
+    command = [sys.executable, "-m", "llamaserve", "plan", "--json", "--models-file", str(path)]
+    plans = [subprocess.run([*command, name], capture_output=True, check=True, timeout=LIMIT) for name in models]
+    need = max(json.loads(plan.stdout)["models"][0]["need"]["host"] for plan in plans)
+    with RunningServer(
+        "serve", "--models-file", str(path), environment={"LLAMASERVE_MEMORY": str(int(1.2 * need))}
+    ) as server:
+        for _ in range(2):
+            assert moderate(server, TEXT, model="minilm")["model"] == "minilm"
+            assert loaded(server) == ["minilm"]
+            for _ in range(2):
+                body = moderate(server, TEXT, model="qwen")
+                assert {name for name, by in body["category_models"].items() if by} == FAMILY["qwen"].method.covered
+                assert loaded(server) == ["qwen"]
+        with ThreadPoolExecutor(1) as threads:  # nor does one wait for the other for ever
+            sent = threads.submit(moderate, server, [f"{number} {TEXT}" for number in range(20)], model="qwen")
+            wait_until(lambda: server.running > 0)
+            assert moderate(server, TEXT, model="minilm")["model"] == "minilm"
+            assert len(sent.result()["results"]) == 20
+
+
 def test_a_text_that_is_too_long_for_a_guard_is_judged_in_parts(moderator: RunningServer) -> None:
-    parts = [" ".join(f"{text} {number}" for number in range(2)) for text in (TEXT, BAD.replace(".", ","))]
-    assert_error(
-        moderator.post("/v1/internal/logits", {"model": "narrow", "prompt": GUARDS["qwen"] + "\n".join(parts) * 2}),
-        *(400, "context_length_exceeded", "prompt"),
-    )
+    parts = [" ".join(f"{text} {number}" for number in range(3)) for text in (TEXT, BAD.replace(".", ","))]
     whole = f"{parts[0]}\n\n{parts[1]}"
+    assert_error(
+        moderator.post("/v1/chat/completions", {"model": "narrow", "messages": [{"role": "user", "content": whole}]}),
+        *(400, "context_length_exceeded", "messages"),
+    )
     assert halves(whole) == (f"{parts[0]}\n\n", parts[1])
-    each = scores_of(moderator, parts, model="narrow")
+    each = scores_of(moderator, [*halves(whole)], model="narrow")
     (together,) = scores_of(moderator, whole, model="narrow")
-    for category in FAMILY["qwen"].method.covered - set(PARENT.values()):
+    leaves = FAMILY["qwen"].method.covered - set(PARENT.values())  # which nobody else raises
+    assert leaves
+    for category in leaves:
         assert together[category] == pytest.approx(highest(*each)[category], rel=1e-3)
 
 
@@ -376,6 +444,29 @@ def test_a_default_that_is_missing_is_named_with_the_command_that_fetches_it(tmp
         path.write_text(path.read_text().replace("moderation_model: minilm", ""))
         wait_until(lambda: send(server, {"input": "x"}).status_code == 503)
         assert "moderation_model" in assert_error(send(server, {"input": "x"}), 503, "model_not_loaded")
+
+
+def test_what_is_judged_with_is_what_was_loaded(
+    guards: dict[str, str], starter_model: Path, embedding_model: Path, tmp_path: Path
+) -> None:
+    """A file may change between the look at it and its use."""
+    guard, classifier = tmp_path / "guard.gguf", tmp_path / "classifier.gguf"
+    guard.symlink_to(guards["qwen"].split("'")[1].removeprefix("file:"))
+    classifier.symlink_to(embedding_model)
+    models: dict[str, Path | str] = {
+        "guard": f"source: 'file:{guard}', task: moderation",
+        "classifier": f"source: 'file:{classifier}', task: embedding",
+    }
+    path = write_registry(tmp_path / "models.yaml", models)
+    with RunningServer("serve", "--models-file", str(path)) as server:
+        for model in models:
+            assert moderate(server, "x", model=model, keep_alive=0)["model"] == model
+        wait_until(lambda: not loaded(server))
+        for link, other in ((guard, starter_model), (classifier, RankModel().write(tmp_path / "other.gguf"))):
+            link.unlink()
+            link.symlink_to(other)
+        for model in models:
+            assert_error(send(server, {"input": "x", "model": model}), 400, "model_not_capable", "model")
 
 
 def test_a_model_stays_as_long_as_a_request_says(moderator: RunningServer) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rank_model import RankModel
 
-from llamaserve.api.vectors import embed, rank
+from llamaserve.api.vectors import embed, in_use, place_for, rank
 from llamaserve.engine.events import Embedded
 from llamaserve.engine.params import Embedding, Footprint
-from llamaserve.errors import QueueFull
+from llamaserve.errors import QueueFull, TimeLimitExceeded
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import MAX_EMBEDDING_TEXT, ServedModel
 from llamaserve.registry.spec import load_registry
@@ -58,6 +58,10 @@ def test_what_waits_is_counted_by_its_size(listed: Path, name: str, work: Work) 
         others.leave()
         assert model.embedding_admission.open == 0
 
+    run(listed, test)
+
+
+def run(listed: Path, test: Callable[[ModelPool], Awaitable[None]]) -> None:
     async def run() -> None:
         pool = ModelPool(load_registry(listed), (), budget=lambda _devices: Footprint(1 << 40))
         try:
@@ -66,3 +70,20 @@ def test_what_waits_is_counted_by_its_size(listed: Path, name: str, work: Work) 
             await pool.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_is_done_with_a_model_is_within_its_time_limit(listed: Path) -> None:
+    listed.write_text(f"defaults: {{time_limit: 0.2}}\n{listed.read_text()}")
+
+    async def test(pool: ModelPool) -> None:
+        model = pool.get("vectors")
+        with pytest.raises(TimeLimitExceeded, match=r"0\.2 seconds that this model's `time_limit`"):
+            async with in_use(model, place_for(model, ["x"])):
+                await asyncio.sleep(60)
+        with pytest.raises(TimeoutError):
+            async with in_use(model, place_for(model, ["x"])):
+                raise TimeoutError
+        assert model.embedding_admission.open == 0
+        assert not model.busy
+
+    run(listed, test)
