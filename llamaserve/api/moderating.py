@@ -16,9 +16,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, TypeVar
 
-from llamaserve.api.generating import new_id
 from llamaserve.api.services import Services
 from llamaserve.api.vectors import in_use, place_for, places
+from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.modes import ModelTemplate, Style
 from llamaserve.chat.preparation import ChatWish
 from llamaserve.engine.events import Embedded, Finished
@@ -26,10 +26,10 @@ from llamaserve.engine.params import Embedding, Generation, NextToken, Sampling
 from llamaserve.errors import (
     ChatTemplateError,
     ContextLengthExceeded,
-    EngineError,
     InvalidRequest,
-    ModelError,
+    LlamaserveError,
     ModelNotCapable,
+    QueueFull,
     Unavailable,
 )
 from llamaserve.moderation.categories import CATEGORIES, PARENT, Scores
@@ -44,7 +44,6 @@ from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
 from llamaserve.registry.tasks import pooling_of, task_of
 from llamaserve.worker.process import WorkerProcess
-from llamaserve.worker.supervisor import Status
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ T = TypeVar("T")
 
 _NOTHING: Final = Scores.of({})
 _SHORTEST: Final = 64  # characters; what is shorter is not cut in two
+_CHARACTERS: Final = 16  # of a token; what has more than so many times the context is cut before it is looked at
 _AT_ONCE: Final = 256  # chunks
 _LOOK: Final = Generation(sampling=Sampling(seed=0), max_tokens=0, next_token=NextToken(TOP))
 _BREAKS: Final = (  # where a text may be cut in two, the best places first
@@ -158,6 +158,8 @@ async def _of_chunks(
         for chunk in each:
             owners.setdefault(chunk, number)
     inputs, numbers = [*owners], [*owners.values()]
+    if not inputs:  # nothing in them can be seen
+        return [_NOTHING] * len(texts)
     with places(lambda number: place(numbers[number])):
         embedded = await worker.embed(inputs, Embedding())
     found = dict(zip(inputs, await _scores(heads, embedded, inputs), strict=True))
@@ -193,24 +195,21 @@ def _classifier(pool: ModelPool) -> ServedModel | None:
 
 async def _by_classifier(pool: ModelPool, texts: Sequence[str], place: Callable[[int], str]) -> Judgement | None:
     """Return what the classifier says for the categories that a guard leaves; None if it can't: nobody is refused a
-    guard's verdict for that, or has the guard leave memory. What is wrong with the request itself is raised.
+    guard's verdict for that, or has the guard leave memory. Raises ``QueueFull``, since what is said of a text should
+    not hang on how much there is to do.
     """
     model = await asyncio.to_thread(_classifier, pool)
     if model is None:
         return None
     try:
-        if await _is_at_hand(model):
+        if await model.is_at_hand():
             return await _by_heads(model, texts, place)
-        logger.warning("%s judges nothing that a guard leaves: it has no room beside the models in memory", model.name)
-    except (Unavailable, EngineError, ModelError, ModelNotCapable) as error:
+        logger.info("%s judges nothing that a guard leaves: it has no room beside the models in memory", model.name)
+    except QueueFull:
+        raise
+    except LlamaserveError as error:  # of its own, as the guard has taken the texts
         logger.warning("%s judges nothing that a guard leaves: %s", model.name, error.message)
     return None
-
-
-async def _is_at_hand(model: ServedModel) -> bool:
-    """Whether a model can be used without another's leaving memory. Raises why it can't be used at all."""
-    here = model.status in (Status.LOADED, Status.LOADING) and not model.leaving
-    return here or await model.has_room()
 
 
 def _check(heads: Heads, model: ServedModel, header: GGUFHeader) -> None:
@@ -246,7 +245,9 @@ async def _verdicts(
     sequences = min(model.spec.parallel, len(texts) * family.prompts)
     async with in_use(model, model.admission.enter(sequences), keep_alive) as (worker, used):
         await used.require("moderation")
-        guard = _Guard(services, worker, used, await _family(used), sequences)  # again, for that is what was loaded
+        guard = _Guard(
+            services.conversations, worker, used, await _family(used), sequences
+        )  # again, for that is what was loaded
         return guard.family, await guard.judge(texts, place)
 
 
@@ -259,10 +260,10 @@ class _Guard:
     """A guard model that is held, and what one request asks it: no more than so many sequences at once."""
 
     def __init__(
-        self, services: Services, worker: WorkerProcess, model: ServedModel, family: Family, sequences: int
+        self, conversations: Conversations, worker: WorkerProcess, model: ServedModel, family: Family, sequences: int
     ) -> None:
         self.family = family
-        self._services = services
+        self._conversations = conversations
         self._worker = worker
         self._model = model
         header = model.header
@@ -287,7 +288,8 @@ class _Guard:
     async def _verdict(self, text: str, place: str) -> Verdict:
         """Return the verdict on a text; on one that the context has no room for, what is worst in its parts."""
         try:
-            return await judge(text, self.family, self._render, partial(self._ask, place))
+            if len(text) <= self._model.context * _CHARACTERS:
+                return await judge(text, self.family, self._render, partial(self._ask, place))
         except ContextLengthExceeded:
             if len(text) < _SHORTEST:
                 raise
@@ -301,7 +303,7 @@ class _Guard:
     async def _render(self, text: str, variables: dict[str, object], asks: bool) -> str:
         messages = [{"role": "user", "content": text}]
         wish = ChatWish(messages, self._template, Style(generation_prompt=asks), variables=variables)
-        return (await self._services.conversations.prepare(wish)).prompt
+        return (await self._conversations.prepare(wish)).prompt
 
     async def _ask(self, place: str, prompts: Sequence[str]) -> list[NextTokens]:
         """Return what could come next after each of the prompts; ``place`` is the field that they are from."""
@@ -310,8 +312,6 @@ class _Guard:
     async def _next(self, place: str, prompt: str) -> NextTokens:
         async with self._turns:
             stream = self._worker.generate([prompt], _LOOK)
-            number = new_id("modr")
-            self._services.running[number] = stream
             try:
                 await stream.accepted()
                 if self._model.closing:  # and all that was generated has been told so before this came
@@ -322,10 +322,9 @@ class _Guard:
                     error.param = place
                 raise
             finally:
-                self._services.running.pop(number)
                 stream.close()
         if not all(found):
-            raise Unavailable("it was stopped before all was judged")
+            raise Unavailable("it was stopped before all was judged", retry_after=1)
         return next_tokens(found[0])
 
 

@@ -11,6 +11,7 @@ from itertools import islice
 
 from llamaserve.errors import ModelNotCapable
 from llamaserve.moderation.guards import Family, Question, Verdict
+from llamaserve.moderation.spelling import plain
 from llamaserve.moderation.words import NextTokens
 
 # Returns the prompt for a message of the user's, with variables for the chat template, and whether that asks for an
@@ -25,13 +26,10 @@ _TAG = re.compile(
     r"|(start|end)_of_(turn|text|role|image|risk_definition)>)",
     re.IGNORECASE,
 )
-_BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
-_BLANKS = rf"(?:[^\S{_BREAKS}]|[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff])"  # seen or not
-# What stands before the templates' words for who speaks, at the beginning of a line. Markdown's marks may be around.
+# The beginning of a line that says who speaks, in the templates' words. Marks may be around: Markdown's, brackets.
 _SPEAKER = re.compile(
-    rf"((?:\A|(?<=[{_BREAKS}]))(?:{_BLANKS}|[#*_])*+)"
-    rf"(?=(?:user|agent|assistant|human|chatbot)(?:{_BLANKS}++(?:message|question|response))?"
-    rf"(?:{_BLANKS}|[*_])*+[:\u02d0\u2236\ua789\ufe13\ufe30\ufe55\uff1a])",
+    r"(?:_|[^\w>])*+(?:user|agent|assistant|human|chatbot)(?:\s++(?:message|question|response))?"
+    r"(?:_|[^\w:\u02d0\u2236\ua789\ufe13\ufe30\ufe55\uff1a])*+[:\u02d0\u2236\ua789\ufe13\ufe30\ufe55\uff1a]",
     re.IGNORECASE,
 )
 
@@ -67,4 +65,5 @@ def defused(text: str) -> str:
     """Return a text in which nothing is read as a control token, or as the end of what is judged: it could go on with a
     verdict of its own. A space parts what would be. Lines that name a speaker become quoted ones.
     """
-    return _SPEAKER.sub(r"\1> ", _TAG.sub("< ", text))
+    lines = _TAG.sub("< ", text).splitlines(keepends=True)
+    return "".join(f"> {line}" if _SPEAKER.match(plain(line)) else line for line in lines)

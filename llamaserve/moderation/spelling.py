@@ -18,7 +18,9 @@ from zlib import crc32
 _WORD: Final = re.compile(r"[^\W_]+|[?!]")
 _LENGTHS: Final = (3, 4)  # characters of a part
 _NOT_ASCII: Final = re.compile(r"[^\x00-\x7f]")
-_ACCENTS: Final = ("\u0300", "\u036f")  # put over the character before: the first and the last
+# What can't be seen, but for Unicode's format characters, and what is put over or around the character before.
+_UNSEEN: Final = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_MARKS: Final = re.compile(r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]")
 _GROWS: Final = 3  # a character becomes so many at most; some stand for whole sentences
 
 
@@ -26,11 +28,13 @@ def plain(text: str) -> str:
     """Return a text in usual letters: full-width, mathematical and circled ones become those that they are read as
     (NFKC), and what can't be seen between letters or is piled on them goes.
     """
-    return text if text.isascii() else _NOT_ASCII.sub(lambda found: _usual(found[0]), text)
+    if text.isascii():
+        return text
+    return _NOT_ASCII.sub(lambda found: _usual(found[0]), unicodedata.normalize("NFC", text))
 
 
 def _usual(character: str) -> str:
-    if unicodedata.category(character) == "Cf" or _ACCENTS[0] <= character <= _ACCENTS[1]:
+    if unicodedata.category(character) == "Cf" or _UNSEEN.match(character) or _MARKS.match(character):
         return ""
     usual = unicodedata.normalize("NFKC", character)
     return usual if usual.isalnum() and len(usual) <= _GROWS else character

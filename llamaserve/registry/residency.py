@@ -94,6 +94,11 @@ class Residency:
         """Whether a model stands in the queue."""
         return occupant in self._queue
 
+    @property
+    def crowded(self) -> bool:
+        """Whether models wait for room."""
+        return bool(self._queue)
+
     def has_room_for(self, need: Footprint) -> bool:
         """Whether a model would get in now without anybody's leaving, were nobody in the queue."""
         return (self._needed() + need).fits(self.budget)

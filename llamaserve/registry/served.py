@@ -271,7 +271,7 @@ class ServedModel:
         """Return its process to a ``Use``, loading it first if need be. Raises ``_Replaced``."""
         while True:
             if self._facilities.closing:
-                raise Unavailable("the server is being shut down")
+                raise Unavailable("the server is being shut down", retry_after=1)
             if self._leaving is not None or self._departure is not None:
                 await self._gone.wait()
             elif self.live_worker is None:
@@ -394,6 +394,16 @@ class ServedModel:
         devices = await self._facilities.devices()
         residency = self._facilities.residency
         return residency.has_room_for((await asyncio.to_thread(self._plan, residency.budget, devices)).need)
+
+    async def is_at_hand(self) -> bool:
+        """Whether a request could use it with no other model's leaving memory or being waited for; if it is just
+        leaving itself, it may come back after that. Raises why it can't be loaded at all.
+        """
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
+        if self._departure is not None or self._facilities.residency.crowded:
+            return False
+        return self._facilities.residency.admits(self) or await self.has_room()
 
     async def vacate(self) -> None:
         """Leave memory for another model."""

@@ -213,6 +213,11 @@ def test_a_text_without_anything_is_in_no_category(moderator: RunningServer, emp
     assert scores_of(moderator, empty, model=model) == [dict.fromkeys(CATEGORIES, 0.0)]
 
 
+@pytest.mark.parametrize("unseen", ["\u200b", "\ufeff\u2060", "\u00ad\u0301", ["\u200b", "\u2060 "]])
+def test_what_can_t_be_seen_is_in_no_category(moderator: RunningServer, unseen: object) -> None:
+    assert {tuple(scores.values()) for scores in scores_of(moderator, unseen)} == {(0.0,) * len(CATEGORIES)}
+
+
 def test_one_bad_sentence_in_a_long_text_is_found(moderator: RunningServer) -> None:
     page = [f"{text} Number {number}." for number in range(40) for text in HARMLESS[:2]]
     texts = [" ".join(sentences) for sentences in (page, [*page[:30], BAD, *page[30:]])]
@@ -354,6 +359,17 @@ def test_a_guard_is_answered_for_if_the_classifier_fails(
         assert {name for name, by in body["category_models"].items() if by} == FAMILY["qwen"].method.covered
         assert max(body["results"][0]["category_scores"].values()) > 0
         assert_error(send(server, {"input": ["x", 5], "model": "qwen"}), 400, None, "input[1]")
+
+
+def test_a_guard_is_answered_for_if_a_text_is_too_long_for_the_classifier(
+    guards: dict[str, str], embedding_model: Path, tmp_path: Path
+) -> None:
+    models: dict[str, Path | str] = {"qwen": guards["qwen"], "minilm": f"source: 'file:{embedding_model}', context: 64"}
+    text = "a1b2c3d4e5f6g7h8i9-+=@" * 5
+    with RunningServer("serve", "--models-file", str(write_registry(tmp_path / "models.yaml", models))) as server:
+        assert_error(send(server, {"input": text, "model": "minilm"}), 400, "context_length_exceeded", "input")
+        body = moderate(server, text, model="qwen")
+        assert {name for name, by in body["category_models"].items() if by} == FAMILY["qwen"].method.covered
 
 
 def test_a_guard_and_the_classifier_do_not_drive_each_other_out(

@@ -43,7 +43,9 @@ def test_the_buckets_are_the_same_in_every_process() -> None:
         ("\uff2b\uff49\uff4c\uff4c", "Kill"),  # full-width
         ("\U0001d40a\U0001d422\U0001d425\U0001d425", "Kill"),  # mathematical bold
         ("k\u200bi\u00adl\ufeffl", "kill"),
-        ("k\u0336i\u0336l\u0301l", "kill"),
+        ("k\u0336i\u0336l\u20ddl", "kill"),
+        ("k\ufe0fi\u3164l\u2800l", "kill"),
+        ("cafe\u0301", "caf\u00e9"),
         ("na\u00efve \ud55c\uad6d \u0915\u093f", "na\u00efve \ud55c\uad6d \u0915\u093f"),
         ("\u24c0ill \u32bf\uff01", "Kill 50\uff01"),  # circled; what ends sentences stays
         ("\ufdfa", "\ufdfa"),  # a sentence of eighteen letters

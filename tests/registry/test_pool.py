@@ -202,6 +202,37 @@ def test_a_model_that_answers_is_waited_for(three: Path, starter_model: Path) ->
     run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
 
 
+def test_at_hand_is_what_needs_nobody_to_leave(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        one, two, other = (house.pool.get(name) for name in ("a", "b", "c"))
+        assert await one.is_at_hand()
+        await house.say("a", keep_alive=0)
+        assert one.leaving
+        assert await one.is_at_hand()  # there is room for it once it has left
+        use = one.use()
+        loading = asyncio.create_task(use.worker())
+        await until(lambda: one.status is Status.LOADING and not one.waits_for_room)
+        assert await one.is_at_hand()
+        await loading
+        assert not await two.is_at_hand()
+        waiting = asyncio.create_task(house.say("c"))
+        await until(lambda: other.waits_for_room)
+        assert [await each.is_at_hand() for each in (one, two, other)] == [False] * 3
+        use.leave()
+        await waiting
+        assert [await each.is_at_hand() for each in (one, two, other)] == [False, False, True]
+        await other.unload("test")
+        held = two.use()
+        await held.worker()
+        leaving = asyncio.create_task(two.unload_when_done("test"))
+        await asyncio.sleep(0)
+        assert not await two.is_at_hand()
+        held.leave()
+        await leaving
+
+    run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
+
+
 def test_a_model_that_can_never_fit_is_refused_with_numbers_and_disturbs_nobody(
     tmp_path: Path, starter_model: Path
 ) -> None:
