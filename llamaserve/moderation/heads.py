@@ -25,6 +25,7 @@ from llamaserve.moderation.spelling import buckets
 from llamaserve.registry.gguf import GGUFHeader
 
 FILE: Final = Path(__file__).resolve().parent / "heads.json"
+_DOUBTED: Final = 64  # chunks; more count no more, or it would pay to hide something among very many
 SHA256_KEY: Final = "llamaserve.converted.sha256"  # in a GGUF file: the sum of the weights that it was made from
 
 Weights = tuple[float, ...]
@@ -146,10 +147,11 @@ class Heads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def merged(chunks: Sequence[Scores]) -> Scores:
     """Return the scores of a text from those of its chunks: the highest in each category, and lower the more chunks
-    there are, as each is a chance to be wrong. The odds are divided by the square root of their number: with less, too
-    many long harmless texts are flagged, with more, harmful sentences among others are missed (docs/moderation.md).
+    there are, as each is a chance to be wrong. The odds are divided by the square root of their number, as far as that
+    counts: with less, too many long harmless texts are flagged, with more, harmful sentences among others are missed
+    (docs/moderation.md).
     """
-    doubt = sqrt(max(len(chunks), 1))
+    doubt = sqrt(min(max(len(chunks), 1), _DOUBTED))
     highest = Scores.merged(*chunks).values
     return Scores({name: score / (score + (1.0 - score) * doubt) for name, score in highest.items()})
 

@@ -16,16 +16,20 @@ from llamaserve.moderation.categories import CATEGORIES
 
 FOLDER: Final = Path(__file__).resolve().parent / "sentences"
 BENIGN: Final = "benign"
+PEOPLE: Final = "benign_people"  # says who somebody is, which classifiers like to take for hate
 DANGEROUS: Final = "benign_dangerous"  # looks so, and is not
+HARMLESS: Final = (BENIGN, PEOPLE, DANGEROUS)
+LEAST: Final = 10  # sentences of a kind; with fewer, some fold has none
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence; its ``kind`` is a category, ``BENIGN`` or ``DANGEROUS``."""
+    """A sentence; its ``kind`` is a category or one of ``HARMLESS``. ``subtle`` ones were written to be hard."""
 
     text: str
     kind: str
     style: str
+    subtle: bool = False
 
     @property
     def is_harmful(self) -> bool:
@@ -54,6 +58,13 @@ class Data:
         """The names of the files."""
         return sorted({sentence.style for sentence in self.sentences})
 
+    def check(self) -> None:
+        """Raise ``ValueError`` when there is too little of some kind to learn from and to measure with."""
+        counts = Counter(sentence.kind for sentence in self.sentences)
+        few = [f"{counts[kind]} of {kind}" for kind in (*CATEGORIES, BENIGN, DANGEROUS) if counts[kind] < LEAST]
+        if few:
+            raise ValueError(f"there must be at least {LEAST} sentences of each kind, and there are {', '.join(few)}")
+
     @property
     def sha256(self) -> str:
         """The sum of all that heads learn from, by which it shows whether a file of heads is of these sentences."""
@@ -71,6 +82,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     benign: tuple[str, ...]
     benign_dangerous: tuple[str, ...]
     long: tuple[_Long, ...]
+    benign_people: tuple[str, ...] = ()
+    subtle: bool = False
 
 
 def read(folder: Path = FOLDER) -> Data:
@@ -87,8 +100,12 @@ def read(folder: Path = FOLDER) -> Data:
         named = {*file.harmful, *(name for long in file.long for name in long.categories)}
         if unknown := named - set(CATEGORIES):
             raise ValueError(f"{path.name} has categories that there are not: {', '.join(sorted(unknown))}")
-        kinds = {**file.harmful, BENIGN: file.benign, DANGEROUS: file.benign_dangerous}
-        sentences += [Sentence(text, kind, path.stem) for kind, texts in kinds.items() for text in texts]
+        harmless = {BENIGN: file.benign, PEOPLE: file.benign_people, DANGEROUS: file.benign_dangerous}
+        sentences += [
+            Sentence(text, kind, path.stem, file.subtle)
+            for kind, texts in (file.harmful | harmless).items()
+            for text in texts
+        ]
         long_texts += [LongText(long.text, frozenset(long.categories), path.stem) for long in file.long]
     if not sentences:
         raise ValueError(f"{folder} has no sentences")

@@ -4,45 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moderation.data import BENIGN, DANGEROUS, Data
-from moderation.evaluation import LEAST_ACCURACY, MOST_FALSE, Counts, Report
+from moderation.data import BENIGN, DANGEROUS, PEOPLE, Data
+from moderation.evaluation import LEAST_ACCURACY, LEAST_SENTENCES, MOST_FALSE, Counts, Report, total
 from moderation.training import FOLDS
 
-_KINDS = {"harmful": "harmful", BENIGN: "harmless", DANGEROUS: "harmless that look dangerous"}
+_KINDS = {
+    "harmful": "harmful",
+    BENIGN: "harmless",
+    PEOPLE: "harmless that say who somebody is",
+    DANGEROUS: "harmless that look dangerous",
+}
 
 
 def as_markdown(report: Report, data: Data) -> str:
     """Return all tables."""
     head = (
         f"{len(data.sentences)} sentences in {len(data.styles)} styles: "
-        + ", ".join(f"{report.cross_validation.all[kind]} {name}" for kind, name in _KINDS.items())
+        + ", ".join(f"{report.divisions[0].all[kind]} {name}" for kind, name in _KINDS.items())
         + f"; {len(data.long_texts)} longer texts"
     )
-    return "\n\n".join([head, _flagged(report), _categories(report), _longer(report)]) + "\n"
+    return "\n\n".join([head, _divisions(report), _flagged(report), _categories(report), _longer(report)]) + "\n"
 
 
 def goals(report: Report) -> str:
     """Return what is asked of the classifier, and whether it is met."""
-    counts = report.cross_validation
     verdict = "met" if report.meets_goals else "MISSED"
     return (
-        f"goals {verdict}: accuracy {counts.accuracy:.3f} (at least {LEAST_ACCURACY}), "
-        f"flagged of what only looks dangerous {counts.share(DANGEROUS):.3f} (at most {MOST_FALSE})"
+        f"goals {verdict}: at least {LEAST_SENTENCES} sentences that are not subtle; in each division an accuracy of "
+        f"{LEAST_ACCURACY} on them, and at most {_percent(MOST_FALSE)} flagged of all that only looks dangerous"
+    )
+
+
+def _divisions(report: Report) -> str:
+    rows = []
+    for name, counts in (("not subtle", report.direct), ("all", report.divisions)):
+        accuracies = [each.accuracy for each in counts]
+        false = [each.share(DANGEROUS) for each in counts]
+        rows.append(
+            [
+                f"{name}, {sum(counts[0].all.values())}",
+                f"{min(accuracies):.3f} to {max(accuracies):.3f}",
+                f"{_percent(min(false))} to {_percent(max(false))}",
+            ]
+        )
+    return _table(
+        [f"sentences, {len(report.divisions)} divisions", "accuracy", "flagged of what only looks dangerous"], rows
     )
 
 
 def _flagged(report: Report) -> str:
     rows = [
-        _row(f"{FOLDS}-fold cross-validation", report.cross_validation),
-        _row("a style never seen", report.unseen_together),
-        *(_row(f"never seen: {style}", counts) for style, counts in report.unseen.items()),
+        _row(f"{FOLDS}-fold cross-validation, not subtle", total(report.direct)),
+        _row(f"{FOLDS}-fold cross-validation, all", total(report.divisions)),
     ]
-    heading = ["judged by", "accuracy", "flagged of harmful", "of harmless", "of what only looks dangerous"]
+    if report.unseen:
+        rows.append(_row("a style never seen", total([*report.unseen.values()])))
+    rows += [_row(f"never seen: {style}", counts) for style, counts in report.unseen.items()]
+    heading = [
+        "judged by",
+        "accuracy",
+        "flagged of harmful",
+        "of harmless",
+        "of who somebody is",
+        "of what only looks dangerous",
+    ]
     return _table(heading, rows)
 
 
 def _row(name: str, counts: Counts) -> list[str]:
-    return [name, f"{counts.accuracy:.3f}", *(_percent(counts.share(kind)) for kind in ("harmful", BENIGN, DANGEROUS))]
+    return [name, f"{counts.accuracy:.3f}", *(_percent(counts.share(kind)) for kind in _KINDS)]
 
 
 def _categories(report: Report) -> str:
@@ -58,13 +88,13 @@ def _longer(report: Report) -> str:
     rows = [
         ["written, harmless", counts.flagged[BENIGN], counts.all[BENIGN]],
         ["written, with something harmful", counts.flagged["harmful"], counts.all["harmful"]],
-        *([f"12 sentences, {kind}", flagged, everything] for kind, (flagged, everything) in report.mixed.items()),
+        *([kind, flagged, everything] for kind, (flagged, everything) in report.mixed.items()),
     ]
     return _table(["longer texts", "flagged", "of"], [[str(cell) for cell in row] for row in rows])
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f} %" if share == share else ""
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -135,7 +135,9 @@ def words_of(texts: Sequence[str]) -> Array:
 
 
 def train(vectors: Vectors, words: Array, sentences: Sequence[Sentence], seed: int = 0) -> Classifier:
-    """Return a classifier that has learned from all of the sentences."""
+    """Return a classifier that has learned from all of the sentences. Raises ``ValueError`` when nothing can be learned
+    from them.
+    """
     fold, held_out = folds(sentences, seed), np.empty((len(sentences), 2))
     for number in range(FOLDS):
         rest, part = fold != number, fold == number
@@ -145,6 +147,8 @@ def train(vectors: Vectors, words: Array, sentences: Sequence[Sentence], seed: i
         held_out[part] = _together(harm(space.features(vectors[part], words[part])))
     harmful = np.array([[each.is_harmful] for each in sentences])
     strength, share = regress(held_out, harmful, np.ones_like(harmful), penalty=1e-3).weights[:, 0]
+    if not strength > 0:
+        raise ValueError("what was learned from some of the sentences says nothing about the others")
     only_looks_so = np.array([each.kind == DANGEROUS for each in sentences])
     offset = -np.quantile(held_out[only_looks_so] @ np.array([strength, share]), 1 - ACCEPTED)
     space, harm = _harm(vectors, words, sentences)

@@ -150,6 +150,13 @@ def test_more_chunks_must_be_surer(scores: list[Scores]) -> None:
     )
 
 
+def test_no_number_of_chunks_hides_what_is_harmful() -> None:
+    def padded(chunks: int) -> float:
+        return merged([Scores.of({"hate": 0.9}), *[Scores.of({})] * (chunks - 1)]).values["hate"]
+
+    assert 0.5 < padded(64) == padded(10_000) < padded(63)
+
+
 def test_four_chunks_halve_the_odds() -> None:
     chunks = [Scores.of({"hate": 0.5}), *[Scores.of({})] * 3]
     assert merged(chunks).values["hate"] == pytest.approx(1 / 3)

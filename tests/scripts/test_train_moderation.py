@@ -11,9 +11,10 @@ from types import ModuleType
 import msgspec
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings, strategies as st
 from moderation import evaluation, training
-from moderation.data import BENIGN, DANGEROUS, Data, LongText, Sentence, read
+from moderation.data import BENIGN, DANGEROUS, PEOPLE, Data, LongText, Sentence, read
 from moderation.embedding import Vectors, embed
 from moderation.evaluation import Counts, Material, Report
 from moderation.tables import as_markdown, goals
@@ -24,7 +25,7 @@ from llamaserve.moderation.heads import FILE, load_heads
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 30
 LEAST = {name: 12 if name in ("hate", "harassment", "violence", "sexual", "illicit") else 8 for name in CATEGORIES}
-LEAST |= {BENIGN: 60, DANGEROUS: 60}
+LEAST |= {BENIGN: 40, DANGEROUS: 60}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,10 @@ def made_up(count: int = 6) -> tuple[list[Sentence], Vectors]:
     random = np.random.default_rng(3)
     sentences, vectors = [], []
     for style in ("one", "other"):
-        for place, kind in enumerate((*CATEGORIES, BENIGN, DANGEROUS)):
+        for place, kind in enumerate((*CATEGORIES, BENIGN, PEOPLE, DANGEROUS)):
             for number in range(count):
-                sentences.append(Sentence(f"{kind.replace('/', ' ')} {style} {number}", kind, style))
+                text = f"{kind.replace('/', ' ')} {style} {number}"
+                sentences.append(Sentence(text, kind, style, subtle=style == "other"))
                 vectors.append(random.normal(0, 0.1, WIDTH))
                 vectors[-1][place] += 1.0
     found = np.array(vectors)
@@ -69,14 +71,15 @@ def test_every_style_has_enough_sentences_of_every_kind(data: Data) -> None:
     assert len(data.styles) >= 3
     counts = Counter((each.style, each.kind) for each in data.sentences)
     assert {each for style in data.styles for each in LEAST if counts[style, each] < LEAST[each]} == set()
-    assert len(data.sentences) >= 400
+    assert sum(each.kind == PEOPLE for each in data.sentences) >= 100
+    data.check()
 
 
-def test_every_style_has_longer_texts_of_both_sorts(data: Data) -> None:
+def test_a_style_has_longer_texts_of_both_sorts_or_none(data: Data) -> None:
     for style in data.styles:
         texts = [each for each in data.long_texts if each.style == style]
         harmless = sum(not each.categories for each in texts)
-        assert min(harmless, len(texts) - harmless) >= 2
+        assert not texts or min(harmless, len(texts) - harmless) >= 2
         assert all(80 <= len(each.text.split()) <= 250 for each in texts)
 
 
@@ -106,6 +109,15 @@ def test_a_file_with_mistakes_is_refused(content: str, reason: str, tmp_path: Pa
     (tmp_path / "style.yaml").write_text(content)
     with pytest.raises(ValueError, match=reason):
         read(tmp_path)
+
+
+def test_too_few_sentences_of_a_kind_are_refused() -> None:
+    sentences, _ = made_up()
+    Data(sentences, []).check()
+    with pytest.raises(ValueError, match=r"at least 10 sentences of each kind, and there are 2 of hate, 0 of benign$"):
+        Data(
+            [each for each in sentences if each.kind != BENIGN and (each.kind != "hate" or each.text[-1] == "1")], []
+        ).check()
 
 
 # Training
@@ -174,16 +186,37 @@ def test_few_of_those_that_only_look_dangerous_are_flagged() -> None:
 
 
 def counts(harmful: int, benign: int, dangerous: int) -> Counts:
-    return Counts(
-        {"harmful": harmful, BENIGN: benign, DANGEROUS: dangerous}, {"harmful": 10, BENIGN: 10, DANGEROUS: 20}
-    )
+    flagged = {"harmful": harmful, BENIGN: benign, PEOPLE: 0, DANGEROUS: dangerous}
+    return Counts(flagged, {"harmful": 100, BENIGN: 50, PEOPLE: 50, DANGEROUS: 200})
 
 
-@pytest.mark.parametrize(("given", "met"), [((9, 0, 2), True), ((9, 0, 3), False), ((5, 2, 0), False)])
-def test_the_goals_are_about_accuracy_and_what_only_looks_dangerous(given: tuple[int, int, int], met: bool) -> None:
-    report = Report(counts(*given), {"one": counts(*given)}, {}, counts(0, 0, 0), {})
+def test_an_accuracy_is_the_share_that_is_judged_rightly() -> None:
+    assert counts(90, 5, 20).accuracy == pytest.approx((90 + 45 + 50 + 180) / 400)
+    assert counts(90, 5, 20).share(DANGEROUS) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "met"), [((90, 0, 20), True), ((90, 0, 21), False), ((39, 0, 0), False), ((40, 0, 0), True)]
+)
+def test_the_goals_are_met_by_the_worst_division(given: tuple[int, int, int], met: bool) -> None:
+    good, worst = counts(100, 0, 0), counts(*given)
+    report = Report([good, worst], [good, worst], {}, {}, counts(0, 0, 0), {})
     assert report.meets_goals is met
     assert ("met" in goals(report)) is met
+
+
+def test_a_few_sentences_show_nothing() -> None:
+    few = Counts(
+        {"harmful": 100, BENIGN: 0, PEOPLE: 0, DANGEROUS: 0}, {"harmful": 100, BENIGN: 90, PEOPLE: 0, DANGEROUS: 200}
+    )
+    assert not Report([few], [few], {}, {}, few, {}).meets_goals
+
+
+def test_subtle_sentences_are_counted_by_themselves() -> None:
+    good, bad = counts(100, 0, 0), counts(20, 0, 20)
+    assert Report([bad], [good], {}, {}, counts(0, 0, 0), {}).meets_goals
+    assert not Report([good], [bad], {}, {}, counts(0, 0, 0), {}).meets_goals
+    assert not Report([counts(20, 0, 21)], [good], {}, {}, counts(0, 0, 0), {}).meets_goals
 
 
 @pytest.mark.usefixtures("few_buckets")
@@ -196,17 +229,26 @@ def test_everything_measured_is_told(
     sentences, vectors = made_up(5)
     known = {each.text: vector for each, vector in zip(sentences, vectors, strict=True)}
     monkeypatch.setattr(evaluation, "embed", invent)
-    monkeypatch.setattr(evaluation, "_MIXED", 3)
+    monkeypatch.setattr(evaluation, "_MIXED", {8: 3, 12: 1})
+    monkeypatch.setattr(evaluation, "_SEEDS", range(1, 3))
     texts = [LongText("hate one 0", frozenset({"hate"}), "one"), LongText("benign one 0", frozenset(), "other")]
     data = Data(sentences, texts)
     said: list[str] = []
     report = evaluation.evaluate(Material.of(data, "m", "s", embedding_model), said.append)
-    assert report.meets_goals
+    assert len(report.divisions) == 2
+    assert all(each.accuracy > 0.9 for each in report.divisions)
+    assert [sum(each.all.values()) for each in report.direct] == [5 * (len(CATEGORIES) + 3)] * 2
+    assert report.mixed["8 sentences, with a harmful one"][1] == 3 * training.FOLDS
+    assert set(report.mixed) == {
+        f"{size} sentences, {what}"
+        for size in (8, 12)
+        for what in ("harmless", "harmless, a quarter of which look dangerous", "with a harmful one")
+    }
     assert set(report.unseen) == {"one", "other"}
     assert report.categories["hate"].sentences == 20  # with those of its child
     assert report.categories["hate"].recall > 0.8
     assert report.long_texts.all == {"harmful": 1, BENIGN: 1}
-    assert len(said) == training.FOLDS + 2
+    assert len(said) == 2 * training.FOLDS + 2
     told = as_markdown(report, data)
     assert all(f"| `{name}` |" in told for name in CATEGORIES)
     assert "| never seen: other |" in told
@@ -220,14 +262,14 @@ def test_the_shipped_heads_have_learned_from_these_sentences(data: Data) -> None
     assert FILE.stat().st_size < 400_000
 
 
-def test_the_shipped_heads_know_the_sentences_that_they_have_learned(data: Data, embedding_model: Path) -> None:
-    some = data.sentences[::10]
-    heads = load_heads()
-    vectors = embed([each.text for each in some], embedding_model).tolist()
-    scores = [heads.scores(vector, each.text) for vector, each in zip(vectors, some, strict=True)]
-    judged = evaluation._counts(some, [each.flagged(heads.thresholds) for each in scores])
-    assert judged.accuracy > 0.9
-    assert judged.share(DANGEROUS) < 0.1
+def test_the_shipped_heads_are_what_training_makes_of_these_sentences(data: Data, embedding_model: Path) -> None:
+    trained, shipped = Material.of(data, "all-minilm-l6-v2", "", embedding_model).heads(), load_heads()
+    pairs = [(trained.harm, shipped.harm)]
+    pairs += [(trained.categories[name].harm, shipped.categories[name].harm) for name in CATEGORIES]
+    for one, other in pairs:
+        assert one.bias == pytest.approx(other.bias, abs=0.05)
+        assert one.vector == pytest.approx(other.vector, abs=0.05)
+        assert one.words == pytest.approx(other.words, abs=0.05)
 
 
 def test_vectors_have_a_length_of_one_whatever_the_text(embedding_model: Path) -> None:
@@ -242,3 +284,24 @@ def test_a_missing_folder_of_sentences_is_an_error(
     monkeypatch.setattr(sys, "argv", ["train_moderation.py", "--check", "--sentences", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"error: .* no sentences"):
         script.main()
+
+
+@pytest.mark.usefixtures("few_buckets", "embedding_model")
+def test_heads_that_are_not_good_enough_are_not_written(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences, _ = made_up(10)
+    harmful = {name: [each.text for each in sentences if each.kind == name] for name in CATEGORIES}
+    harmless = {kind: [each.text for each in sentences if each.kind == kind] for kind in (BENIGN, DANGEROUS)}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"harmful": harmful, **harmless, "long": []}))
+    monkeypatch.setattr(evaluation, "_MIXED", {})
+    monkeypatch.setattr(evaluation, "_SEEDS", range(1, 2))
+    written = tmp_path / "heads.json"
+    monkeypatch.setattr(sys, "argv", ["train", "--sentences", str(tmp_path), "--output", str(written)])
+    with pytest.raises(SystemExit, match=r"1"):  # 300 sentences are too few
+        script.main()
+    assert "goals MISSED" in capsys.readouterr().err
+    assert not written.exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--quick"])
+    script.main()
+    assert load_heads(written).model == "all-minilm-l6-v2"
