@@ -15,7 +15,7 @@ from llamaserve.api.fields import Text
 from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
 from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
-from llamaserve.api.options import GenerationOptions
+from llamaserve.api.options import GenerationOptions, asked_of
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
 from llamaserve.engine.params import NextToken
@@ -103,7 +103,8 @@ async def logits(body: LogitsRequest, request: Request, services: UsesServices) 
     async def answer() -> Response:
         job = Job(new_id("logits"), model, generation, prompts, param="prompt", sequences=1)
         job.keep_alive = body.keep_alive
-        (finished,), _ = await generate_whole(services, job)
+        with asked_of(body.model):
+            (finished,), _ = await generate_whole(services, job)
         return JSONResponse(probabilities(finished.next_tokens), headers=body.ignored_header(services.presets))
 
     return await unless_client_leaves(request, answer())

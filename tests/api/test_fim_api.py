@@ -193,7 +193,13 @@ def test_a_model_without_the_tokens_says_so(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("path", "body"),
-    [(COMPLETIONS, {"prompt": "a"}), (FIM, {"prompt": "a"}), (FIM, {"prompt": "a", "suffix": "b"}), (INFILL, CURSOR)],
+    [
+        (COMPLETIONS, {"prompt": "a"}),
+        (FIM, {"prompt": "a"}),
+        (FIM, {"prompt": "a", "suffix": "b"}),
+        (INFILL, CURSOR),
+        ("/v1/internal/logits", {"prompt": "a"}),
+    ],
 )
 def test_a_model_that_writes_nothing_is_refused_by_the_field_that_names_it(
     coder: RunningServer, path: str, body: dict[str, Any], stream: bool
