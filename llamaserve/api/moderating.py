@@ -195,8 +195,8 @@ def _classifier(pool: ModelPool) -> ServedModel | None:
 
 async def _by_classifier(pool: ModelPool, texts: Sequence[str], place: Callable[[int], str]) -> Judgement | None:
     """Return what the classifier says for the categories that a guard leaves; None if it can't: nobody is refused a
-    guard's verdict for that, or has the guard leave memory. Raises ``QueueFull``, since what is said of a text should
-    not hang on how much there is to do.
+    guard's verdict for that, and as far as can be seen before no model leaves memory for it. Raises ``QueueFull``,
+    since what is said of a text should not hang on how much there is to do.
     """
     model = await asyncio.to_thread(_classifier, pool)
     if model is None:

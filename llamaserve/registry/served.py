@@ -401,9 +401,10 @@ class ServedModel:
         """
         if self._leaving is not None:
             await asyncio.shield(self._leaving)
-        if self._departure is not None or self._facilities.residency.crowded:
+        residency = self._facilities.residency
+        if self._departure is not None:
             return False
-        return self._facilities.residency.admits(self) or await self.has_room()
+        return residency.admits(self) or (not residency.crowded and await self.has_room())
 
     async def vacate(self) -> None:
         """Leave memory for another model."""

@@ -19,17 +19,17 @@ BENIGN: Final = "benign"
 PEOPLE: Final = "benign_people"  # says who somebody is, which classifiers like to take for hate
 DANGEROUS: Final = "benign_dangerous"  # looks so, and is not
 HARMLESS: Final = (BENIGN, PEOPLE, DANGEROUS)
-LEAST: Final = 10  # sentences of a kind; with fewer, some fold has none
+LEAST: Final = 10  # sentences of a kind; of fewer, some style or fold has none
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence; its ``kind`` is a category or one of ``HARMLESS``. ``subtle`` ones were written to be hard."""
+    """A sentence; its ``kind`` is a category or one of ``HARMLESS``. ``hard`` ones are of files that say so."""
 
     text: str
     kind: str
     style: str
-    subtle: bool = False
+    hard: bool = False
 
     @property
     def is_harmful(self) -> bool:
@@ -58,12 +58,16 @@ class Data:
         """The names of the files."""
         return sorted({sentence.style for sentence in self.sentences})
 
-    def check(self) -> None:
-        """Raise ``ValueError`` when there is too little of some kind to learn from and to measure with."""
+    def check(self, easy: int = 0) -> None:
+        """Raise ``ValueError`` when there is too little of some kind, or fewer than so many sentences are not hard."""
         counts = Counter(sentence.kind for sentence in self.sentences)
         few = [f"{counts[kind]} of {kind}" for kind in (*CATEGORIES, BENIGN, DANGEROUS) if counts[kind] < LEAST]
         if few:
             raise ValueError(f"there must be at least {LEAST} sentences of each kind, and there are {', '.join(few)}")
+        if (count := sum(not sentence.hard for sentence in self.sentences)) < easy:
+            raise ValueError(
+                f"at least {easy} sentences that are not hard are needed to measure, and there are {count}"
+            )
 
     @property
     def sha256(self) -> str:
@@ -83,7 +87,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     benign_dangerous: tuple[str, ...]
     long: tuple[_Long, ...]
     benign_people: tuple[str, ...] = ()
-    subtle: bool = False
+    hard: bool = False
 
 
 def read(folder: Path = FOLDER) -> Data:
@@ -102,7 +106,7 @@ def read(folder: Path = FOLDER) -> Data:
             raise ValueError(f"{path.name} has categories that there are not: {', '.join(sorted(unknown))}")
         harmless = {BENIGN: file.benign, PEOPLE: file.benign_people, DANGEROUS: file.benign_dangerous}
         sentences += [
-            Sentence(text, kind, path.stem, file.subtle)
+            Sentence(text, kind, path.stem, file.hard)
             for kind, texts in (file.harmful | harmless).items()
             for text in texts
         ]

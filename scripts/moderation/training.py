@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 FOLDS = 5
+_ALIKE = 0.6  # the cosine of sentences that say much the same
 ACCEPTED = 0.085  # of the sentences that only look dangerous, flagged among those that were not learned from
 BUCKETS = 1024
 DIRECTIONS = 24
@@ -147,9 +148,9 @@ def train(vectors: Vectors, words: Array, sentences: Sequence[Sentence], seed: i
         held_out[part] = _together(harm(space.features(vectors[part], words[part])))
     harmful = np.array([[each.is_harmful] for each in sentences])
     strength, share = regress(held_out, harmful, np.ones_like(harmful), penalty=1e-3).weights[:, 0]
-    if not strength > 0:
-        raise ValueError("what was learned from some of the sentences says nothing about the others")
     only_looks_so = np.array([each.kind == DANGEROUS for each in sentences])
+    if not (strength > 0 and only_looks_so.any()):
+        raise ValueError("what was learned from some of the sentences says nothing about the others")
     offset = -np.quantile(held_out[only_looks_so] @ np.array([strength, share]), 1 - ACCEPTED)
     space, harm = _harm(vectors, words, sentences)
     return Classifier(space, harm, _kind(vectors, sentences), float(strength), float(share), float(offset))
@@ -209,6 +210,22 @@ def folds(sentences: Sequence[Sentence], seed: int) -> npt.NDArray[np.int64]:
         groups.setdefault((sentence.style, sentence.kind), []).append(place)
     for places in groups.values():
         found[random.permutation(places)] = (np.arange(len(places)) + random.integers(FOLDS)) % FOLDS
+    return found
+
+
+def grouped_folds(vectors: Vectors) -> npt.NDArray[np.int64]:
+    """Return the fold of each sentence such that those that are alike, whatever they are, are in the same one: any two
+    whose vectors, of length 1, have a cosine of ``_ALIKE``, and who is alike to one of those.
+    """
+    group = np.arange(len(vectors))
+    for place, one in enumerate(vectors):
+        for other in np.flatnonzero(vectors[:place] @ one >= _ALIKE):
+            group[group == group[other]] = group[place]
+    names, sizes = np.unique(group, return_counts=True)
+    found, full = np.empty(len(vectors), np.int64), np.zeros(FOLDS, np.int64)
+    for place in np.argsort(-sizes, kind="stable"):
+        found[group == names[place]] = full.argmin()
+        full[full.argmin()] += sizes[place]
     return found
 
 

@@ -233,6 +233,24 @@ def test_at_hand_is_what_needs_nobody_to_leave(three: Path, starter_model: Path)
     run(pool_of(three, times(need_of(starter_model, three), 1.5)), test)
 
 
+def test_a_model_that_need_not_make_room_is_at_hand_while_another_waits(three: Path, starter_model: Path) -> None:
+    async def test(house: House) -> None:
+        uses = [house.pool.get(name).use() for name in ("a", "b")]
+        for use in uses:
+            await use.worker()
+        uses[0].leave()
+        uses.append(house.pool.get("a").use())
+        await uses[-1].worker()  # so that b is the one used longest ago
+        waiting = asyncio.create_task(house.say("c"))
+        await until(lambda: house.pool.get("c").waits_for_room)
+        assert [await house.pool.get(name).is_at_hand() for name in ("a", "b", "c")] == [True, False, False]
+        for use in uses:
+            use.leave()
+        await waiting
+
+    run(pool_of(three, times(need_of(starter_model, three), 2.5)), test)
+
+
 def test_a_model_that_can_never_fit_is_refused_with_numbers_and_disturbs_nobody(
     tmp_path: Path, starter_model: Path
 ) -> None:

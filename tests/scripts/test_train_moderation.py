@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from moderation import evaluation, training
 from moderation.data import BENIGN, DANGEROUS, PEOPLE, Data, LongText, Sentence, read
 from moderation.embedding import Vectors, embed
-from moderation.evaluation import Counts, Material, Report
+from moderation.evaluation import ALL, EASY, HARD, Counts, Material, Report
 from moderation.tables import as_markdown, goals
 
 from llamaserve.moderation.categories import CATEGORIES
@@ -57,7 +57,7 @@ def made_up(count: int = 6) -> tuple[list[Sentence], Vectors]:
         for place, kind in enumerate((*CATEGORIES, BENIGN, PEOPLE, DANGEROUS)):
             for number in range(count):
                 text = f"{kind.replace('/', ' ')} {style} {number}"
-                sentences.append(Sentence(text, kind, style, subtle=style == "other"))
+                sentences.append(Sentence(text, kind, style, hard=style == "other"))
                 vectors.append(random.normal(0, 0.1, WIDTH))
                 vectors[-1][place] += 1.0
     found = np.array(vectors)
@@ -200,23 +200,35 @@ def test_an_accuracy_is_the_share_that_is_judged_rightly() -> None:
 )
 def test_the_goals_are_met_by_the_worst_division(given: tuple[int, int, int], met: bool) -> None:
     good, worst = counts(100, 0, 0), counts(*given)
-    report = Report([good, worst], [good, worst], {}, {}, counts(0, 0, 0), {})
+    report = Report([{EASY: good, ALL: good}, {EASY: worst, ALL: good}], {}, {}, {}, good, {})
     assert report.meets_goals is met
     assert ("met" in goals(report)) is met
 
 
-def test_a_few_sentences_show_nothing() -> None:
-    few = Counts(
-        {"harmful": 100, BENIGN: 0, PEOPLE: 0, DANGEROUS: 0}, {"harmful": 100, BENIGN: 90, PEOPLE: 0, DANGEROUS: 200}
-    )
-    assert not Report([few], [few], {}, {}, few, {}).meets_goals
+def test_hard_sentences_are_counted_by_themselves() -> None:
+    good, bad, false = counts(100, 0, 0), counts(20, 0, 20), counts(100, 0, 21)
+    assert Report([{EASY: good, HARD: bad, ALL: bad}], {}, {}, {}, good, {}).meets_goals
+    assert not Report([{EASY: bad, HARD: good, ALL: good}], {}, {}, {}, good, {}).meets_goals
+    assert not Report([{EASY: good, HARD: good, ALL: false}], {}, {}, {}, good, {}).meets_goals
 
 
-def test_subtle_sentences_are_counted_by_themselves() -> None:
-    good, bad = counts(100, 0, 0), counts(20, 0, 20)
-    assert Report([bad], [good], {}, {}, counts(0, 0, 0), {}).meets_goals
-    assert not Report([good], [bad], {}, {}, counts(0, 0, 0), {}).meets_goals
-    assert not Report([counts(20, 0, 21)], [good], {}, {}, counts(0, 0, 0), {}).meets_goals
+def test_a_few_sentences_are_not_measured() -> None:
+    sentences, _ = made_up(10)
+    Data(sentences, []).check(160)
+    with pytest.raises(
+        ValueError, match="at least 161 sentences that are not hard are needed to measure, and there are 160"
+    ):
+        Data(sentences, []).check(161)
+
+
+def test_sentences_that_are_alike_are_in_one_fold() -> None:
+    random = np.random.default_rng(5)
+    vectors = random.normal(size=(300, WIDTH)).astype(np.float32)
+    vectors[200:] = vectors[:100] + random.normal(0, 0.1, (100, WIDTH))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    fold = training.grouped_folds(vectors)
+    assert (fold[200:] == fold[:100]).all()
+    assert max(Counter(fold.tolist()).values()) - min(Counter(fold.tolist()).values()) <= 2
 
 
 @pytest.mark.usefixtures("few_buckets")
@@ -230,14 +242,17 @@ def test_everything_measured_is_told(
     known = {each.text: vector for each, vector in zip(sentences, vectors, strict=True)}
     monkeypatch.setattr(evaluation, "embed", invent)
     monkeypatch.setattr(evaluation, "_MIXED", {8: 3, 12: 1})
+    monkeypatch.setattr(training, "_ALIKE", 0.999)
     monkeypatch.setattr(evaluation, "_SEEDS", range(1, 3))
     texts = [LongText("hate one 0", frozenset({"hate"}), "one"), LongText("benign one 0", frozenset(), "other")]
     data = Data(sentences, texts)
     said: list[str] = []
     report = evaluation.evaluate(Material.of(data, "m", "s", embedding_model), said.append)
     assert len(report.divisions) == 2
-    assert all(each.accuracy > 0.9 for each in report.divisions)
-    assert [sum(each.all.values()) for each in report.direct] == [5 * (len(CATEGORIES) + 3)] * 2
+    assert report.parts == [EASY, HARD, ALL]
+    assert all(counts.accuracy > 0.9 for part in report.parts for counts in report.of(part))
+    assert [sum(each.all.values()) for each in report.of(HARD)] == [5 * (len(CATEGORIES) + 3)] * 2
+    assert report.grouped.keys() == report.divisions[0].keys()
     assert report.mixed["8 sentences, with a harmful one"][1] == 3 * training.FOLDS
     assert set(report.mixed) == {
         f"{size} sentences, {what}"
@@ -248,7 +263,7 @@ def test_everything_measured_is_told(
     assert report.categories["hate"].sentences == 20  # with those of its child
     assert report.categories["hate"].recall > 0.8
     assert report.long_texts.all == {"harmful": 1, BENIGN: 1}
-    assert len(said) == 2 * training.FOLDS + 2
+    assert len(said) == 4 * training.FOLDS + 3
     told = as_markdown(report, data)
     assert all(f"| `{name}` |" in told for name in CATEGORIES)
     assert "| never seen: other |" in told
@@ -266,7 +281,14 @@ def test_the_shipped_heads_are_what_training_makes_of_these_sentences(data: Data
     trained, shipped = Material.of(data, "all-minilm-l6-v2", "", embedding_model).heads(), load_heads()
     pairs = [(trained.harm, shipped.harm)]
     pairs += [(trained.categories[name].harm, shipped.categories[name].harm) for name in CATEGORIES]
+    for name in CATEGORIES:
+        one, other = trained.categories[name].kind, shipped.categories[name].kind
+        assert one.bias == pytest.approx(other.bias, abs=0.05)
+        assert one.vector == pytest.approx(other.vector, abs=0.05)
+    assert trained.strength == pytest.approx(shipped.strength, abs=0.02)
+    assert trained.middle == pytest.approx(shipped.middle, abs=0.05)
     for one, other in pairs:
+        assert one.products == pytest.approx(other.products, abs=0.05)
         assert one.bias == pytest.approx(other.bias, abs=0.05)
         assert one.vector == pytest.approx(other.vector, abs=0.05)
         assert one.words == pytest.approx(other.words, abs=0.05)
@@ -295,10 +317,15 @@ def test_heads_that_are_not_good_enough_are_not_written(
     harmless = {kind: [each.text for each in sentences if each.kind == kind] for kind in (BENIGN, DANGEROUS)}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"harmful": harmful, **harmless, "long": []}))
     monkeypatch.setattr(evaluation, "_MIXED", {})
+    monkeypatch.setattr(training, "_ALIKE", 0.999)
     monkeypatch.setattr(evaluation, "_SEEDS", range(1, 2))
     written = tmp_path / "heads.json"
     monkeypatch.setattr(sys, "argv", ["train", "--sentences", str(tmp_path), "--output", str(written)])
-    with pytest.raises(SystemExit, match=r"1"):  # 300 sentences are too few
+    with pytest.raises(SystemExit, match=r"error: at least 400 sentences that are not hard .* there are 300"):
+        script.main()
+    monkeypatch.setattr(script, "LEAST_SENTENCES", 300)
+    monkeypatch.setattr(evaluation, "LEAST_ACCURACY", 1.1)
+    with pytest.raises(SystemExit, match=r"1"):
         script.main()
     assert "goals MISSED" in capsys.readouterr().err
     assert not written.exists()
