@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from llamaserve import __version__
 from llamaserve.api import (
+    audio,
     chat,
     completions,
     downloads as downloads_api,
@@ -41,10 +42,11 @@ from llamaserve.registry.downloads import Download, Downloads, State
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.watching import watch
 from llamaserve.settings import Settings
+from llamaserve.speech.audio import AudioDecoder
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, embeddings, rerank, moderations, models, internal),
+    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, models, internal),
     *(model_admin, lora, downloads_api, model_events),
 )
 
@@ -54,7 +56,12 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with TemplateRenderer() as renderer, guest_renderer() as guests, GrammarChecker() as grammars:
+        async with (
+            TemplateRenderer() as renderer,
+            guest_renderer() as guests,
+            GrammarChecker() as grammars,
+            AudioDecoder(longest=settings.max_audio) as decoder,
+        ):
             downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(
                 settings,
@@ -65,6 +72,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
                 Conversations(renderer, guests, grammars),
                 grammars,
                 downloads,
+                decoder,
             )
             pool.start_loading()
             beside = [asyncio.create_task(renderer.warm()), asyncio.create_task(watch(pool))]
@@ -88,13 +96,15 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
     for resource in _RESOURCES:
         app.include_router(resource.router)
     add_error_handlers(app)
-    app.add_middleware(RequestGate, max_body=settings.max_body)
+    app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[IGNORED_HEADER, TRUNCATED_HEADER, rerank.METHOD_HEADER, "Retry-After"],
+        expose_headers=[
+            *(IGNORED_HEADER, TRUNCATED_HEADER, audio.WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After"),
+        ],
     )
     return app
 

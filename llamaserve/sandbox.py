@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import resource
 import signal
@@ -24,7 +25,7 @@ from llamaserve.errors import Unavailable
 from llamaserve.frames import FrameSocket, FrameStream
 
 START_LIMIT = 30.0  # seconds until a process must be ready; it takes a fraction of one
-ORPHAN_LIMIT = 10  # seconds after which a job ends its process, for when the parent is no longer there to do it
+ORPHAN_LIMIT = 10  # seconds over its time after which a job ends its process, for when the parent can't: it is gone
 OUT_OF_MEMORY = 3  # exit status of a process that had no memory left even for an answer
 
 # All that a process sees of the environment: no tokens and no keys.
@@ -54,17 +55,20 @@ class Sandbox:
     """A pool of at most ``size`` processes, started when a job needs one and reused. For one event loop.
 
     Each runs ``python -m module FD``, which has to call ``serve`` with that FD. ``name`` is what a client reads of the
-    pool when it is not available.
+    pool when it is not available. A process without a job for ``idle_limit`` seconds ends.
     """
 
-    def __init__(self, module: str, name: str, *, size: int, time_limit: float) -> None:
+    def __init__(
+        self, module: str, name: str, *, size: int, time_limit: float, idle_limit: float | None = None
+    ) -> None:
         self._module = module
         self._name = name
         self._time_limit = time_limit
+        self._idle_limit = idle_limit
         self._size = size
         self._slots = asyncio.Semaphore(size)
         self._children: set[_Child] = set()
-        self._idle: list[_Child] = []
+        self._idle: list[_Child] = []  # the last that worked last
         self._endings: set[asyncio.Task[int]] = set()
         self._closed = False
 
@@ -84,7 +88,7 @@ class Sandbox:
     async def warm(self) -> None:
         """Have a process ready, so that the first job does not wait for one to start."""
         async with self._slots:
-            self._idle.append(await self._take())
+            self._keep(await self._take())
 
     async def ask(self, payload: bytes) -> bytes:
         """Return the answer to one job.
@@ -116,6 +120,8 @@ class Sandbox:
         self._check_open()
         while self._idle:
             child = self._idle.pop()
+            if child.dismissal is not None:
+                child.dismissal.cancel()
             if child.process.returncode is None:
                 return child
             self._end(child)
@@ -163,7 +169,7 @@ class Sandbox:
             raise TookTooLong from None
         finally:
             if reusable:
-                self._idle.append(child)
+                self._keep(child)
             else:
                 self._end(child)
 
@@ -175,6 +181,16 @@ class Sandbox:
         except ConnectionError:
             self._check_open()
             raise _ended(await child.process.wait()) from None
+
+    def _keep(self, child: _Child) -> None:
+        """Have a process wait for its next job, but not for ever."""
+        self._idle.append(child)
+        if self._idle_limit is not None:
+            child.dismissal = asyncio.get_running_loop().call_later(self._idle_limit, self._dismiss, child)
+
+    def _dismiss(self, child: _Child) -> None:
+        self._idle.remove(child)
+        self._end(child)
 
     def _end(self, child: _Child) -> None:
         """Kill a process at once; a task of its own waits until it is gone, so that a cancelled job need not."""
@@ -193,6 +209,7 @@ class _Child:
     def __init__(self, process: asyncio.subprocess.Process, stream: FrameStream) -> None:
         self.process = process
         self.stream = stream
+        self.dismissal: asyncio.TimerHandle | None = None  # what ends it when there is no work
 
     async def receive(self) -> bytes:
         payload = await self.stream.read()
@@ -220,17 +237,18 @@ def _ended(status: int) -> Ended:
 # What follows runs in the child.
 
 
-def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limit: int) -> int:
+def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limit: int, time_limit: float = 0) -> int:
     """Answer the jobs that come through the inherited socket ``fd``, and return the exit status of the process.
 
-    ``answer`` returns an answer, and whether the process is spent: then it ends, since its memory is used up. The time
-    limit is the parent's business. ``memory_limit`` is the MB of address space of the whole process, Python included.
+    ``answer`` returns an answer, and whether the process is spent: then it ends, since its memory is used up.
+    ``memory_limit`` is the MB of address space of the whole process, Python included. The time limit is the parent's
+    business; one of more than a few seconds is told here too, for jobs whose parent is gone.
     """
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)  # for the parent, which then closes the socket
     _limit_memory(memory_limit)
     try:
-        answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer)
+        answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer, time_limit)
     except ConnectionError:
         return 0  # the parent went away in the middle of a frame
     except MemoryError:
@@ -238,12 +256,13 @@ def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limi
     return 0
 
 
-def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool]]) -> None:
+def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool]], time_limit: float = 0) -> None:
     """Answer jobs until the parent closes the socket or the process is spent."""
     gc.freeze()  # the modules' objects stay for good; without them a collection takes well under a millisecond
     frames.write(b"")
+    patience = math.ceil(time_limit) + ORPHAN_LIMIT
     while (payload := frames.read()) is not None:
-        signal.alarm(ORPHAN_LIMIT)  # the signal's default action ends the process even inside one long C call
+        signal.alarm(patience)  # the signal's default action ends the process even inside one long C call
         result, spent = answer(payload)
         frames.write((_SPENT if spent else _READY) + result)
         signal.alarm(0)

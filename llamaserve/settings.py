@@ -75,6 +75,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
+    max_upload: int = Field(
+        100 * MEBIBYTE, gt=0, description="Largest request body with a file in it, such as an audio, in bytes."
+    )
+    max_audio: float = Field(
+        4 * 3600,
+        gt=0,
+        le=24 * 3600,
+        description="Longest audio that is transcribed, in seconds; a longer one is refused.",
+    )
     cors_origins: list[str] = Field(
         ["*"], description="Origins of web pages that may call the API, never with credentials."
     )

@@ -46,9 +46,38 @@ def starter_model() -> Path:
 @pytest.fixture(scope="session")
 def embedding_model() -> Path:
     """The GGUF file of the starter embedding model, all-MiniLM-L6-v2 in F16, as `llamaserve pull` makes it."""
+    return _pulled("all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session")
+def speech_model() -> Path:
+    """The ggml file of the English starter model for speech, Whisper tiny.en in F16, as `llamaserve pull` makes it."""
+    return _pulled("whisper-tiny.en")
+
+
+@pytest.fixture(scope="session")
+def multilingual_speech_model() -> Path:
+    """The ggml file of the other one, Whisper base in F16."""
+    return _pulled("whisper-base")
+
+
+def _pulled(name: str) -> Path:
     registry = load_registry(ROOT / "models.yaml")
-    _, spec = registry.resolve("all-minilm-l6-v2")
+    _, spec = registry.resolve(name)
     return fetch(parse_source(spec.source, ROOT), spec.sha256, newest=True)
+
+
+@pytest.fixture(scope="session")
+def speech_server(speech_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A real server with the English starter model for speech, loaded, under the names that programs call it."""
+    models = tmp_path_factory.mktemp("speech") / "models.yaml"
+    models.write_text(
+        "defaults: {transcription_model: whisper-tiny.en}\n"
+        f"models:\n  whisper-tiny.en: {{source: 'file:{speech_model}'}}\n"
+        "aliases: {whisper-1: whisper-tiny.en, tiny.en: whisper-tiny.en}\n"
+    )
+    with RunningServer("serve", "whisper-tiny.en", "--models-file", str(models)) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Wheels on this machine: one distribution, tiny-model 1.0, with any files, as pip accepts it."""
+"""Wheels on this machine: tiny-model 1.0, or another distribution of this version, with any files, as pip takes it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import zipfile
 from pathlib import Path
 
 
-def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
+def build_wheel(folder: Path, files: dict[str, bytes], distribution: str = "tiny_model") -> Path:
     """Write a wheel that pip accepts."""
-    info = "tiny_model-1.0.dist-info"
+    info = f"{distribution}-1.0.dist-info"
+    needs = f"Name: {distribution}\nVersion: 1.0\nRequires-Dist: not-there-at-all\n"
     files = {
         **files,
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: not-there-at-all\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\n{needs}".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     sums = {name: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=") for name, data in files.items()}
     record = "".join(f"{name},sha256={sums[name].decode()},{len(data)}\n" for name, data in files.items())
-    path = folder / "tiny_model-1.0-py3-none-any.whl"
+    path = folder / f"{distribution}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}.items():
             archive.writestr(name, data)

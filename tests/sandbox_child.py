@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from llamaserve.sandbox import serve
 
@@ -17,6 +18,8 @@ def answer(payload: bytes) -> tuple[bytes, bool]:
             raise MemoryError
         case b"pid":
             return str(os.getpid()).encode(), False
+        case b"sleep":
+            time.sleep(float(rest))
     return rest, order == b"last"
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
     *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_output"),
-    *("doctor", "serving", "app", "api", "chat", "moderation", "registry", "worker", "engine"),
+    *("doctor", "serving", "app", "api", "chat", "moderation", "registry", "worker", "engine", "speech"),
 ]
 SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -105,5 +106,72 @@ def test_a_missing_compiler_is_named_with_advice(install: ModuleType, monkeypatc
 
 
 def test_a_failing_command_is_an_error(install: ModuleType) -> None:
+    assert install.run_visibly(["sh", "-c", "exit 3"], {"PATH": "/usr/bin:/bin"}) == 3
     with pytest.raises(SystemExit, match="exit status 3"):
-        install.run_visibly(["sh", "-c", "exit 3"], {"PATH": "/usr/bin:/bin"})
+        install.run_or_stop(["sh", "-c", "exit 3"], {"PATH": "/usr/bin:/bin"})
+
+
+@pytest.fixture
+def commands(install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What an installation runs instead of pip. What has a word of ``FAILING``, which a test may set, fails."""
+    run: list[str] = []
+
+    def pretend(command: Sequence[str], environment: Mapping[str, str]) -> int:
+        run.append(" ".join(command))
+        return int(environment.get("FAILING", "nothing") in run[-1])
+
+    for name in ("CMAKE_ARGS", "WHEELS", "FAILING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(install, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(install, "make_environment", lambda: None)
+    monkeypatch.setattr(install, "check_compiler", lambda wheels: None)
+    monkeypatch.setattr(install, "run_visibly", pretend)
+    return run
+
+
+def test_speech_is_installed_last_and_from_wheels(install: ModuleType, commands: list[str]) -> None:
+    install.main(["fast", "speech", "dev"])
+    everything, speech = commands
+    assert everything.endswith(f" install --editable {install.ROOT}[fast,dev]")
+    assert " install --only-binary :all: av>=" in speech
+    assert " pywhispercpp>=" in speech
+    install.main(["fast", "speech"])
+    assert len(commands) == 2  # nothing is left to do
+    install.STAMP.unlink()
+    install.main(["fast"])
+    assert len(commands) == 3
+
+
+def test_all_else_is_installed_where_speech_cannot_be(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAILING", "pywhispercpp")
+    install.main(["fast", "speech"])
+    said = capsys.readouterr().err
+    assert "speech can't be transcribed here" in said
+    assert f"try:   {install.VENV}/bin/python -m pip install 'av>=" in said
+    assert said.endswith("\ninstalled\n")
+    install.main(["fast", "speech"])
+    assert len(commands) == 2  # it is not tried again and again
+
+
+def test_what_all_else_needs_is_not_tried_twice(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILING", "--editable")
+    with pytest.raises(SystemExit, match="exit status 1"):
+        install.main(["fast", "speech"])
+    assert len(commands) == 1
+    assert not install.STAMP.exists()
+
+
+def test_pip_compiles_nothing_for_speech(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unknown-thing-1.0.tar.gz").write_bytes(b"sources that nothing should look at")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    install.add_speech([sys.executable, "-m", "pip", "--quiet"], ["unknown-thing>=1"])
+    said = capfd.readouterr().err
+    assert "No matching distribution found for unknown-thing>=1" in said
+    assert said.endswith(f"try:   {sys.executable} -m pip install 'unknown-thing>=1'\n")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import socket
 
 import pytest
 
 from llamaserve import sandbox
 from llamaserve.errors import Unavailable
-from llamaserve.sandbox import Ended, OutOfMemory, Sandbox
+from llamaserve.frames import FrameSocket
+from llamaserve.sandbox import ORPHAN_LIMIT, Ended, OutOfMemory, Sandbox
 
 
-def pool(module: str = "sandbox_child") -> Sandbox:
-    return Sandbox(module, "the test's sandbox", size=1, time_limit=5)
+def pool(module: str = "sandbox_child", *, size: int = 1, idle_limit: float | None = None) -> Sandbox:
+    return Sandbox(module, "the test's sandbox", size=size, time_limit=5, idle_limit=idle_limit)
 
 
 @pytest.mark.parametrize("size", [0, 1, 20_000_000])
@@ -66,3 +69,44 @@ def test_processes_that_never_are_ready(monkeypatch: pytest.MonkeyPatch, module:
             assert not box.pids
 
     asyncio.run(scenario())
+
+
+def test_a_process_without_work_ends_after_a_while() -> None:
+    async def scenario() -> None:
+        async with pool(size=2, idle_limit=0.5) as box:
+            await asyncio.gather(box.warm(), box.warm())
+            assert len(box.pids) == 2
+            first = await box.ask(b"pid")
+            for _ in range(8):  # of two processes one is enough, and works again before its time is up
+                await asyncio.sleep(0.1)
+                assert await box.ask(b"pid") == first
+            assert box.pids == {int(first)}
+            await asyncio.sleep(0.8)
+            assert not box.pids
+            assert await box.ask(b"pid") != first
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_works_is_not_without_work() -> None:
+    async def scenario() -> None:
+        async with pool(idle_limit=0.2) as box:
+            await box.warm()
+            assert await box.ask(b"sleep 0.5") == b"0.5"
+            assert box.pids
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("time_limit", "patience"), [(0, ORPHAN_LIMIT), (119.5, 120 + ORPHAN_LIMIT)])
+def test_a_job_may_take_its_time_before_it_is_an_orphan(
+    monkeypatch: pytest.MonkeyPatch, time_limit: float, patience: int
+) -> None:
+    alarms: list[int] = []
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    ours, theirs = map(FrameSocket, socket.socketpair())
+    ours.write(b"job")
+    sandbox.answer_jobs(theirs, lambda job: (job, True), time_limit)
+    assert alarms == [patience, 0]
+    ours.close()
+    theirs.close()

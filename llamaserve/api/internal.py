@@ -22,6 +22,7 @@ from llamaserve.engine.params import NextToken
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.load_args import effective
 from llamaserve.registry.served import ServedModel
+from llamaserve.speech.values import TranscriberParams
 from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["internal"])
@@ -149,7 +150,10 @@ def model_info(services: UsesServices) -> dict[str, Any]:
     info |= {"status": model.status.value, "gpu": worker.gpu if worker else None, "pid": worker.pid if worker else None}
     info["capabilities"] = capabilities(model)
     try:
-        header, params = model.header, model.load_params()
+        params = model.load_params()
+        if isinstance(params, TranscriberParams):
+            return info | {"loader": "whisper.cpp", "args": effective(params), "memory": _memory(model)}
+        header = model.header
         info["lora_names"] = [adapter.name for adapter in model.adapters]
     except LlamaserveError as error:
         return info | {"error": error.message}
@@ -181,5 +185,5 @@ def _memory(model: ServedModel) -> dict[str, Any]:
         "estimated": estimated,
         "measured": measured,
         "planned": model.plan.need.host,
-        "spill": model.plan.params.spill,
+        "spill": getattr(model.plan.params, "spill", 0),
     }

@@ -15,13 +15,15 @@ _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the 
 
 
 class RequestGate:
-    """Refuses bodies over ``max_body`` bytes with 413 before they are kept, takes a path with or without its trailing
-    slash, and reads any body that is not a form as JSON, whatever its content type says (curl's default, or none).
+    """Refuses bodies over ``max_body`` bytes, and forms over ``max_upload``, with 413 before they are kept. Takes a
+    path with or without its trailing slash, and reads any body that is not a form as JSON, whatever its content type
+    says (curl's default, or none).
     """
 
-    def __init__(self, app: ASGIApp, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
         self._app = app
         self._max_body = max_body
+        self._max_upload = max_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -29,23 +31,24 @@ class RequestGate:
             await self._app(scope, receive, send)
             return
         headers = MutableHeaders(raw=list(scope["headers"]))
-        if scope["method"] == "POST" and not headers.get("content-type", "").startswith("multipart/"):
+        is_form = headers.get("content-type", "").startswith("multipart/")
+        if scope["method"] == "POST" and not is_form:
             headers["content-type"] = "application/json"
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body:
-            await self._refuse(scope["path"], receive, send)
+        length, limit = headers.get("content-length", "0"), self._max_upload if is_form else self._max_body
+        if length.isdecimal() and int(length) > limit:
+            await self._refuse(scope["path"], limit, receive, send)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
-        await self._app(scope, _Counted(receive, self._max_body), send)
+        await self._app(scope, _Counted(receive, limit), send)
 
-    async def _refuse(self, path: str, receive: Receive, send: Send) -> None:
-        left = self._max_body * _DRAIN_FACTOR
+    async def _refuse(self, path: str, limit: int, receive: Receive, send: Send) -> None:
+        left = limit * _DRAIN_FACTOR
         while left > 0:
             message = await receive()
             left -= len(message.get("body", b""))
             if message["type"] != "http.request" or not message.get("more_body"):
                 break
-        error = _too_large(self._max_body)
+        error = _too_large(limit)
         body = json.dumps(error_body(path, error)).encode()
         headers = [
             (b"content-type", b"application/json"),

@@ -17,7 +17,9 @@ from llamaserve.errors import ModelError
 from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
+from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import GENERATING, task_of
+from llamaserve.registry.whisper_file import WhisperHeader
 from llamaserve.worker.supervisor import Status
 
 router = APIRouter(tags=["models"])
@@ -40,7 +42,7 @@ def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
 
 def capabilities(model: ServedModel) -> dict[str, bool]:
     """Return what this server does with the model; not all that the model was trained for."""
-    header = model.file.known_header
+    header, speech = model.file.known_header, known_speech(model)
     task = task_of(model.spec, header)
     generates = header is not None and task in GENERATING
     template = header.chat_template if header is not None and generates else None
@@ -54,7 +56,14 @@ def capabilities(model: ServedModel) -> dict[str, bool]:
         "embeddings": header is not None and task == "embedding",
         "rerank": header is not None and (task == "embedding" or (task == "rerank" and header.gives_scores)),
         "moderation": header is not None and task == "moderation",
+        "transcription": speech is not None,
+        "translation": speech is not None and speech.multilingual,
     }
+
+
+def known_speech(model: ServedModel) -> WhisperHeader | None:
+    """Return what the file of a model of speech says of itself; None for others, and for one that is missing or bad."""
+    return model.file.known_speech if isinstance(model.file, SpeechFile) else None
 
 
 def _fills(header: GGUFHeader) -> bool:
@@ -73,7 +82,8 @@ def _status(model: ServedModel) -> dict[str, Any]:
 
 def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
     """Return OpenAI's model object and what other servers' clients expect in it."""
-    header = model.file.known_header
+    header, speech = model.file.known_header, known_speech(model)
+    known = header or speech
     context = model.context if header else None
     return {
         "id": model.name,
@@ -87,14 +97,17 @@ def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
         "meta": {
             "n_ctx": context,
             "n_ctx_train": header.context_length if header else None,
-            "n_params": header.parameter_count if header else None,
-            "n_vocab": header.vocabulary_size if header else None,
-            "n_embd": header.embedding_length if header else None,
-            "size": header.file_size if header else None,
-            "quantization": header.quantisation if header else None,
-            "architecture": header.architecture if header else None,
+            "n_params": known.parameter_count if known else None,
+            "n_vocab": known.vocabulary_size if known else None,
+            "n_embd": header.embedding_length if header else speech.width if speech else None,
+            "size": known.file_size if known else None,
+            "quantization": known.quantisation if known else None,
+            "architecture": header.architecture if header else "whisper" if speech else None,
         },
-        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "architecture": {
+            "input_modalities": ["audio" if isinstance(model.file, SpeechFile) else "text"],
+            "output_modalities": ["text"],
+        },
         "capabilities": capabilities(model),
         "status": _status(model),
     }

@@ -14,6 +14,7 @@ from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
+from llamaserve.speech.audio import AudioDecoder
 from llamaserve.worker.grammar_check import GrammarChecker
 from llamaserve.worker.process import GenerationStream
 
@@ -30,6 +31,7 @@ class Services:
     conversations: Conversations
     grammars: GrammarChecker
     downloads: Downloads
+    audio: AudioDecoder
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 

@@ -28,7 +28,7 @@ from llamaserve.engine.packing import Packer, Part
 from llamaserve.engine.pairs import PairFrame, frame_pair
 from llamaserve.engine.params import UNTILED, Embedding, LoadParams
 from llamaserve.engine.threads import ThreadController
-from llamaserve.engine.work import MAX_TEXT, Work
+from llamaserve.engine.work import MAX_TEXT, TextWork
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -78,7 +78,7 @@ class _Request:
         self.open = len(texts)
 
 
-class Embedder(Work):
+class Embedder(TextWork):
     """One model's requests, from submission to their event."""
 
     def __init__(self, model: Model, native: Context, params: LoadParams) -> None:

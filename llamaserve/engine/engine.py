@@ -40,7 +40,7 @@ from llamaserve.engine.sequence import AdapterKey, Sequence, State
 from llamaserve.engine.speculation import Draft, Drafter, PromptLookup, choose_rows
 from llamaserve.engine.spill import Spill
 from llamaserve.engine.threads import ThreadController
-from llamaserve.engine.work import MAX_TEXT, Work
+from llamaserve.engine.work import MAX_TEXT, TextWork
 from llamaserve.errors import (
     ContextLengthExceeded,
     EngineError,
@@ -59,7 +59,7 @@ _MAX_NAME = 256  # characters
 _UNREAD: Mapping[str, FileDigest] = {}
 
 
-class Engine(Work):
+class Engine(TextWork):
     """One model's sequences, from submission to their last event."""
 
     def __init__(

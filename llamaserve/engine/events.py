@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from llamaserve.errors import ErrorValue
+from llamaserve.speech.values import Heard, Transcribed
 
 FinishReason = Literal["stop", "length"]
 
@@ -109,7 +110,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Progress(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Where a streamed request stands that has no token yet: its place in the queue from 1 on, or 0 once its prompt of
-    ``prompt_tokens`` is being evaluated, of which ``evaluated`` are.
+    ``prompt_tokens`` is being evaluated, of which ``evaluated`` are. Of a transcription these are seconds of audio.
     """
 
     request: int
@@ -126,4 +127,4 @@ class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cells: int = 0
 
 
-EngineEvent = Delta | Finished | Embedded | Failed | Progress | Occupancy
+EngineEvent = Delta | Finished | Embedded | Heard | Transcribed | Failed | Progress | Occupancy

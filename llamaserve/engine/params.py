@@ -43,7 +43,7 @@ class Adapter(msgspec.Struct, frozen=True):
     scale: float = 1.0
 
 
-class LoadParams(msgspec.Struct, frozen=True, kw_only=True):
+class LoadParams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How a GGUF model is loaded.
 
     ``context`` is the largest number of tokens (prompt and answer) of one request, ``parallel`` the number of sequences

@@ -1,4 +1,4 @@
-"""What goes on with any loaded model: requests in steps, and texts turned into tokens and back."""
+"""What goes on with any loaded model: requests in steps, and with those of texts, texts turned into tokens and back."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ _TOKENS_CUT = 64  # by how many tokens cutting a text may at most mislead
 
 
 class Work(ABC):
-    """The requests to one model. All but ``interrupt`` and what needs the vocabulary only belongs to one thread, which
-    calls ``step`` while it is not idle.
+    """The requests to one model. All but ``interrupt`` belongs to one thread, which calls ``step`` as long as there is
+    something to do.
     """
-
-    def __init__(self, vocab: Vocab) -> None:
-        self.vocab = vocab
 
     @property
     @abstractmethod
@@ -60,6 +57,13 @@ class Work(ABC):
     def save_ahead(self) -> bool:
         """Use an idle moment; False when there is nothing to do in it."""
         return False
+
+
+class TextWork(Work):
+    """The requests to a model of texts. What needs the vocabulary only may be used from any thread."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self.vocab = vocab
 
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Return the tokens of any text within ``MAX_TEXT``. Thread-safe."""

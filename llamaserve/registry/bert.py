@@ -12,16 +12,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn, TypeVar
+from typing import Annotated, Final, Literal
 
 import msgspec
 
-from llamaserve.errors import SourceError
+from llamaserve.registry.neighbours import decode, read_text, refuse
 
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer_config.json", "vocab.txt"
 _MODULES, _POOLING, _CARD = "modules.json", "1_Pooling/config.json", "README.md"
 NEIGHBOURS: Final = (_CONFIG, _TOKENIZER, _VOCABULARY, _MODULES, _POOLING, _CARD)  # beside the weights
-MAX_NEIGHBOUR: Final = 16 << 20  # bytes
 
 MAX_LAYERS: Final = 512  # of llama.cpp
 IGNORED: Final = frozenset(  # tensors that embeddings are made without
@@ -32,7 +31,6 @@ _SPECIALS: Final = ("cls", "sep", "unk", "pad", "mask")
 Pooling = Literal["mean", "cls"]
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-_T = TypeVar("_T")
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -147,14 +145,14 @@ def read_bert(folder: Path) -> BertModel:
 
     Raises ``SourceError``.
     """
-    config = _decoded(folder, _CONFIG, _Config)
+    config = decode(folder, _CONFIG, _Config)
     if config.is_decoder:
-        _refuse(_CONFIG, "is_decoder is true, and only models that see a text as a whole can be converted")
+        refuse(_CONFIG, "is_decoder is true, and only models that see a text as a whole can be converted")
     if config.hidden_size % config.num_attention_heads:
-        _refuse(_CONFIG, f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}")
+        refuse(_CONFIG, f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}")
     vocabulary = _vocabulary(folder)
     if len(vocabulary.tokens) != config.vocab_size:
-        _refuse(_VOCABULARY, f"it has {len(vocabulary.tokens)} tokens, and {_CONFIG} says {config.vocab_size}")
+        refuse(_VOCABULARY, f"it has {len(vocabulary.tokens)} tokens, and {_CONFIG} says {config.vocab_size}")
     return BertModel(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -169,52 +167,25 @@ def read_bert(folder: Path) -> BertModel:
     )
 
 
-def _refuse(name: str, what: str) -> NoReturn:
-    raise SourceError(f"the model cannot be converted: {name}: {what}")
-
-
-def _text(folder: Path, name: str) -> str:
-    try:
-        with (folder / name).open("rb") as file:
-            data = file.read(MAX_NEIGHBOUR + 1)
-    except FileNotFoundError:
-        _refuse(name, "it is missing beside the weights")
-    except OSError as error:
-        _refuse(name, f"it cannot be read: {error.strerror or error}")
-    if len(data) > MAX_NEIGHBOUR:
-        _refuse(name, f"it is larger than {MAX_NEIGHBOUR} bytes")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        _refuse(name, f"it is not UTF-8: {error.reason}")
-
-
-def _decoded(folder: Path, name: str, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(_text(folder, name), type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        _refuse(name, str(error))
-
-
 # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
 
 def _vocabulary(folder: Path) -> Vocabulary:
-    config = _decoded(folder, _TOKENIZER, _TokenizerConfig)
+    config = decode(folder, _TOKENIZER, _TokenizerConfig)
     if not (config.do_basic_tokenize and config.tokenize_chinese_chars):
-        _refuse(_TOKENIZER, "llama.cpp always splits words and Chinese characters, and it says not to")
-    lines = _text(folder, _VOCABULARY).removesuffix("\n").split("\n")
+        refuse(_TOKENIZER, "llama.cpp always splits words and Chinese characters, and it says not to")
+    lines = read_text(folder, _VOCABULARY).removesuffix("\n").split("\n")
     numbers = {token: number for number, token in enumerate(lines)}
     if len(numbers) < len(lines):
-        _refuse(_VOCABULARY, "a token is in it twice")
+        refuse(_VOCABULARY, "a token is in it twice")
     if "\r" in "".join(lines) or "\0" in "".join(lines):
-        _refuse(_VOCABULARY, "it holds carriage returns or zero bytes")
+        refuse(_VOCABULARY, "it holds carriage returns or zero bytes")
     specials = {}
     for kind in _SPECIALS:
         value = getattr(config, f"{kind}_token")
         token = value.content if isinstance(value, _Added) else value or f"[{kind.upper()}]"
         if token not in numbers:
-            _refuse(_VOCABULARY, f"it lacks the {kind} token {token[:40]!r}")
+            refuse(_VOCABULARY, f"it lacks the {kind} token {token[:40]!r}")
         specials[kind] = numbers[token]
     return Vocabulary(tuple(lines), specials, config.do_lower_case, config.strip_accents)
 
@@ -224,32 +195,27 @@ def _vocabulary(folder: Path) -> Vocabulary:
 
 def _pooling(folder: Path, width: int) -> Pooling:
     """Return how a text's vector is made. What else follows would be lost, so only a normalisation may."""
-    steps = [
-        (module.type.rpartition(".")[2], module.path) for module in _decoded(folder, _MODULES, tuple[_Module, ...])
-    ]
+    steps = [(module.type.rpartition(".")[2], module.path) for module in decode(folder, _MODULES, tuple[_Module, ...])]
     place = _POOLING.rpartition("/")[0]
     if steps[:2] != [("Transformer", ""), ("Pooling", place)] or [kind for kind, _ in steps[2:]] not in (
         [],
         ["Normalize"],
     ):
         listed = ", ".join(f"{kind} in {path!r}" for kind, path in steps)
-        _refuse(_MODULES, f"Transformer, Pooling in {place!r} and Normalize can follow each other, not {listed[:200]}")
-    config = _decoded(folder, _POOLING, dict[str, object])
+        refuse(_MODULES, f"Transformer, Pooling in {place!r} and Normalize can follow each other, not {listed[:200]}")
+    config = decode(folder, _POOLING, dict[str, object])
     if config.get("word_embedding_dimension", width) != width:
-        _refuse(_POOLING, f"its vectors are not {width} wide, as those of the model")
+        refuse(_POOLING, f"its vectors are not {width} wide, as those of the model")
     modes = [mode for mode, chosen in config.items() if mode.startswith("pooling_mode") and chosen]
-    match modes:
-        case ["pooling_mode_mean_tokens"]:
-            return "mean"
-        case ["pooling_mode_cls_token"]:
-            return "cls"
-    _refuse(_POOLING, f"the mean or the CLS token can be taken, not {', '.join(modes)[:200] or 'nothing'}")
+    if modes not in (["pooling_mode_mean_tokens"], ["pooling_mode_cls_token"]):
+        refuse(_POOLING, f"the mean or the CLS token can be taken, not {', '.join(modes)[:200] or 'nothing'}")
+    return "mean" if modes == ["pooling_mode_mean_tokens"] else "cls"
 
 
 def _licence(folder: Path) -> str | None:
     """Return the licence that the model's card names at its head, in the hub's spelling; None without a card."""
     if not (folder / _CARD).exists():
         return None
-    head = re.match(r"---\n(.*?)\n---", _text(folder, _CARD), re.DOTALL)
+    head = re.match(r"---\n(.*?)\n---", read_text(folder, _CARD), re.DOTALL)
     found = re.search(r"^license: *['\"]?([a-z0-9.-]{1,40})['\"]? *$", head[1], re.MULTILINE) if head else None
     return found[1] if found else None

@@ -1,9 +1,10 @@
-"""The models folder: which GGUF files lie in it, and what each is called.
+"""The models folder: which GGUF files and Whisper files of whisper.cpp (``.bin``) lie in it, and what each is called.
 
 A file's name is its path within the folder, such as ``qwen/Qwen3-4B-Q4_K_M.gguf``; of a model in several files only the
-first is listed. Headers are read to leave out what is no model (adapters, projectors, statistics), and to say what is
-wrong with a broken file instead of hiding it; a file that has not changed is read once. Symbolic links to files are
-followed, those to folders are not, so there are no loops; what begins with a dot is no model.
+first is listed. Headers are read to leave out what is no model (adapters, projectors, statistics, and ``.bin`` files of
+any other kind), and to say what is wrong with a broken file instead of hiding it; a file that has not changed is read
+once. Symbolic links to files are followed, those to folders are not, so there are no loops; what begins with a dot is
+no model.
 
 This module knows nothing of models.yaml's models and loads nothing.
 """
@@ -24,8 +25,10 @@ from llamaserve import errors
 from llamaserve.registry.cache import is_file
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.loadable import other_kind
+from llamaserve.registry.sources import WEIGHTS
 from llamaserve.registry.spec import ModelSpec, Registry, name_problem
 from llamaserve.registry.split import part_of, part_paths
+from llamaserve.registry.whisper_file import is_whisper_file, read_whisper
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a file's header says: that it is something else than a model, or what is wrong with it."""
+    """What a file says of itself: that it is something else than a model, or what is wrong with it."""
 
     other: str | None = None
     error: str | None = None
@@ -81,19 +84,19 @@ def scan(folder: Path) -> list[FoundModel]:
     folder = folder.expanduser().absolute()
     if not is_file(folder, folder=True):
         raise errors.RegistryError(f"there is no folder {folder}", hint="Make it, or name another models folder")
-    names = sorted(_gguf_files(folder), key=natural)
+    names = sorted(_weights(folder), key=natural)
     found = [_look(folder, name) for name in _without_later_parts(names)]
     return [model for model in found if model is not None]
 
 
 def stamp(folder: Path) -> tuple[_Stamp, ...]:
-    """Return what changes whenever one of the folder's GGUF files does, or one comes or goes."""
-    return tuple(_stamp(folder / name) for name in sorted(_gguf_files(folder, logging.DEBUG)))
+    """Return what changes whenever one of the folder's ``.gguf`` and ``.bin`` files does, or one comes or goes."""
+    return tuple(_stamp(folder / name) for name in sorted(_weights(folder, logging.DEBUG)))
 
 
 def find(folder: Path, name: str) -> FoundModel | None:
-    """Return the model of this name: its own with or without ``.gguf``, or a subfolder's, which stands for the first
-    model in it. None if there is none.
+    """Return the model of this name: its own with or without the file's ending, or a subfolder's, which stands for the
+    first model in it. None if there is none.
     """
     inner = name.rstrip("/")
     inside = [model for model in scan(folder) if inner and model.name.rpartition("/")[0] == inner]
@@ -101,9 +104,9 @@ def find(folder: Path, name: str) -> FoundModel | None:
 
 
 def named(folder: Path, name: str) -> FoundModel | None:
-    """Return the model of just this name, with or without ``.gguf``; None if there is none."""
+    """Return the model of just this name, with or without the file's ending; None if there is none."""
     models = {model.name: model for model in scan(folder)}
-    return models.get(name) or models.get(name + ".gguf")
+    return next((models[name + ending] for ending in ("", *WEIGHTS) if name + ending in models), None)
 
 
 def resolve(registry: Registry, folder: Path | None, reference: str) -> tuple[str, ModelSpec]:
@@ -120,7 +123,7 @@ def resolve(registry: Registry, folder: Path | None, reference: str) -> tuple[st
 
 
 def is_something_else(path: Path) -> bool:
-    """Whether a file says of itself that it is no model, but an adapter or the like."""
+    """Whether a file says that it is no model, but an adapter or the like; ``.bin`` files may be anything else, too."""
     return _facts(path).other is not None
 
 
@@ -130,8 +133,10 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(piece), piece) if "0" <= piece[0] <= "9" else (1, 0, piece.casefold()) for piece in pieces]
 
 
-def _gguf_files(folder: Path, level: int = logging.WARNING) -> Iterator[str]:
-    """Yield the paths of all GGUF files within a folder. What can't be looked at is logged at this ``level``."""
+def _weights(folder: Path, level: int = logging.WARNING) -> Iterator[str]:
+    """Yield the paths of all files within a folder that are called as weights are. What can't be looked at is logged at
+    this ``level``.
+    """
     entries = 0
     waiting = [""]
     while waiting:
@@ -150,7 +155,7 @@ def _gguf_files(folder: Path, level: int = logging.WARNING) -> Iterator[str]:
                     waiting.append(name)
                 else:
                     log.log(level, "%s lies too deep in the models folder; %d levels are looked at", name, MAX_DEPTH)
-            elif entry.name.lower().endswith(".gguf") and is_file(folder / name):
+            elif entry.name.lower().endswith(WEIGHTS) and is_file(folder / name):
                 yield name
 
 
@@ -202,7 +207,12 @@ def _facts(path: Path) -> _Facts:
 
 def _read(path: Path) -> _Facts:
     try:
-        return _Facts(other=other_kind(read_header(path)))
+        if path.suffix.lower() != ".bin":
+            return _Facts(other=other_kind(read_header(path)))
+        if not is_whisper_file(path):
+            return _Facts(other="some other .bin file")
+        read_whisper(path)
+        return _Facts()
     except errors.ModelError as error:
         return _Facts(error=error.message)
 

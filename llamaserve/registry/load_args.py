@@ -22,9 +22,10 @@ from typing import Annotated, Any, Final, NoReturn
 import msgspec
 from pydantic import TypeAdapter, ValidationError
 
-from llamaserve.engine.params import LoadParams
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
 from llamaserve.registry.spec import ModelSpec, RunOptions
+from llamaserve.speech.values import TranscriberParams
+from llamaserve.worker.protocol import ModelParams
 
 _PLACE = "args"
 _LOADER = "llama.cpp"
@@ -109,10 +110,12 @@ def apply(
         raise InvalidRequest(words, param=_PLACE) from error
 
 
-def effective(params: LoadParams) -> dict[str, object]:
+def effective(params: ModelParams) -> dict[str, object]:
     """Return what is in force: every option by our name for it, then what newer clients of text-generation-webui look
     for under another one. ``translate`` takes all of it.
     """
+    if isinstance(params, TranscriberParams):
+        return {"threads": params.threads, "gpu_layers": "all" if params.gpu else "none"}
     values: dict[str, object] = {
         name: value
         for name, value in msgspec.to_builtins(params).items()

@@ -25,6 +25,7 @@ from llamaserve.registry.memory import Estimate, Estimation, claimed, insufficie
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
 from llamaserve.registry.tasks import pooling_of, task_of
+from llamaserve.worker.protocol import ModelParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class LoadPlan:
     Where GPUs use the main memory, what is for them is in both parts of ``need``.
     """
 
-    params: LoadParams
+    params: ModelParams
     estimate: Estimate
     need: Footprint
     fixed: Footprint

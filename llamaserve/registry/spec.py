@@ -36,7 +36,12 @@ _Where = tuple[str | int, ...]
 
 Task = Literal["generation", "embedding", "rerank", "moderation", "transcription"]
 
-_CHOSEN_TASKS: Final[tuple[Task, ...]] = ("embedding", "rerank", "moderation")  # for which the defaults name a model
+_CHOSEN_TASKS: Final[tuple[Task, ...]] = (
+    "embedding",
+    "rerank",
+    "moderation",
+    "transcription",
+)  # for which the defaults name a model
 
 
 def name_problem(name: str) -> str | None:
@@ -170,13 +175,15 @@ class RunOptions(BaseModel):
 
 class Defaults(RunOptions):
     """What holds for every model that does not say otherwise, the ``model`` that runs when none is named, and those
-    that answer requests for embeddings, for an order of documents and for a moderation that name none.
+    that answer requests for embeddings, for an order of documents, for a moderation and for a transcript that name
+    none.
     """
 
     model: str | None = None
     embedding_model: str | None = None
     rerank_model: str | None = None
     moderation_model: str | None = None
+    transcription_model: str | None = None
 
 
 class AdapterSpec(BaseModel):

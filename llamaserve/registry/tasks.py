@@ -5,11 +5,13 @@ Knows settings and headers, and nothing of how anything is loaded.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from llamaserve.engine.params import Pooling
 from llamaserve.errors import ModelNotCapable
 from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.sources import is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Prefixes, Task
 
 _POOLING: Final[dict[int | None, Pooling]] = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type
@@ -23,7 +25,7 @@ WORK: Final[dict[Task, str]] = {
     "embedding": "makes embeddings (POST /v1/embeddings)",
     "rerank": "scores documents for a query (POST /v1/rerank)",
     "moderation": "judges texts (POST /v1/moderations)",
-    "transcription": "writes down speech",
+    "transcription": "transcribes speech (POST /v1/audio/transcriptions)",
 }
 
 
@@ -31,6 +33,8 @@ def task_of(spec: ModelSpec, header: GGUFHeader | None) -> Task:
     """Return what a model is there for; without a header, as far as its settings tell."""
     if spec.task is not None:
         return spec.task
+    if is_speech(parse_source(spec.source, Path("/"))):
+        return "transcription"
     if header is None or not header.is_embedding_model:
         return "generation"
     return "rerank" if header.pooling_type == _RANK else "embedding"
@@ -56,7 +60,7 @@ def pooling_of(spec: ModelSpec, header: GGUFHeader) -> Pooling | None:
                 raise ModelNotCapable("it has no classification head, so it can't score documents")
             return "rank"
         case "transcription":
-            raise ModelNotCapable("this server does not transcribe speech")
+            raise ModelNotCapable("its file is none of whisper.cpp's (.bin), which alone transcribe speech")
         case _:
             if not header.remembers:
                 raise ModelNotCapable("it is an encoder; it can't generate text")

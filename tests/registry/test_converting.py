@@ -273,10 +273,9 @@ def test_a_file_says_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(errors.ChecksumMismatch, match=f"{'ab' * 32}, and {'cd' * 32} was promised"):
         check_origin(path, "cd" * 32)
     path.write_bytes(path.read_bytes().replace(conversion.SHA256_KEY.encode(), b"x" * len(conversion.SHA256_KEY)))
-    assert origin(path) is None
     path.with_name("cut.gguf").write_bytes(path.read_bytes()[:-1000])
     for file, said in ((path, "does not say which weights"), (path.with_name("cut.gguf"), "truncated")):
-        for look in (lambda file: check_origin(file, "ab" * 32), is_outdated):
+        for look in (origin, lambda file: check_origin(file, "ab" * 32), is_outdated):
             with pytest.raises(errors.ChecksumMismatch, match=said) as caught:
                 look(file)
             assert "llamaserve rm, llamaserve pull" in str(caught.value.hint)
@@ -435,7 +434,9 @@ def test_what_is_refused_there_is_told_here(tmp_path: Path) -> None:
     lay(tmp_path, TinyBert(modules=("Transformer", "Pooling", "Dénse")))
     with pytest.raises(errors.SourceError, match="Dénse") as caught:
         conversion.convert(request(tmp_path))
-    assert caught.value.hint == "Name weights of a BERT model for sentence embeddings, or a GGUF file"
+    assert str(caught.value.hint).startswith(
+        "Name weights of a BERT model for sentence embeddings or of a Whisper model"
+    )
     lay(tmp_path)
     with pytest.raises(errors.SourceError, match="cannot be written: No such file or directory"):
         conversion.convert(request(tmp_path, target="none/m.gguf"))

@@ -11,14 +11,16 @@ import pytest
 from gguf_splitter import split_gguf
 from gguf_writer import File, tiny_llama
 from hypothesis import given, strategies as st
+from whisper_writer import whisper_file
 
 from llamaserve import errors
 from llamaserve.registry import folder as folder_module
-from llamaserve.registry.folder import FoundModel, find, named, natural, resolve, scan
+from llamaserve.registry.folder import FoundModel, find, is_something_else, named, natural, resolve, scan, stamp
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.spec import load_registry
 
 MODEL = tiny_llama()
+SPEECH = whisper_file(ftype=2002).bytes()
 
 
 def fill(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -62,9 +64,37 @@ def test_what_is_no_model_is_left_out(tmp_path: Path) -> None:
             "statistics.gguf": File({"general.type": "imatrix"}).bytes(),
             "eyes.gguf": File({"general.architecture": "clip"}).bytes(),
             "model.gguf": MODEL,
+            "pytorch_model.bin": b"PK\x03\x04" + bytes(100),
+            "empty.bin": b"",
+            "ggml-silero.bin": SPEECH[:4] + bytes(100),
+            "gguf.bin": MODEL,
         },
     )
     assert names(tmp_path) == ["model.gguf"]
+    assert is_something_else(tmp_path / "pytorch_model.bin")
+
+
+def test_whisper_files_are_models_too(tmp_path: Path) -> None:
+    fill(tmp_path, {"ggml-tiny.bin": SPEECH, "b/ggml-base.en.BIN": SPEECH, "cut.bin": SPEECH[:-1]})
+    found = {model.name: model.error for model in scan(tmp_path)}
+    assert found == {
+        "b/ggml-base.en.BIN": None,
+        "cut.bin": f"{tmp_path}/cut.bin is truncated: it ends after {len(SPEECH) - 1} bytes, inside the tensor "
+        "'decoder.ln.bias'; at least 1 bytes are missing",
+        "ggml-tiny.bin": None,
+    }
+    assert not any(is_something_else(tmp_path / name) for name in found)
+    model = named(tmp_path, "ggml-tiny")
+    assert model is not None
+    assert (model.name, model.size, model.source) == ("ggml-tiny.bin", len(SPEECH), f"file:{tmp_path}/ggml-tiny.bin")
+
+
+def test_of_two_files_of_one_name_the_gguf_file_is_meant(tmp_path: Path) -> None:
+    fill(tmp_path, {"m.bin": SPEECH, "m.gguf": MODEL})
+    for name, meant in (("m", "m.gguf"), ("m.bin", "m.bin")):
+        model = named(tmp_path, name)
+        assert model is not None
+        assert model.name == meant
 
 
 def test_a_broken_file_is_listed_with_what_is_wrong(tmp_path: Path) -> None:
@@ -142,9 +172,19 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypat
     for _ in range(3):
         scan(tmp_path)
     assert read == ["a.gguf", "b.gguf"]
+    before = stamp(tmp_path)
     fill(tmp_path, {"b.gguf": MODEL})
     assert [model.error for model in scan(tmp_path)] == [None, None]
     assert read == ["a.gguf", "b.gguf", "b.gguf"]
+    assert stamp(tmp_path) != before
+
+
+def test_a_whisper_file_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
+    before = stamp(tmp_path)
+    fill(tmp_path, {"m.bin": SPEECH})
+    assert stamp(tmp_path) != before
+    (tmp_path / "m.bin").unlink()
+    assert stamp(tmp_path) == before == ()
 
 
 def test_a_name_is_found_with_and_without_its_ending_and_a_folder_is_its_first_model(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from llamaserve import errors
 from llamaserve.registry import lock_file
 from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile, lock_path, pinned
-from llamaserve.registry.sources import HubSource, WheelSource
+from llamaserve.registry.sources import HubSource, WheelFile, WheelSource
 from llamaserve.registry.spec import find_models_file
 
 SUM = "a" * 64
@@ -76,7 +76,7 @@ def test_an_entry_pins_a_source_to_a_commit_and_a_file() -> None:
     source = HubSource("o/r", quant="Q8_0")
     assert pinned(source, ENTRY) == HubSource("o/r", "d/a.gguf", revision=COMMIT)
     assert pinned(source, None) == source
-    wheel = WheelSource("a", "1", "b.gguf")
+    wheel = WheelSource((WheelFile("a", "1", "b.gguf"),))
     assert pinned(wheel, ENTRY) == wheel
 
 

