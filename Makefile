@@ -27,11 +27,11 @@ models: install
 	@$(BIN)/llamaserve models
 
 install:
-	@$(PYTHON) scripts/install.py fast
+	@$(PYTHON) scripts/install.py fast speech
 
 .PHONY: install-dev
 install-dev:
-	@$(PYTHON) scripts/install.py fast dev
+	@$(PYTHON) scripts/install.py fast speech dev
 
 test: install-dev
 	$(BIN)/pytest
@@ -46,7 +46,7 @@ format: install-dev
 	$(BIN)/ruff check --fix .
 
 bench:
-	@$(PYTHON) scripts/install.py fast bench
+	@$(PYTHON) scripts/install.py fast speech bench
 	$(BIN)/python scripts/bench.py $(call given,ARGS)
 
 clean:

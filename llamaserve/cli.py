@@ -23,6 +23,7 @@ from llamaserve.cli_models import ModelsDir, ModelsFile, fetch_model, require_lo
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry, read_settings
 from llamaserve.errors import LlamaserveError, RegistryError
 from llamaserve.registry.spec import Registry, Task
+from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import task_of
 from llamaserve.settings import Settings
 
@@ -74,7 +75,7 @@ LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or erro
 
 @app.command(epilog=_EXAMPLES)
 def run(
-    model: Annotated[str | None, typer.Argument(help="Name, alias, path.gguf or hf:owner/repo:QUANT.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Name, alias, path or hf:owner/repo:QUANT.")] = None,
     host: Host = None,
     port: Port = None,
     models_file: ModelsFile = None,
@@ -175,16 +176,20 @@ async def _follow(tasks: Mapping[ServedModel, TaskID], progress: Progress) -> No
 
 def _described(model: ServedModel) -> str:
     where = "GPU" if model.live_worker is not None and model.live_worker.gpu else "CPU"
+    if isinstance(model.file, SpeechFile):
+        header = model.file.speech
+        extent = f"{header.languages} languages" if header.multilingual else "English only"
+        return f"{model.name}, {header.quantisation}, {extent}, on the {where}"
     return f"{model.name}, {model.header.quantisation}, {model.context} tokens of context, on the {where}"
 
 
-_CHAT = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
-_TO_TRY: dict[Task, tuple[str, str]] = {
-    "generation": _CHAT,
-    "transcription": _CHAT,  # which can't be loaded
-    "embedding": ("/v1/embeddings", '{"input": ["Hello!", "Good morning"]}'),
-    "rerank": ("/v1/rerank", '{"query": "a greeting", "documents": ["Hello!", "It rains"]}'),
-    "moderation": ("/v1/moderations", '{"input": "Hello!"}'),
+_CHAT = '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'
+_TO_TRY: dict[Task, tuple[str, ...]] = {  # where a task is asked for, and curl's words for what is sent there
+    "generation": ("/v1/chat/completions", "-d", _CHAT),
+    "embedding": ("/v1/embeddings", "-d", '{"input": ["Hello!", "Good morning"]}'),
+    "rerank": ("/v1/rerank", "-d", '{"query": "a greeting", "documents": ["Hello!", "It rains"]}'),
+    "moderation": ("/v1/moderations", "-d", '{"input": "Hello!"}'),
+    "transcription": ("/v1/audio/transcriptions", "-F", "file=@speech.wav"),
 }
 
 
@@ -197,7 +202,7 @@ def _print_ready(pool: ModelPool, url: str) -> None:
     if others := len(pool.models) - len(loaded):
         lines.append(f"  also       {others} more, loaded when a request names one: {url}/v1/models")
     if loaded:
-        path, body = _TO_TRY[task_of(loaded[0].spec, loaded[0].file.known_header)]
-        lines.append(f"  try it     curl -N {url}{path} -d {escape(shlex.quote(body))}")
+        path, *body = _TO_TRY[task_of(loaded[0].spec, loaded[0].file.known_header)]
+        lines.append(f"  try it     curl -N {url}{path} {escape(shlex.join(body))}")
     out.print("\n".join(lines), highlight=False, soft_wrap=True)
     sys.stdout.flush()

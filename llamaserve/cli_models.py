@@ -43,6 +43,7 @@ from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
 from llamaserve.registry.remedies import Remedies, command
+from llamaserve.registry.sources import FileSource, is_speech
 from llamaserve.registry.spec import ModelSpec, Registry, Task
 from llamaserve.registry.tasks import task_of
 from llamaserve.registry.verifying import Finding, verify_model
@@ -51,7 +52,7 @@ ModelsFile = Annotated[
     Path | None, typer.Option(help="models.yaml to use.  [default: ./models.yaml, else the shipped]")
 ]
 ModelsDir = Annotated[
-    Path | None, typer.Option(help="Folder with GGUF files to serve, too.  [default: ./models, if there is one]")
+    Path | None, typer.Option(help="Folder with model files to serve, too.  [default: ./models, if there is one]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")]
 
@@ -99,7 +100,7 @@ def rm(
 
 
 def show(
-    model: Annotated[str, typer.Argument(help="Name, alias, path.gguf or hf:owner/repo:QUANT.")],
+    model: Annotated[str, typer.Argument(help="Name, alias, path or hf:owner/repo:QUANT.")],
     as_json: Json = False,
     models_file: ModelsFile = None,
     models_dir: ModelsDir = None,
@@ -282,9 +283,10 @@ def _listed(registry: Registry, others: Mapping[str, ModelSpec]) -> list[_Listed
 
 def _task(registry: Registry, spec: ModelSpec) -> Task:
     """Return what a model is there for. Where its settings do not say, its file does, if it is here and whole."""
-    path = locate(registry.source(spec)) if spec.task is None else None
+    source = registry.source(spec)
+    path = locate(source) if spec.task is None and not is_speech(source) else None
     header = None
-    if path is not None and path.name.lower().endswith(".gguf"):
+    if path is not None:
         with suppress(LlamaserveError):  # a damaged one, which other commands tell
             header = read_header(path)
     return task_of(spec, header)
@@ -294,7 +296,8 @@ def _found_columns(model: FoundModel, registry: Registry) -> tuple[str, str, str
     if model.error is not None:
         return "broken", _size(model.size), "", escape(model.error)
     shadowed = model.name in registry.models or model.name in registry.aliases
-    return "yes", _size(model.size), "", "hidden by the one of this name in models.yaml" if shadowed else ""
+    task = "transcription" if is_speech(FileSource(model.path)) else ""
+    return "yes", _size(model.size), "", "hidden by the one of this name in models.yaml" if shadowed else task
 
 
 def _abilities(header: GGUFHeader | None) -> list[str] | None:
@@ -352,7 +355,7 @@ def _rows(facts: ModelFacts, abilities: list[str] | None, fetch: str) -> Iterato
 
 
 def _header_rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tuple[str, str]]:
-    header, memory = facts.header, facts.memory
+    header, speech, memory = facts.header, facts.speech, facts.memory
     if header is not None:
         yield "architecture", header.architecture + (f", {header.name}" if header.name else "")
         yield "parameters", f"{header.parameters:,}"
@@ -364,9 +367,15 @@ def _header_rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tup
         yield "template", "none" if header.template is None else header.template
         if abilities:
             yield "", ", ".join(abilities)
+    if speech is not None:
+        yield "architecture", f"Whisper, {speech.size}"
+        yield "parameters", f"{speech.parameters:,}"
+        yield "quantisation", speech.quantisation
+        yield "languages", "English only" if speech.languages == 1 else str(speech.languages)
     if memory is not None:
-        parts = f"weights {_size(memory.weights)}, cache {_size(memory.cache)}, compute {_size(memory.compute)}"
-        yield "memory", f"{_size(memory.total)} on a CPU: {parts}, vocabulary {_size(memory.vocabulary)}"
+        parts = {name: getattr(memory, name) for name in ("weights", "cache", "compute", "vocabulary")}
+        told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+        yield "memory", f"{_size(memory.total)} on a CPU: {told}"
 
 
 def _counted(number: int, noun: str) -> str:

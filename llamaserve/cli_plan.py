@@ -14,18 +14,20 @@ from rich.table import Table
 
 from llamaserve.cli_output import by_name, models_folder, read_registry, read_settings, say, say_json
 from llamaserve.engine.events import Device
-from llamaserve.engine.params import Footprint
+from llamaserve.engine.params import Footprint, LoadParams
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
-from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.gguf import read_header
 from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.remedies import Remedies, told
-from llamaserve.registry.sources import parse_source
+from llamaserve.registry.sources import is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.registry.speech_file import plan_speech
+from llamaserve.registry.whisper_file import read_whisper
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
 
@@ -37,7 +39,6 @@ class _Planned:
     """A model and its plan, or why there is none."""
 
     name: str
-    header: GGUFHeader | None = None
     plan: LoadPlan | None = None
     error: LlamaserveError | None = None
 
@@ -52,7 +53,7 @@ def plan(
         list[str] | None, typer.Argument(help="Names, aliases or files; none: all that are here.")
     ] = None,
     models_file: Annotated[str | None, typer.Option(help="models.yaml to use.")] = None,
-    models_dir: Annotated[str | None, typer.Option(help="Folder with GGUF files.")] = None,
+    models_dir: Annotated[str | None, typer.Option(help="Folder with model files.")] = None,
     memory: Annotated[str | None, typer.Option(help="Main memory that models may take: 6GB, 75%.")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="GPU memory that models may take.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
@@ -82,30 +83,38 @@ async def _devices() -> list[Device]:
 
 
 def _chosen(settings: Settings, registry: Registry, references: Sequence[str] | None) -> list[tuple[str, ModelSpec]]:
-    """Return the models named, or all models on this machine that this server can load."""
+    """Return the models named, or all models on this machine."""
     folder = models_folder(settings)
     if references:
         return [by_name(registry, folder, reference) for reference in references]
-    here = models_here(registry, folder, LockFile.beside(registry.path).entries())
-    return [(name, spec) for name, spec in here.items() if spec.task != "transcription"]
+    return [*models_here(registry, folder, LockFile.beside(registry.path).entries()).items()]
 
 
 def _plan(remedies: Remedies, spec: ModelSpec, budget: Footprint, devices: Sequence[Device]) -> _Planned:
-    name, registry, header = remedies.name, remedies.registry, None
+    source = remedies.registry.source(spec)
     try:
-        header = read_header(remedies.require(registry.source(spec), name))
-        check_loadable(header)
-        for adapter in spec.lora:
-            source = parse_source(adapter.source, registry.path.parent)
-            remedies.require(source, f"the LoRA adapter {adapter.source} of {name}")
-        adapters = configured_adapters(name, spec, registry.path.parent)
-        for each in adapters:
-            check_adapter(read_header(Path(each.path)), header)
-        params = load_params(spec, header, adapters)
-        plan = plan_load(name, header, params, budget, len(devices), unified=is_unified(devices))
-        return _Planned(name, header, plan)
+        path = remedies.require(source, remedies.name)
+        if is_speech(source):
+            plan = plan_speech(remedies.name, spec, read_whisper(path), budget, devices)
+        else:
+            plan = _plan_for_texts(remedies, spec, path, budget, devices)
+        return _Planned(remedies.name, plan)
     except LlamaserveError as error:
-        return _Planned(name, header, error=error)
+        return _Planned(remedies.name, error=error)
+
+
+def _plan_for_texts(
+    remedies: Remedies, spec: ModelSpec, path: Path, budget: Footprint, devices: Sequence[Device]
+) -> LoadPlan:
+    name, base, header = remedies.name, remedies.registry.path.parent, read_header(path)
+    check_loadable(header)
+    for adapter in spec.lora:
+        remedies.require(parse_source(adapter.source, base), f"the LoRA adapter {adapter.source} of {name}")
+    adapters = configured_adapters(name, spec, base)
+    for each in adapters:
+        check_adapter(read_header(Path(each.path)), header)
+    params = load_params(spec, header, adapters)
+    return plan_load(name, header, params, budget, len(devices), unified=is_unified(devices))
 
 
 def _fitting(planned: Sequence[_Planned], budget: Footprint) -> tuple[list[_Planned], list[_Planned]]:
@@ -167,12 +176,23 @@ def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:
         if each.plan is None:
             table.add_row(each.name, *["-"] * (len(headings) + 1))
             continue
-        parts, params = each.plan.estimate, each.plan.params
+        parts, settings = each.plan.estimate, _settings(each.plan)
         row = [_all(parts.weights), _all(parts.cache), _all(parts.compute), parts.vocabulary, PROCESS.host]
         cells = [_size(size) for size in (*row, each.plan.need.host)]
-        cells += [_size(each.plan.need.device), str(params.gpu_layers)] if devices else []
-        table.add_row(each.name, *cells, str(params.context))
+        cells += [_size(each.plan.need.device), _cell(settings["gpu_layers"])] if devices else []
+        table.add_row(each.name, *cells, _cell(settings["context"]))
     return table
+
+
+def _settings(plan: LoadPlan) -> dict[str, int | str | None]:
+    """Return what a plan has decided; None for what a model for speech has not."""
+    if not isinstance(plan.params, LoadParams):
+        return {"context": None, "gpu_layers": None}
+    return {"context": plan.params.context, "gpu_layers": plan.params.gpu_layers}
+
+
+def _cell(value: int | str | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _as_json(planned: Sequence[_Planned], together: Sequence[_Planned], budget: Footprint) -> dict[str, Any]:
@@ -186,7 +206,7 @@ def _as_json(planned: Sequence[_Planned], together: Sequence[_Planned], budget: 
 def _model_as_json(each: _Planned) -> dict[str, Any]:
     if each.plan is None:
         return {"name": each.name, "error": each.error.body()["error"] if each.error else None}
-    parts, params = each.plan.estimate, each.plan.params
+    parts = each.plan.estimate
     return {
         "name": each.name,
         "need": {"host": each.plan.need.host, "gpu": each.plan.need.device},
@@ -196,8 +216,7 @@ def _model_as_json(each: _Planned) -> dict[str, Any]:
         "compute": _all(parts.compute),
         "vocabulary": parts.vocabulary,
         "process": PROCESS.host,
-        "context": params.context,
-        "gpu_layers": params.gpu_layers,
+        **_settings(each.plan),
     }
 
 

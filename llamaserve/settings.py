@@ -52,7 +52,9 @@ class Settings(BaseSettings):
     models_file: Path | None = Field(
         None, description="models.yaml to use instead of ./models.yaml or the shipped one."
     )
-    models_dir: Path | None = Field(None, description="Folder whose GGUF files are served, too; ./models if it exists.")
+    models_dir: Path | None = Field(
+        None, description="Folder whose model files are served, too; ./models if it exists."
+    )
     loras_dir: Path | None = Field(None, description="Folder with LoRA adapters; ./loras if it exists.")
     memory: Size | None = Field(
         None, description="Main memory that models may take: 6GB, 512MiB, 75%; by default 80 % of what is free."

@@ -33,6 +33,7 @@ from benchmark import (
     profiling,
     report,
     speculation,
+    speech,
     swap,
     throughput,
 )
@@ -73,6 +74,7 @@ WORKLOADS = (
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
     Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
     Workload("embeddings", "texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
+    Workload("speech", "speech to text, and chats beside it", speech.run, speech.rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 
@@ -85,6 +87,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--embedding-model", default="all-minilm-l6-v2", help="likewise, for embeddings; default: %(default)s"
     )
+    parser.add_argument("--speech-model", default="whisper-tiny.en", help="likewise, for speech; default: %(default)s")
     parser.add_argument("--url", help="base URL of a running server, with /v1")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=URL", help="another server to compare with"
@@ -132,6 +135,7 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
         "url": options.url,
         "peers": peers(options.peer),
         "embedding_model": options.embedding_model,
+        "speech_model": options.speech_model,
         "cache": cache_folder() / "benchmark",
         "say": say,
     }

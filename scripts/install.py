@@ -3,6 +3,8 @@
 Called by the Makefile. The first install compiles llama.cpp, which takes minutes; this says so and shows that it goes
 on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling
 (cpu, metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
+
+What speech needs is taken from wheels only. Where there are none, all else is installed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +30,7 @@ STAMP = VENV / "llamaserve-install.json"
 BINDING = "llama-cpp-python"
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
 METAL = "-DGGML_METAL=on"
+SPEECH = "speech"  # the extra that may be left out
 HEARTBEAT = 20  # seconds
 
 
@@ -113,8 +117,8 @@ def check_compiler(wheels: str) -> None:
     )
 
 
-def run_visibly(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command, and say every while that it still goes on."""
+def run_visibly(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command, say every while that it still goes on, and return its exit status."""
     start, done = time.monotonic(), threading.Event()
 
     def heartbeat() -> None:
@@ -125,12 +129,31 @@ def run_visibly(command: Sequence[str], environment: Mapping[str, str]) -> None:
     thread = threading.Thread(target=heartbeat, daemon=True)
     thread.start()
     try:
-        code = subprocess.run(command, env=dict(environment), check=False).returncode
+        return subprocess.run(command, env=dict(environment), check=False).returncode
     finally:
         done.set()
         thread.join()
-    if code:
+
+
+def run_or_stop(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command visibly; what it could not do ends the installation."""
+    if code := run_visibly(command, environment):
         raise SystemExit(f"error: the installation failed (pip's exit status {code}); its last lines above say why")
+
+
+def speech_packages() -> list[str]:
+    """Return the packages that speech needs, as pip takes them."""
+    import tomllib  # here, since a Python that is too old for it still has to be told so
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return list(project["optional-dependencies"][SPEECH])
+
+
+def add_speech(pip: Sequence[str], packages: Sequence[str]) -> None:
+    """Install what speech needs. Where that is impossible, say so and how to try again: nothing else needs it."""
+    if run_visibly([*pip, "install", "--only-binary", ":all:", *packages], os.environ):
+        again = shlex.join([pip[0], "-m", "pip", "install", *packages])
+        say(f"speech can't be transcribed here, as the lines above say; all else is installed\ntry:   {again}")
 
 
 def say(line: str) -> None:
@@ -154,11 +177,13 @@ def main(extras: Sequence[str]) -> None:
         say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     if replace:
-        run_visibly([*pip, "uninstall", "--yes", BINDING], os.environ)
+        run_or_stop([*pip, "uninstall", "--yes", BINDING], os.environ)
     STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
-    command = [*pip, "install", *binding_options(wheels, arguments), "--editable", f"{ROOT}[{','.join(extras)}]"]
+    project = f"{ROOT}[{','.join(extra for extra in extras if extra != SPEECH)}]"
     environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
-    run_visibly(command, environment)
+    run_or_stop([*pip, "install", *binding_options(wheels, arguments), "--editable", project], environment)
+    if SPEECH in extras:
+        add_speech(pip, speech_packages())
     STAMP.write_text(json.dumps(wanted))
     say("installed")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from running_server import RunningServer
+from whisper_writer import whisper_file
 
 from llamaserve import __version__
 from llamaserve.registry.cache import cache_folder
@@ -145,6 +146,16 @@ def test_run_serves_the_default_model_and_prints_a_line_that_works(starter_model
                 streamed, _ = curl.communicate(timeout=30)
         assert streamed.endswith("data: [DONE]\n\n")
         assert server.stop(signal.SIGINT) in (0, 130)
+
+
+@pytest.mark.parametrize(("vocabulary", "extent"), [(51864, "English only"), (51865, "99 languages")])
+def test_a_model_for_speech_is_served_and_said_to_be_one(vocabulary: int, extent: str, tmp_path: Path) -> None:
+    pytest.importorskip("_pywhispercpp")
+    (tmp_path / "ear.bin").write_bytes(whisper_file(ftype=2002, n_vocab=vocabulary, n_text_ctx=448).bytes())
+    with RunningServer("serve", str(tmp_path / "ear.bin")) as server:
+        output = "\n".join(server.lines)
+        assert re.search(f"is ready: ear, Q4_0, {extent}, on the (CPU|GPU)\n", output)
+        assert f"try it     curl -N {server.url}/v1/audio/transcriptions -F file=@speech.wav" in output
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

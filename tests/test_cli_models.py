@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from local_hub import COMMIT, Hub, running_hub, settings_for
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
 from running_server import wait_until
+from whisper_writer import whisper_file
+
+from llamaserve.registry.whisper_file import read_whisper
 
 MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
 MODELS = """\
@@ -326,6 +330,56 @@ def test_a_model_in_parts_is_one_model_for_all_commands(desk: Desk) -> None:
     assert f"part 2 of 3 is missing: {paths[1]}" in desk("plan", name, status=1)
     split_gguf(desk.folder / "models/sub/found.gguf", desk.folder / "models/parts", "m", 3)
     assert f"{name}: deleted 3 files" in desk("rm", "-y", name)
+
+
+def test_a_whisper_file_is_a_model_for_all_commands(desk: Desk) -> None:
+    path, cut = (desk.folder / "models" / name for name in ("sub/ggml-ear.bin", "cut.bin"))
+    path.write_bytes(whisper_file(ftype=2002, n_vocab=51865).bytes())
+    cut.write_bytes(path.read_bytes()[:-1])
+    (desk.folder / "models/other.bin").write_bytes(b"something else that is called so")
+    lines = {line.split()[0]: line.split()[1:] for line in desk("models").splitlines() if line.strip()}
+    assert lines["sub/ggml-ear.bin"] == ["yes", "3", "MB", "transcription"]
+    assert lines["cut.bin"][0] == "broken"
+    found = [each["name"] for each in desk.json("models")["found"]]
+    assert found == ["broken.gguf", "cut.bin", "sub/found.gguf", "sub/ggml-ear.bin"]
+    answer = desk("show", "sub/ggml-ear")
+    for label, value in {"task": "transcription", "architecture": "Whisper, 1+1 layers", "languages": "99"}.items():
+        assert re.search(rf"^{label} +{re.escape(value)} *$", answer, re.MULTILINE)
+    facts = desk.json("show", "sub/ggml-ear")
+    assert (facts["header"], facts["problem"], facts["template_abilities"]) == (None, None, None)
+    assert facts["speech"] == {
+        "size": "1+1 layers",
+        "parameters": read_whisper(path).parameter_count,
+        "quantisation": "Q4_0",
+        "languages": 99,
+    }
+    assert facts["memory"]["total"] == facts["memory"]["weights"] + facts["memory"]["compute"]
+    broken = desk.json("show", "cut")
+    assert (broken["speech"], broken["memory"]) == (None, None)
+    assert "cut.bin is truncated" in broken["problem"]
+    assert desk("verify", "sub/ggml-ear") == "sub/ggml-ear: good\n"
+    assert f"is truncated: it ends after {cut.stat().st_size} bytes" in desk("verify", "cut", status=1)
+    assert "cut.bin is truncated" in desk("serve", "cut", "--port", "0", status=1)
+    assert "sub/ggml-ear.bin: deleted 1 file" in desk("rm", "--yes", "sub/ggml-ear")
+    assert not path.exists()
+
+
+def test_show_says_why_a_whisper_model_cannot_do_what_its_settings_say(desk: Desk) -> None:
+    (desk.folder / "ear.bin").write_bytes(whisper_file(ftype=2002).bytes())
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        "  english: {source: 'file:ear.bin'}\n"
+        "  chatty: {source: 'file:ear.bin', task: generation}\n"
+        "  styled: {source: 'file:ear.bin', lora: [{source: 'file:style.gguf'}]}\n"
+    )
+    assert "English only" in desk("show", "english")
+    for name, problem in (("chatty", "nothing but transcribe speech: generation"), ("styled", "LoRA adapters are for")):
+        facts = desk.json("show", name)
+        assert problem in facts["problem"]
+        assert facts["speech"]["languages"] == 1
+        assert facts["memory"] is None
+    tasks = {each["model"]: each["task"] for each in desk.json("models")["models"]}
+    assert tasks == {"english": "transcription", "chatty": "generation", "styled": "transcription"}
 
 
 def test_a_damaged_lock_is_told_with_its_line(desk: Desk) -> None:

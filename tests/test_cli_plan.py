@@ -13,6 +13,14 @@ import pytest
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
+from rich.console import Console
+from whisper_writer import whisper_file
+
+from llamaserve import cli_plan
+from llamaserve.engine.events import Device
+from llamaserve.engine.params import Footprint
+from llamaserve.registry.remedies import Remedies
+from llamaserve.registry.spec import ModelSpec, load_registry
 
 MODELS = """\
 models:
@@ -98,3 +106,45 @@ def test_models_for_vectors_are_planned_without_a_cache_and_with_outputs_of_all_
     assert "it is an encoder; it can't generate text" in chatty["error"]["message"]
     assert "\nchatty: it is an encoder; it can't generate text" in plan(folder, status=1)
     assert "minilm" in plan(folder, "minilm")
+
+
+def test_models_for_speech_are_planned_without_a_context(folder: Path) -> None:
+    (folder / "ear.bin").write_bytes(whisper_file(ftype=2002, n_text_ctx=448).bytes())
+    (folder / "cut.bin").write_bytes(whisper_file().bytes()[:-1])
+    (folder / "models.yaml").write_text(
+        "models:\n"
+        "  ear: {source: 'file:ear.bin'}\n"
+        "  told: {source: 'file:ear.bin', task: transcription}\n"
+        "  chatty: {source: 'file:ear.bin', task: generation}\n"
+        "  styled: {source: 'file:ear.bin', lora: [{source: 'file:style.gguf'}]}\n"
+        "  deaf: {source: 'file:tiny.gguf', task: transcription}\n"
+        "  cut: {source: 'file:cut.bin'}\n"
+    )
+    answer = as_json(folder, status=1)
+    ear, told, *others = answer["models"]
+    assert ear == told | {"name": "ear"}
+    assert (ear["context"], ear["gpu_layers"], ear["cache"]) == (None, None, 0)
+    assert ear["need"] == {"host": ear["weights"] + ear["compute"] + ear["process"], "gpu": 0}
+    assert answer["together"] == ["ear", "told"]
+    messages = {each["name"]: each["error"]["message"] for each in others}
+    assert "do nothing but transcribe speech: generation" in messages["chatty"]
+    assert messages["styled"] == "LoRA adapters are for models that generate text"
+    assert "none of whisper.cpp's (.bin), which alone transcribe speech" in messages["deaf"]
+    assert "cut.bin is truncated" in messages["cut"]
+    (row,) = (line.split() for line in plan(folder, "ear").splitlines() if line.startswith("ear "))
+    assert (row[-1], len(row)) == ("-", 14)
+    assert "\near needs " in plan(folder, "ear", "--memory", "50MB", status=1)
+
+
+def test_a_model_for_speech_is_on_a_gpu_without_layers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "ear.bin").write_bytes(whisper_file(ftype=2002).bytes())
+    registry = load_registry(folder / "models.yaml")
+    remedies, gpu = Remedies(registry, "ear"), Device("CUDA0", "a card", 1 << 34, 1 << 34)
+    spec = ModelSpec(source="file:ear.bin")
+    planned = cli_plan._plan(remedies, spec, Footprint(1 << 40, 1 << 40), [gpu])
+    assert planned.plan is not None
+    assert planned.plan.need.device > 0
+    Console(width=200).print(cli_plan._table([planned], [gpu]))
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split()[-5:] == ["the", "GPU", "GPU", "layers", "context"]
+    assert row.split()[-4:] == [*cli_plan._size(planned.plan.need.device).split(), "-", "-"]

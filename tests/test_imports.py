@@ -1,8 +1,9 @@
-"""The layers: imports point downward only, llama_cpp is in one module, and the API process never loads it."""
+"""The layers: imports point downward only, each native library is in its place, and the API process loads none."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,35 @@ def test_llama_cpp_is_imported_in_one_module() -> None:
     assert users == {"engine.llama"}
 
 
+def loading(library: str) -> set[str]:
+    """Return the modules that import a library, or load it by its name."""
+    named = re.compile(rf"import_module\(['\"]{library}\b")
+    return {
+        module
+        for module, path in modules().items()
+        if any(name.split(".")[0] == library for name in imports(path)) or named.search(path.read_text())
+    }
+
+
+def test_whisper_cpp_is_loaded_in_one_module_and_without_what_downloads_models() -> None:
+    assert loading("_pywhispercpp") == {"speech.whisper"}
+    assert loading("pywhispercpp") == set()
+
+
+def test_ffmpeg_is_loaded_in_the_decoding_process_alone() -> None:
+    decoding = {"speech.audio_main", "speech.audio_track"}
+    assert loading("av") == decoding
+    users = {
+        module for module, path in modules().items() for name in decoding if f"llamaserve.{name}" in imported(path)
+    }
+    assert users == {"speech.audio_main"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a module imports, and those it imports from."""
+    return {each for name in imports(path) for each in (name, name.rpartition(".")[0])}
+
+
 def test_the_engine_knows_nothing_of_the_web() -> None:
     for module, path in modules().items():
         if layer(module) == "engine":
@@ -73,10 +103,7 @@ def test_the_engine_knows_nothing_of_the_web() -> None:
 
 
 def test_the_api_process_loads_neither_llama_cpp_nor_numpy_nor_jinja() -> None:
-    check = (
-        "import sys, llamaserve.cli, llamaserve.serving; "
-        "heavy = ('llama_cpp', 'numpy', 'jinja2', 'huggingface_hub', 'llguidance', 'gguf'); "
-        "print([m for m in heavy if m in sys.modules])"
-    )
+    heavy = ("llama_cpp", "_pywhispercpp", "av", "numpy", "jinja2", "huggingface_hub", "llguidance", "gguf")
+    check = f"import sys, llamaserve.cli, llamaserve.serving; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

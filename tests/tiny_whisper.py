@@ -161,3 +161,8 @@ class TinyWhisper:
             **self.replaced,
         }
         return {name: data for name, data in written.items() if data is not None}
+
+
+def servable_whisper() -> TinyWhisper:
+    """Return a model with heads of the size that all of Whisper's have, without which whisper.cpp must not see it."""
+    return TinyWhisper(width=64, settings={"encoder/num_heads": 1, "decoder/num_heads": 1})

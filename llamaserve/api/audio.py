@@ -5,14 +5,13 @@ as OpenAI's endpoints have it.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
 
@@ -22,15 +21,14 @@ from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
 from llamaserve.api.options import TRUNCATED_HEADER
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
-from llamaserve.api.transcribing import Hearing, heard
+from llamaserve.api.transcribing import Hearing
 from llamaserve.api.transcripts import Transcript
+from llamaserve.api.uploads import KIND, MAX_FIELD, receive
 from llamaserve.api.vectors import Plain, TextFields, lower
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
 from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import code_of
 from llamaserve.speech.values import Heard, Transcribed, Transcription
-
-logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["audio"])
 
@@ -38,15 +36,18 @@ WARNING_HEADER: Final = "x-llamaserve-warning"
 
 _Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
-_MAX_FIELDS: Final = 64
-_MAX_FIELD: Final = 64 * 1024  # bytes
-_LISTS: Final = ("timestamp_granularities", "include")
-_KIND: Final = "multipart/form-data"
+_LISTS: Final = ("timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError("must be a file with a name (curl -F file=@audio.wav), not text")
+    return value
 
 
 def _language(text: str) -> str | None:
-    """Take a code or a name; nothing, or ``auto``, stands for the language that is spoken."""
-    if text.strip().lower() in ("", "auto"):
+    """Take a code or a name; ``auto`` stands for the language that is spoken."""
+    if text.strip().lower() == "auto":
         return None
     code = code_of(text)
     if code is None:
@@ -63,14 +64,14 @@ class AudioRequest(TextFields):
         "diarize": (("false", "0", False), "speakers are not told apart"),
     }
 
-    file: UploadFile = Field(
+    file: Annotated[UploadFile, BeforeValidator(_file)] = Field(
         description="The audio: flac, mp3, mp4, mpeg, mpga, m4a, ogg, wav, webm or another usual format."
     )
-    language: Annotated[str | None, AfterValidator(lambda text: _language(text) if text else None)] = Field(
-        None, max_length=64, description="The language that is spoken, as a code of ISO 639-1; found out if not given."
+    language: Annotated[str, Field(max_length=64), AfterValidator(_language)] | None = Field(
+        None, description="The language that is spoken, as a code of ISO 639-1; found out if not given."
     )
     prompt: Text = Field(
-        "", max_length=_MAX_FIELD, description="Text that might come before the audio, for names and style."
+        "", max_length=MAX_FIELD, description="Text that might come before the audio, for names and style."
     )
     response_format: Annotated[_Format, BeforeValidator(lower)] = Field(
         "json", description="What the answer looks like."
@@ -80,17 +81,13 @@ class AudioRequest(TextFields):
     )
     stream: bool = Field(default=False, description="Send the text as it is heard, as server-sent events.")
     timestamp_granularities: list[Literal["segment", "word"]] = Field(
-        ["segment"],
-        validation_alias=AliasChoices("timestamp_granularities[]", "timestamp_granularities"),
-        description="Which times verbose_json has.",
+        ["segment"], description="Which times verbose_json has."
     )
     include: list[Literal["logprobs"]] = Field(
-        [],
-        validation_alias=AliasChoices("include[]", "include"),
-        description="What json has beside the text: the log-probabilities of its tokens.",
+        [], description="What json has beside the text: the log-probabilities of its tokens."
     )
 
-    def _idle(self) -> Any:
+    def _idle(self) -> Iterator[str]:
         """Yield the fields that do nothing beside the others."""
         if "timestamp_granularities" in self.model_fields_set and self.response_format != "verbose_json":
             yield "timestamp_granularities"
@@ -98,37 +95,39 @@ class AudioRequest(TextFields):
             yield "include"
 
 
-async def _read(request: Request) -> AudioRequest:
-    """Read a form. Raises what FastAPI does when something in it is wrong."""
-    if not request.headers.get("content-type", "").startswith(_KIND):
-        raise InvalidRequest(f"the audio must be sent as {_KIND}, with a field `file`", param="file")
-    form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD)
+def _parsed(form: FormData) -> AudioRequest:
+    """Return what a form says. Raises what FastAPI does when something in it is wrong."""
     try:
         body = AudioRequest.model_validate(_values(form))
     except ValidationError as error:
-        await form.close()
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
     if body.stream and body.response_format in ("srt", "vtt"):
-        raise UnsupportedParameter(f"stream goes with json, text and verbose_json, not {body.response_format}")
+        raise UnsupportedParameter(
+            f"stream goes with json, text and verbose_json, not {body.response_format}", param="stream"
+        )
     return body
 
 
 def _values(form: FormData) -> dict[str, Any]:
-    """Return the fields of a form; those that may be lists are."""
+    """Return the fields of a form, of which empty ones are not given. Lists are called with brackets or without, and
+    may be one text with commas.
+    """
     values: dict[str, Any] = {}
-    for name in form:
-        several = form.getlist(name)
-        if name.removesuffix("[]") in _LISTS:
-            values[name] = [part for each in several for part in str(each).split(",")]
-        else:
-            values[name] = several[-1]
-    return values
+    for name, value in form.multi_items():
+        name = name.removesuffix("[]")
+        if name in _LISTS:
+            values.setdefault(name, []).extend(part.strip() for part in str(value).split(","))
+        elif name in values and name in AudioRequest.model_fields:
+            raise InvalidRequest(f"{name} is given more than once", param=name)
+        elif value != "":
+            values[name] = value
+    return {name: value for name, value in values.items() if value != [""]}
 
 
 _FORM: Final[Mapping[str, Any]] = {
     "requestBody": {
         "required": True,
-        "content": {_KIND: {"schema": AudioRequest.model_json_schema(by_alias=False)}},
+        "content": {KIND: {"schema": AudioRequest.model_json_schema()}},
     }
 }
 
@@ -147,47 +146,48 @@ async def create_translation(request: Request, services: UsesServices) -> Respon
 
 async def _answer(request: Request, services: Services, *, translate: bool) -> Response:
     try:
-        body = await _read(request)
+        upload = await receive(request, services.audio_admission, services.settings.max_upload)
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
     try:
+        body = _parsed(upload.form)
         headers = body.ignored_header()
-        hearing = Hearing(
-            services,
-            services.pool.get_for("transcription", body.model),
-            body.file.file,
-            Transcription(
-                language=body.language, translate=translate, prompt=body.prompt, temperature=body.temperature
-            ),
-            named=body.model is not None,
-        )
-        if body.stream:
-            return await _streamed(services, body, hearing, headers)
-        return await unless_client_leaves(request, _whole(body, hearing, headers))
+        model = services.pool.get_for("transcription", body.model)
+    except BaseException:
+        upload.close()
+        raise
+    transcription = Transcription(
+        language=body.language, translate=translate, prompt=body.prompt, temperature=body.temperature
+    )
+    hearing = Hearing(services, model, upload, transcription, named=body.model is not None)
+    answering = _streamed(services, body, hearing, headers) if body.stream else _whole(body, hearing, headers)
+    answer: Response | None = None
+    try:
+        answer = await unless_client_leaves(request, answering)
     finally:
-        await body.file.close()
+        if not isinstance(answer, EventStream):  # which closes it when it is over
+            hearing.close()
+    return answer
 
 
 async def _whole(body: AudioRequest, hearing: Hearing, headers: dict[str, str]) -> Response:
-    async with heard(hearing) as audio:
-        headers |= _warnings(audio)
-        transcript = Transcript(audio.seconds)
-        async for each in hearing.events():
-            _take(transcript, each, headers)
-        hearing.keep(body.keep_alive)
+    audio = await hearing.open()
+    headers |= _warnings(audio)
+    transcript = Transcript(audio.seconds)
+    async for each in hearing.events():
+        _take(transcript, each, headers)
+    hearing.keep(body.keep_alive)
     return _formatted(body, transcript, translate=hearing.translates, headers=headers)
 
 
-async def _streamed(
-    services: Services, body: AudioRequest, hearing: Hearing, headers: dict[str, str]
-) -> EventStream | Response:
+async def _streamed(services: Services, body: AudioRequest, hearing: Hearing, headers: dict[str, str]) -> EventStream:
     """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
     opening = asyncio.create_task(hearing.open())
     opening.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def close() -> None:
-        if not opening.cancel():
-            hearing.close()
+        opening.cancel()
+        hearing.close()
 
     try:
         await asyncio.wait({opening}, timeout=EARLY)
@@ -206,14 +206,16 @@ async def _streamed(
 
 
 async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Audio]) -> AsyncIterator[bytes]:
-    """Yield OpenAI's events: the text piece by piece, and all of it at the end. Of verbose JSON also segments."""
+    """Yield OpenAI's events: the text piece by piece, and all of it at the end, together with what would be in headers
+    if it were known in time. Of verbose JSON also segments.
+    """
     audio = await asyncio.shield(opening)
     transcript = Transcript(audio.seconds)
     logprobs = bool(body.include)
-    truncated: dict[str, str] = {}
+    notes = _warnings(audio)
     async for each in hearing.events():
         known = len(transcript.segments)
-        _take(transcript, each, truncated)
+        _take(transcript, each, notes)
         for number, segment in enumerate(transcript.segments[known:], known):
             delta: dict[str, Any] = {"type": "transcript.text.delta"}
             delta["delta"] = segment.text if number else segment.text.lstrip()
@@ -221,9 +223,10 @@ async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Au
                 delta["logprobs"] = [transcripts.logprob(token) for token in segment.tokens]
             yield event(delta)
             if body.response_format == "verbose_json":
-                yield event({"type": "transcript.text.segment", **transcripts.described(segment, number)})
+                described = transcripts.described(segment, number) | {"id": str(number)}  # as OpenAI has it in a stream
+                yield event({"type": "transcript.text.segment", **described})
     hearing.keep(body.keep_alive)
-    yield event({"type": "transcript.text.done", **_json(body, transcript, translate=hearing.translates)})
+    yield event({"type": "transcript.text.done", **_json(body, transcript, translate=hearing.translates), **notes})
 
 
 def _take(transcript: Transcript, each: Heard | Transcribed, headers: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -11,13 +12,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaserve.api.handlers import error_body
 from llamaserve.errors import BodyTooLarge
 
+_UPLOADS: Final = "/v1/audio/"  # where the paths begin that take files
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 
 
 class RequestGate:
-    """Refuses bodies over ``max_body`` bytes, and forms over ``max_upload``, with 413 before they are kept. Takes a
-    path with or without its trailing slash, and reads any body that is not a form as JSON, whatever its content type
-    says (curl's default, or none).
+    """Refuses bodies over ``max_body`` bytes, and forms with files over ``max_upload``, with 413 before they are kept.
+    Takes a path with or without its trailing slash, and reads any body that is not a form as JSON, whatever its content
+    type says (curl's default, or none).
     """
 
     def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
@@ -31,10 +33,11 @@ class RequestGate:
             await self._app(scope, receive, send)
             return
         headers = MutableHeaders(raw=list(scope["headers"]))
-        is_form = headers.get("content-type", "").startswith("multipart/")
+        is_form = headers.get("content-type", "").lower().startswith("multipart/")
         if scope["method"] == "POST" and not is_form:
             headers["content-type"] = "application/json"
-        length, limit = headers.get("content-length", "0"), self._max_upload if is_form else self._max_body
+        limit = self._max_upload if is_form and scope["path"].startswith(_UPLOADS) else self._max_body
+        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             await self._refuse(scope["path"], limit, receive, send)
             return

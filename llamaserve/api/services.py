@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from llamaserve.api.presets import Presets
+from llamaserve.api.uploads import AudioAdmission
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
@@ -32,6 +33,7 @@ class Services:
     grammars: GrammarChecker
     downloads: Downloads
     audio: AudioDecoder
+    audio_admission: AudioAdmission = field(default_factory=AudioAdmission)
     running: dict[str, GenerationStream] = field(default_factory=dict)
 
 

@@ -8,7 +8,6 @@ Knows files and the stream of engine events; what a request or an answer looks l
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import shutil
 import tempfile
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from llamaserve.api.services import Services
+from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, TimeLimitExceeded
 from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import NAMES
-from llamaserve.speech.values import Heard, Transcribed, Transcription
+from llamaserve.speech.values import SAMPLE_SIZE, Heard, Transcribed, Transcription
 from llamaserve.worker.process import TranscriptionStream
 from llamaserve.worker.supervisor import Status
 
@@ -34,8 +34,9 @@ class Hearing:
     """One audio at one model. It must be closed."""
 
     def __init__(
-        self, services: Services, model: ServedModel, upload: BinaryIO, transcription: Transcription, *, named: bool
+        self, services: Services, model: ServedModel, upload: Upload, transcription: Transcription, *, named: bool
     ) -> None:
+        """The upload has one file, and is closed when this is."""
         self._services = services
         self._model = model
         self._upload = upload
@@ -43,10 +44,10 @@ class Hearing:
         self._named = named
         self._folder: Path | None = None
         self._place: Place | None = None
+        self._space: Place | None = None  # on the disk
         self._use: Use | None = None
         self._stream: TranscriptionStream | None = None
         self._deadline: float | None = None
-        self.audio: Audio | None = None  # known once it is open
 
     @property
     def translates(self) -> bool:
@@ -64,17 +65,21 @@ class Hearing:
     async def _open(self) -> Audio:
         await self._check()
         self._place = self._model.admission.enter(1)
-        self._folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="llamaserve-audio-"))
-        upload, samples = self._folder / "upload", self._folder / "samples"
-        await asyncio.to_thread(_copy, self._upload, upload)
-        self.audio = await self._services.audio.decode(upload, samples)
-        await asyncio.to_thread(upload.unlink)
+        with kept():
+            self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-audio-"))
+            with self._upload.file as upload, _created(self._folder / "upload") as copy:
+                await asyncio.to_thread(shutil.copyfileobj, upload, copy)
+        samples = self._folder / "samples"
+        audio = await self._services.audio.decode(self._folder / "upload", samples)
+        (self._folder / "upload").unlink()
+        self._upload.close()
+        self._space = self._services.audio_admission.enter(audio.samples * SAMPLE_SIZE)
         self._use = self._model.use()
         worker = await self._use.worker()
         if (limit := self._answering.spec.time_limit) is not None:
             self._deadline = asyncio.get_running_loop().time() + limit
         self._stream = worker.transcribe(samples, self._transcription)
-        return self.audio
+        return audio
 
     async def events(self) -> AsyncIterator[Heard | Transcribed]:
         """Yield what is heard. Raises ``TimeLimitExceeded`` once the model's time limit is over."""
@@ -99,13 +104,15 @@ class Hearing:
             self._use.keep(seconds)
 
     def close(self) -> None:
-        """End it if it is still going on, and let others have its place."""
+        """End it if it is still going on, and let others have its place. Further calls do nothing."""
         if self._stream is not None:
             self._stream.close()
         if self._use is not None:
             self._use.leave()
-        if self._place is not None:
-            self._place.leave()
+        for place in (self._place, self._space):
+            if place is not None:
+                place.leave()
+        self._upload.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -116,6 +123,8 @@ class Hearing:
     @property
     def phase(self) -> str:
         """What the client waits for, in a few words."""
+        if self._use is None:
+            return "decoding"
         model = self._answering
         if model.waits_for_room:
             return "waiting for other models to make room"
@@ -124,7 +133,9 @@ class Hearing:
         progress = self._stream.progress if self._stream is not None else None
         if progress is None:
             return "working"
-        return f"queued, place {progress.place}" if progress.place else f"heard {progress.evaluated} s"
+        if progress.place:
+            return f"queued, place {progress.place}"
+        return f"heard {progress.evaluated} of {progress.prompt_tokens} s"
 
     async def _check(self) -> None:
         """Refuse what this model, or this installation, can't do."""
@@ -147,17 +158,5 @@ class Hearing:
             raise InvalidRequest(f"{self._model.name} does not know {NAMES[language].capitalize()}", param="language")
 
 
-def _copy(upload: BinaryIO, target: Path) -> None:
-    upload.seek(0)
-    with target.open("wb") as file:
-        shutil.copyfileobj(upload, file)
-
-
-@contextlib.asynccontextmanager
-async def heard(hearing: Hearing) -> AsyncIterator[Audio]:
-    """Have a hearing open within a ``with`` block."""
-    audio = await hearing.open()
-    try:
-        yield audio
-    finally:
-        hearing.close()
+def _created(path: Path) -> BinaryIO:
+    return path.open("wb")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,8 +24,10 @@ from llamaserve.doctor.findings import (
     warning,
 )
 from llamaserve.doctor.llama import Build, NoAnswer, read_build, read_vocabulary
+from llamaserve.doctor.packages import unfit
 from llamaserve.doctor.template_lint import lint
 from llamaserve.engine.events import Device
+from llamaserve.engine.params import Footprint, LoadParams
 from llamaserve.errors import InsufficientMemory, LlamaserveError, ModelNotFound, RegistryError
 from llamaserve.registry import folder, wheels
 from llamaserve.registry.budget import is_unified, memory_budget
@@ -33,15 +35,19 @@ from llamaserve.registry.cache import known_checksum
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.inventory import models_here
-from llamaserve.registry.load_plan import configured_adapters, load_params, plan_load
+from llamaserve.registry.load_plan import LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.remedies import EDITOR, Files, Remedies, told
-from llamaserve.registry.sources import FileSource, WheelSource, parse_source
+from llamaserve.registry.sources import FileSource, WheelSource, is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
+from llamaserve.registry.speech_file import plan_speech
 from llamaserve.registry.split import part_paths
 from llamaserve.registry.tasks import GENERATING, task_of
 from llamaserve.registry.verifying import unfit_adapter
+from llamaserve.registry.whisper_file import read_whisper
+
+_Devices = Callable[[], list[Device]]
 
 _READ_AT_ONCE = 2e9  # bytes of a file whose sum is not known yet; it takes some 10 s
 _PLACE = re.compile(r".+?:(\d+): ")
@@ -78,13 +84,16 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
         locked |= lock.entries()
     except RegistryError as error:
         yield problem("models.lock", error.message, _at_line(error.message, lock.path))
-    found = False
+    found = hears = False
     for item in _named(case, registry) if case.models else _here(case, registry, locked):
         found = True
         if isinstance(item, Finding):
             yield item
         else:
+            hears |= is_speech(registry.source(item.spec))
             yield from _model(case, registry, item, locked, devices)
+    if hears or ("transcription" in registry.default_models and not case.models):
+        yield _speech(case, needed=hears)
     if not found:
         name = registry.default_model or next(iter(registry.models), None)
         fix = _remedies(case, registry, name).fetch(registry.source(registry.models[name])) if name else None
@@ -151,7 +160,7 @@ def _models_folder(case: Case) -> Path | None:
 
 
 def _model(
-    case: Case, registry: Registry, model: _Model, locked: Mapping[str, LockEntry], devices: Callable[[], list[Device]]
+    case: Case, registry: Registry, model: _Model, locked: Mapping[str, LockEntry], devices: _Devices
 ) -> Iterator[Finding]:
     source, remedies = registry.source(model.spec), _remedies(case, registry, model.name)
     path = locate(source)
@@ -159,27 +168,44 @@ def _model(
         yield problem(model.name, *remedies.absent(source))
         return
     files = Files(source, path, locked.get(model.spec.source), model.spec.sha256)
-    if not path.name.lower().endswith(".gguf"):
-        yield ok(model.name, "its files are here, and are none of llama.cpp's")
-        yield from _sum(case, remedies, files)
-        return
+    if is_speech(source):
+        yield from _for_speech(case, remedies, model, files, devices)
+    else:
+        yield from _for_texts(case, remedies, model, files, locked, devices)
+
+
+def _for_texts(
+    case: Case, remedies: Remedies, model: _Model, files: Files, locked: Mapping[str, LockEntry], devices: _Devices
+) -> Iterator[Finding]:
+    """Examine a model for llama.cpp whose files are here."""
     try:
-        header = read_header(path)
+        header = read_header(files.path)
         check_loadable(header)
     except LlamaserveError as error:
         yield _broken(case, remedies, files, error)
         return
-    size = gigabytes(path.stat().st_size) if header.split_count == 1 else f"{header.split_count} files"
+    size = gigabytes(files.path.stat().st_size) if header.split_count == 1 else f"{header.split_count} files"
     yield ok(model.name, f"{header.architecture}, {header.quantisation}, {size}: the file is whole and can be loaded")
     yield from _sum(case, remedies, files)
-    task = task_of(model.spec, header)
-    if task != "transcription":
-        if unfit := list(_adapters(remedies, model.spec, header, locked)):
-            yield from unfit
-        else:
-            yield from _fit(case, remedies, model.spec, header, devices)
-    if task in GENERATING:
+    if faults := list(_adapters(remedies, model.spec, header, locked)):
+        yield from faults
+    else:
+        yield _fit(case, remedies, model.spec, partial(_plan_for_texts, remedies, model.spec, header), devices())
+    if task_of(model.spec, header) in GENERATING:
         yield from asyncio.run(_template(case, model, header))
+
+
+def _for_speech(case: Case, remedies: Remedies, model: _Model, files: Files, devices: _Devices) -> Iterator[Finding]:
+    """Examine a model for whisper.cpp whose file is here."""
+    try:
+        header = read_whisper(files.path)
+    except LlamaserveError as error:
+        yield _broken(case, remedies, files, error)
+        return
+    kind = f"Whisper, {header.size_name}, {header.quantisation}, {gigabytes(header.file_size)}"
+    yield ok(model.name, f"{kind}: the file is whole and can be loaded")
+    yield from _sum(case, remedies, files)
+    yield _fit(case, remedies, model.spec, partial(plan_speech, model.name, model.spec, header), devices())
 
 
 def _broken(case: Case, remedies: Remedies, files: Files, error: LlamaserveError) -> Finding:
@@ -235,27 +261,48 @@ def _adapters(
             yield problem(remedies.name, *remedies.absent(source, f"the LoRA adapter {adapter.source}"))
             continue
         files = Files(source, path, locked.get(adapter.source), adapter=True)
-        if unfit := unfit_adapter(remedies, files, header):
-            yield problem(remedies.name, *unfit)
+        if advice := unfit_adapter(remedies, files, header):
+            yield problem(remedies.name, *advice)
+
+
+def _plan_for_texts(
+    remedies: Remedies, spec: ModelSpec, header: GGUFHeader, budget: Footprint, gpus: Sequence[Device]
+) -> LoadPlan:
+    adapters = configured_adapters(remedies.name, spec, remedies.registry.path.parent)
+    params = load_params(spec, header, adapters)
+    return plan_load(remedies.name, header, params, budget, len(gpus), unified=is_unified(gpus))
 
 
 def _fit(
-    case: Case, remedies: Remedies, spec: ModelSpec, header: GGUFHeader, devices: Callable[[], list[Device]]
-) -> Iterator[Finding]:
+    case: Case,
+    remedies: Remedies,
+    spec: ModelSpec,
+    plan: Callable[[Footprint, Sequence[Device]], LoadPlan],
+    gpus: Sequence[Device],
+) -> Finding:
     """Say whether a model can be loaded as its settings say, and fits into the memory that is free now."""
-    name, registry, gpus = remedies.name, remedies.registry, devices()
+    name, source = remedies.name, remedies.registry.source(spec)
     budget = memory_budget(case.settings.memory, case.settings.gpu_memory)(gpus)
     try:
-        adapters = configured_adapters(name, spec, registry.path.parent)
-        params = load_params(spec, header, adapters)
-        plan = plan_load(name, header, params, budget, len(gpus), unified=is_unified(gpus))
+        planned = plan(budget, gpus)
     except InsufficientMemory as error:
-        yield warning(name, *remedies.unfit(registry.source(spec), error))
-        return
+        return warning(name, *remedies.unfit(source, error))
     except LlamaserveError as error:
-        yield problem(name, *remedies.unfit(registry.source(spec), error))
-        return
-    on_gpu = f" and {gigabytes(plan.need.device)} of the GPU's" if plan.need.device else ""
-    share = f"{gigabytes(plan.need.host)} of memory{on_gpu}"
-    context = plan.params.context
-    yield ok(name, f"it takes {share} with {context} tokens of context; {gigabytes(budget.host)} may be used")
+        return problem(name, *remedies.unfit(source, error))
+    on_gpu = f" and {gigabytes(planned.need.device)} of the GPU's" if planned.need.device else ""
+    share = f"{gigabytes(planned.need.host)} of memory{on_gpu}"
+    if isinstance(planned.params, LoadParams):
+        share += f" with {planned.params.context} tokens of context"
+    return ok(name, f"it takes {share}; {gigabytes(budget.host)} may be used")
+
+
+# ---- speech ------------------------------------------------------------------------------------------------------
+
+
+def _speech(case: Case, *, needed: bool) -> Finding:
+    """Say whether the packages for speech are here, which a model ``needed`` now, or else may need."""
+    wanted = case.installation.requirements("speech")
+    if lacking := list(unfit(wanted)):
+        finding = problem if needed else note
+        return finding("speech", f"it can't be transcribed: {'; '.join(lacking)}", case.installation.install(*wanted))
+    return ok("speech", "the packages that transcribe it are here, in fitting versions")

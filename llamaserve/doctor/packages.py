@@ -20,7 +20,7 @@ def packages(case: Case) -> Iterator[Finding]:
     """Examine Python, its environment, and the packages in it."""
     yield _python(case.machine, bits=64 if sys.maxsize > 2**32 else 32)
     yield from _environment(case)
-    wrong = list(_unfit(case.installation.requirements()))
+    wrong = list(unfit(case.installation.requirements()))
     if wrong:
         yield problem("packages", "; ".join(wrong), case.installation.install_all())
     else:
@@ -61,7 +61,7 @@ def _environment(case: Case) -> Iterator[Finding]:
         )
 
 
-def _unfit(requirements: Sequence[str]) -> Iterator[str]:
+def unfit(requirements: Sequence[str]) -> Iterator[str]:
     """Yield what is missing or has another version than is needed."""
     for line in requirements:
         try:
@@ -82,7 +82,7 @@ def _unfit(requirements: Sequence[str]) -> Iterator[str]:
 
 def _fast(case: Case) -> Iterator[Finding]:
     wanted = case.installation.requirements(_FAST)
-    if lacking := list(_unfit(wanted)):
+    if lacking := list(unfit(wanted)):
         message = (
             f"without a faster event loop and HTTP parser, tokens cost more of the processor: {'; '.join(lacking)}"
         )

@@ -3,19 +3,18 @@
 ``submit``, ``cancel`` and ``step`` belong to one thread, which calls ``step`` while it is not idle. Knows nothing of
 processes or HTTP.
 
-A step is one window of one request. Requests that have not begun take turns with the ones that have: a short one
-waits for those that came before it and for at most one window of a long one in between each, and the long one has half
-of all steps at least. Those that have begun are done one after the other, in the order in which they came.
+A step is one window of one request. The request that came first takes turns with the one of which the least is done:
+the first has half of all steps, whatever comes behind it, and a short one waits for no more of a long one than it is
+long itself.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 import re
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -72,9 +71,7 @@ _ASIDE: Final = re.compile(r"\s*\([^()]*\)[\s.]*")
 class _Request:
     """An audio, and how far it is done."""
 
-    def __init__(
-        self, number: int, samples: mmap.mmap | bytes, transcription: Transcription, prompt: list[int]
-    ) -> None:
+    def __init__(self, number: int, file: BinaryIO, transcription: Transcription, prompt: list[int]) -> None:
         self.number = number
         self.transcription = transcription
         self.prompt = prompt[-CONTEXT:]
@@ -82,8 +79,9 @@ class _Request:
         self.language = transcription.language
         self.context: list[int] = []  # tokens of the text up to now
         self.done = 0.0  # seconds
-        self.seconds = len(samples) // SAMPLE_SIZE / SAMPLE_RATE
-        self._samples = samples
+        self._file = file
+        self._count = os.fstat(file.fileno()).st_size // SAMPLE_SIZE
+        self.seconds = self._count / SAMPLE_RATE
 
     @property
     def over(self) -> bool:
@@ -93,8 +91,15 @@ class _Request:
     def ahead(self) -> Samples:
         """Return the samples of the next window, and some after it."""
         first = int(self.done * SAMPLE_RATE)
-        count = int((WINDOW + LOOKAHEAD) * SAMPLE_RATE)
-        return samples_of(self._samples[first * SAMPLE_SIZE : (first + count) * SAMPLE_SIZE])
+        size = min(int((WINDOW + LOOKAHEAD) * SAMPLE_RATE), self._count - first) * SAMPLE_SIZE
+        try:
+            self._file.seek(first * SAMPLE_SIZE)
+            data = self._file.read(size)
+        except OSError as error:
+            raise _unreadable(error) from error
+        if len(data) < size:
+            raise _unreadable("it has become shorter")
+        return samples_of(data)
 
     def earlier(self) -> list[int]:
         """Return the tokens that the next window is to have before it."""
@@ -114,8 +119,7 @@ class _Request:
 
     def close(self) -> None:
         """Let go of the audio."""
-        if isinstance(self._samples, mmap.mmap):
-            self._samples.close()
+        self._file.close()
 
 
 class Transcriber(Work):
@@ -124,83 +128,74 @@ class Transcriber(Work):
     def __init__(self, whisper: Whisper, threads: int) -> None:
         self._whisper = whisper
         self.threads = threads
-        self._new: deque[_Request] = deque()  # of which nothing is done
-        self._begun: deque[_Request] = deque()
-        self._was_new = False  # whether the last step was for one of which nothing had been done
-        self._current: int | None = None  # the request of the step under way
-        self._given_up: int | None = None  # one that is to be given up in the middle of a step
+        self._requests: list[_Request] = []  # in the order in which they came
+        self._firsts_turn = False
+        self._given_up: set[int] = set()  # those that are not to go on in the middle of a step
         self._told: Occupancy | None = None
 
     @property
     def idle(self) -> bool:
         """See ``Work``."""
-        return not self._new and not self._begun
+        return not self._requests
 
     def submit(self, request: int, path: Path, transcription: Transcription) -> None:
         """Begin to transcribe a file of samples (see ``values``). Raises ``EngineError`` when it can't be read."""
         prompt = self._whisper.tokenize(" " + transcription.prompt.strip()) if transcription.prompt.strip() else []
-        self._new.append(_Request(request, _mapped(path), transcription, prompt))
+        self._requests.append(_Request(request, _opened(path), transcription, prompt))
 
     def step(self) -> list[EngineEvent]:
         """See ``Work``."""
         request = self._next()
-        self._current = request.number
         try:
-            events = self._listen(request)
+            return self._listen(request)
         except Interrupted:
             self.cancel(request.number)
             return []
         except LlamaserveError as error:
             self.cancel(request.number)
             return [Failed(request.number, to_value(error))]
-        finally:
-            self._current = None
-        return events
 
     def cancel(self, request: int) -> None:
         """See ``Work``."""
-        for queue in (self._new, self._begun):
-            for each in [each for each in queue if each.number == request]:
-                queue.remove(each)
-                each.close()
+        for each in [each for each in self._requests if each.number == request]:
+            self._requests.remove(each)
+            each.close()
+        self._given_up.discard(request)
 
     def interrupt(self, request: int | None) -> None:
         """See ``Work``. That all shall end is no reason to throw away what is nearly there."""
         if request is not None:
-            self._given_up = request
+            self._given_up.add(request)
 
     def occupancy(self) -> Occupancy | None:
         """See ``Work``."""
-        waiting = len(self._new)
-        running = min(1, len(self._begun))
-        now = Occupancy(running, waiting + len(self._begun) - running)
+        running = min(1, len(self._requests))
+        now = Occupancy(running, len(self._requests) - running)
         changed, self._told = now != self._told, now
         return now if changed else None
 
     def progress(self) -> list[Progress]:
         """See ``Work``."""
-        begun = [Progress(each.number, 0, int(each.done), max(1, int(each.seconds))) for each in self._begun]
-        return begun + [Progress(each.number, place, 0, 0) for place, each in enumerate(self._new, len(begun) + 1)]
+        begun = [each for each in self._requests if each.done]
+        new = [each for each in self._requests if not each.done]
+        return [Progress(each.number, 0, int(each.done), int(each.seconds)) for each in begun] + [
+            Progress(each.number, place, 0, 0) for place, each in enumerate(new, len(begun) + 1)
+        ]
 
     def _next(self) -> _Request:
-        """Take the request whose turn it is; one that has not begun has now."""
-        if self._new and not (self._begun and self._was_new):
-            self._was_new = True
-            request = self._new.popleft()
-            self._begun.append(request)
-            return request
-        self._was_new = False
-        return self._begun[0]
+        """Return the request whose turn it is."""
+        self._firsts_turn = not self._firsts_turn
+        return self._requests[0] if self._firsts_turn else min(self._requests, key=lambda each: each.done)
 
     def _listen(self, request: _Request) -> list[EngineEvent]:
         """Listen to a request's next window."""
         segments: list[Segment] = []
         if not request.over:
             samples = request.ahead()
-            if len(samples) and float(np.abs(samples).max()) > _SILENCE:
+            if float(np.abs(samples[: int(WINDOW * SAMPLE_RATE)]).max()) > _SILENCE:
                 segments = self._transcribe(request, samples)
             else:
-                request.done = min(request.seconds, request.done + WINDOW + LOOKAHEAD)
+                request.done += WINDOW
         if not request.over:
             return [Heard(request.number, segments, request.done)]
         if request.language is None:  # there was nothing to listen to
@@ -220,10 +215,11 @@ class Transcriber(Work):
             request.earlier(),
             language=request.language,
             threads=self.threads,
-            given_up=lambda: self._given_up == request.number,
+            given_up=lambda: request.number in self._given_up,
         )
         voice = find_voice(samples[: int(window.seconds * SAMPLE_RATE)])
-        segments = _segments(window, voice, request.done, spaced=request.language not in _UNSPACED)
+        spaced = request.transcription.translate or request.language not in _UNSPACED
+        segments = _segments(window, voice, request.done, spaced=spaced)
         request.remember(window, segments)
         request.done += _go_on(window.seconds, voice, segments[-1].end - request.done if segments else 0.0)
         return segments
@@ -261,15 +257,15 @@ def _spoken(utterance: Utterance, *, spaced: bool) -> list[_Written]:
         return []
     tags = [found.span() for found in _TAG.finditer(text)]
     words: list[_Written] = []
-    place = 0
+    length = 0  # of the text up to there
     for pieces in words_of(utterance.pieces, spaced=spaced):
         written = text_of(pieces)
         kept = "".join(
             character
-            for number, character in enumerate(written, place)
+            for number, character in enumerate(written, length)
             if not any(start <= number < end for start, end in tags)
         )
-        place += len(written)
+        length += len(written)
         if kept.strip():
             hint = pieces[0].hint if words else utterance.start
             words.append(_Written(kept, pieces, Word(kept, hint, leads=not words)))
@@ -301,13 +297,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes:
-    """Return a file's content, which is in memory only as far as it is looked at."""
+def _opened(path: Path) -> BinaryIO:
     try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        return path.open("rb")
     except (OSError, ValueError) as error:
-        raise EngineError(f"the decoded audio can't be read: {error}") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(why: object) -> EngineError:
+    return EngineError(f"the decoded audio can't be read: {why}")
 
 
 class LoadedTranscriber(Transcriber):

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from llamaserve.errors import SourceError
+from llamaserve.errors import GGUFError, SourceError
 from llamaserve.registry import converting_bert, converting_whisper
 from llamaserve.registry.conversion import BERT, REFUSED, WHISPER, Request
+from llamaserve.registry.whisper_file import read_whisper
 
 _CONVERTERS: Final[Mapping[str, Callable[[Request], None]]] = {
     BERT.suffix: converting_bert.convert,
@@ -26,10 +27,21 @@ def convert(request: Request) -> None:
     _CONVERTERS[Path(request.target).suffix](request)
 
 
+def check_loadable(path: Path) -> None:
+    """Refuse a Whisper model of a size over which whisper.cpp ends its process. Raises ``SourceError``."""
+    if path.suffix == WHISPER.suffix:
+        try:
+            read_whisper(path)
+        except GGUFError as error:
+            raise SourceError(f"the model cannot be converted to one that can be loaded: {error.message}") from error
+
+
 def main() -> int:
     """Convert what the command line says, and return the exit status."""
     try:
-        convert(Request.read(sys.argv[1:]))
+        request = Request.read(sys.argv[1:])
+        convert(request)
+        check_loadable(Path(request.target))
     except SourceError as error:
         sys.stdout.buffer.write(error.message.encode("utf-8", "backslashreplace"))
         return REFUSED

@@ -19,10 +19,16 @@ from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.load_plan import configured_adapters, context_of, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
+from llamaserve.registry.memory import Estimate
 from llamaserve.registry.pulling import hash_of_template
+from llamaserve.registry.sources import is_speech
 from llamaserve.registry.spec import ModelSpec, Registry
+from llamaserve.registry.speech_file import plan_speech
 from llamaserve.registry.split import part_paths
 from llamaserve.registry.tasks import task_of
+from llamaserve.registry.whisper_file import WhisperHeader, read_whisper
+
+_EVERYTHING = Footprint(sys.maxsize)
 
 
 class HeaderFacts(msgspec.Struct, frozen=True):
@@ -41,6 +47,15 @@ class HeaderFacts(msgspec.Struct, frozen=True):
     vocabulary: int
     fills_gaps: bool
     template: str | None
+
+
+class SpeechFacts(msgspec.Struct, frozen=True):
+    """What a Whisper model's file says of itself. One of 1 language knows English only."""
+
+    size: str
+    parameters: int
+    quantisation: str
+    languages: int
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
@@ -69,6 +84,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     lock: LockEntry | None
     adapters: list[str]
     header: HeaderFacts | None
+    speech: SpeechFacts | None
     memory: MemoryFacts | None
     problem: str | None
 
@@ -77,11 +93,18 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
     """Return what is known of a model, and its header if it has one. Raises ``RegistryError`` for a damaged
     models.lock.
     """
-    path = locate(registry.source(spec))
-    header, problem = _header(path)
-    memory = None
-    if header is not None and problem is None:
-        memory, problem = _memory(registry, name, spec, header)
+    source = registry.source(spec)
+    path = locate(source)
+    header, speech, estimate, problem = None, None, None, None
+    try:
+        if path is not None and is_speech(source):
+            speech = read_whisper(path)
+            estimate = plan_speech(name, spec, speech, _EVERYTHING, ()).estimate
+        elif path is not None:
+            header = read_header(path)
+            estimate = _estimate(registry, name, spec, header)
+    except LlamaserveError as error:
+        problem = error.message
     files = [] if path is None else list(part_paths(path))
     facts = ModelFacts(
         model=name,
@@ -97,22 +120,11 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
         lock=lock.get(spec.source),
         adapters=[adapter.source for adapter in spec.lora],
         header=None if header is None else _header_facts(header, spec),
-        memory=memory,
+        speech=None if speech is None else _speech_facts(speech),
+        memory=None if estimate is None else _memory_facts(estimate),
         problem=problem,
     )
     return facts, header
-
-
-def _header(path: Path | None) -> tuple[GGUFHeader | None, str | None]:
-    if path is None or not path.name.lower().endswith(".gguf"):
-        return None, None
-    header = None
-    try:
-        header = read_header(path)
-        check_loadable(header)
-    except LlamaserveError as error:
-        return header, error.message
-    return header, None
 
 
 def _header_facts(header: GGUFHeader, spec: ModelSpec) -> HeaderFacts:
@@ -146,23 +158,31 @@ def _heads(header: GGUFHeader, key: str) -> int | list[int] | None:
     return each[0] if len(set(each)) == 1 else each
 
 
-def _memory(
-    registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader
-) -> tuple[MemoryFacts | None, str | None]:
-    """Return what it takes with its LoRA adapters, or what is wrong with one of these or with the settings."""
-    everything = Footprint(sys.maxsize)
-    try:
-        adapters = configured_adapters(name, spec, registry.path.parent)
-        for each in adapters:
-            check_adapter(read_header(Path(each.path)), header)
-        guess = plan_load(name, header, load_params(spec, header, adapters), everything, 0).estimate
-    except LlamaserveError as error:
-        return None, error.message
-    facts = MemoryFacts(
-        weights=guess.weights.host,
-        cache=guess.cache.host,
-        compute=guess.compute.host,
-        vocabulary=guess.vocabulary,
-        total=guess.total.host,
+def _speech_facts(header: WhisperHeader) -> SpeechFacts:
+    return SpeechFacts(
+        size=header.size_name,
+        parameters=header.parameter_count,
+        quantisation=header.quantisation,
+        languages=header.languages,
     )
-    return facts, None
+
+
+def _estimate(registry: Registry, name: str, spec: ModelSpec, header: GGUFHeader) -> Estimate:
+    """Return what a model takes with its LoRA adapters. Raises ``ModelError`` and ``ModelNotCapable`` for what is wrong
+    with it, with one of these, or with its settings.
+    """
+    check_loadable(header)
+    adapters = configured_adapters(name, spec, registry.path.parent)
+    for each in adapters:
+        check_adapter(read_header(Path(each.path)), header)
+    return plan_load(name, header, load_params(spec, header, adapters), _EVERYTHING, 0).estimate
+
+
+def _memory_facts(estimate: Estimate) -> MemoryFacts:
+    return MemoryFacts(
+        weights=estimate.weights.host,
+        cache=estimate.cache.host,
+        compute=estimate.compute.host,
+        vocabulary=estimate.vocabulary,
+        total=estimate.total.host,
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from llamaserve import errors
 from llamaserve.registry import hub, wheels
 from llamaserve.registry.cache import is_file, verify
-from llamaserve.registry.sources import FileSource, HubSource, Progress, Source, WheelSource
+from llamaserve.registry.sources import WEIGHTS, FileSource, HubSource, Progress, Source, WheelSource
 from llamaserve.registry.split import part_of, part_paths
 
 
@@ -104,10 +104,12 @@ def missing(source: FileSource) -> errors.ModelFileMissing:
             hint=f"Put all {part.count} parts into {path.parent}",
         )
     if is_file(path.parent, folder=True):
-        near = difflib.get_close_matches(path.name, sorted(file.name for file in path.parent.glob("*.gguf")), n=3)
+        near = difflib.get_close_matches(
+            path.name, sorted(file.name for file in path.parent.iterdir() if file.name.lower().endswith(WEIGHTS)), n=3
+        )
         hint = f"In {path.parent} there is {' and '.join(near)}" if near else f"{path.parent} holds no similar file"
     else:
         hint = f"There is no folder {path.parent}"
     if is_file(path, folder=True):
-        return errors.ModelFileMissing(f"{path} is a folder", hint="Name the .gguf file in it")
+        return errors.ModelFileMissing(f"{path} is a folder", hint="Name the model's file in it")
     return errors.ModelFileMissing(f"there is no file {path}", hint=hint)

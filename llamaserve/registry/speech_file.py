@@ -118,7 +118,7 @@ def plan_speech(
     _refuse_adapters(bool(spec.lora))
     wanted = spec.gpu_layers not in ("none", 0) and bool(devices)
     for gpu in (True, False) if wanted else (False,):
-        taken = estimate_whisper(header, gpu)
+        taken = _taken(header, gpu=gpu, unified=is_unified(devices))
         need = claimed(taken, unified=is_unified(devices)) + PROCESS
         if need.fits(budget):
             break
@@ -133,6 +133,14 @@ def plan_speech(
         raise ModelNotCapable(f"{name} can't be loaded: {error.message}") from error
     weights = Footprint(0, header.weight_bytes) if gpu else Footprint(header.weight_bytes)
     return LoadPlan(params, Estimate(weights, Footprint(), taken - weights, 0, Footprint()), need, PROCESS, 0)
+
+
+def _taken(header: WhisperHeader, *, gpu: bool, unified: bool) -> Footprint:
+    """Return what it takes. These are GPUs that llama.cpp can use, and only the child learns whether whisper.cpp's
+    library can, too: so both must have room for it, but where they use the main memory.
+    """
+    there = estimate_whisper(header, gpu)
+    return there if unified else Footprint(estimate_whisper(header, False).host, there.device)
 
 
 def _refuse_adapters(given: bool) -> None:

@@ -21,9 +21,10 @@ from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.pulling import differences, template_sum
 from llamaserve.registry.remedies import Advice, Files, Remedies
-from llamaserve.registry.sources import FileSource, Source, WheelSource, parse_source
+from llamaserve.registry.sources import FileSource, Source, WheelSource, is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
+from llamaserve.registry.whisper_file import read_whisper
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -99,11 +100,14 @@ class _Verification:
             yield self.remedies.mend(files, error)
 
     def header(self, source: Source) -> tuple[GGUFHeader | None, list[Advice]]:
-        """Return the header of a file that llama.cpp can load, None for one that is not for it, or what is wrong."""
+        """Return the header of a file that llama.cpp can load, None for one that whisper.cpp can, or what is wrong."""
         path = locate(source)
-        if path is None or not path.name.lower().endswith(".gguf"):
+        if path is None:
             return None, []
         try:
+            if is_speech(source):
+                read_whisper(path)
+                return None, []
             header = read_header(path)
             check_loadable(header)
         except errors.LlamaserveError as error:

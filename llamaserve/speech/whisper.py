@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
-import logging
+import math
 import re
 import zlib
 from collections import deque
@@ -27,8 +27,6 @@ import numpy.typing as npt
 from llamaserve.errors import EngineError, ModelLoadFailed
 from llamaserve.speech.languages import NAMES
 from llamaserve.speech.values import SAMPLE_RATE, TextToken, Transcription
-
-logger = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 
@@ -48,13 +46,14 @@ _PARTS: Final = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:[^\s
 
 
 class Piece(NamedTuple):
-    """A token of a segment: its log-probability, and when Whisper believes that it begins (seconds; None where that is
-    no better than a guess).
+    """A token of a segment: its probability, when Whisper believes that it begins (seconds; None where that is no
+    better than a guess), and the probability of a time in its place, which Whisper writes where something ends.
     """
 
     token: TextToken
     probability: float
     hint: float | None
+    pause: float
 
 
 class Utterance(NamedTuple):
@@ -107,23 +106,25 @@ class Whisper:
         """Return the tokens of a text; without what has none."""
         found: list[int] = []
         for part in _PARTS.findall(text):
-            data = part.encode("utf-8", "ignore")
-            while data:
-                length = next((n for n in range(len(data), 0, -1) if data[:n] in self._tokens), 0)
-                if length:
-                    found.append(self._tokens[data[:length]])
-                data = data[max(1, length) :]
+            data, place = part.encode("utf-8", "ignore"), 0
+            while place < len(data):
+                longest = self._longest.get(data[place : place + 2], 1)
+                parts = (data[place : place + length] for length in range(longest, 0, -1))
+                token = next((each for each in parts if each in self._tokens), None)
+                if token is not None:
+                    found.append(self._tokens[token])
+                place += 1 if token is None else len(token)
         return found
 
     def language(self, samples: Samples, *, threads: int) -> str:
         """Return the code of the language that is most probably spoken."""
         if self._languages == 1:
             return "en"
-        self._listen(samples, threads)
-        chances = np.zeros(self._native.whisper_lang_max_id() + 1, dtype=np.float32)
-        if self._native.whisper_lang_auto_detect(self._context, 0, threads, chances) < 0:
-            raise EngineError("whisper.cpp failed to tell the language")
-        return list(NAMES)[int(chances[: self._languages].argmax())]  # it also looks at languages that came later
+        params = self._params(threads)
+        params.detect_language = True  # and nothing else; other threads can go on meanwhile
+        _check(self._run(params, samples[: int(WINDOW * SAMPLE_RATE)]))
+        found = self._native.whisper_full_lang_id(self._context)
+        return list(NAMES)[found] if found < self._languages else "en"  # it also looks at those that came later
 
     def transcribe(
         self,
@@ -141,39 +142,45 @@ class Whisper:
         """
         if language not in NAMES:
             raise EngineError(f"{language} is no language of Whisper")
-        native = self._native
-        params = native.whisper_full_default_params(native.whisper_sampling_strategy.WHISPER_SAMPLING_GREEDY)
-        params.n_threads = threads
+        if not 0 <= transcription.temperature <= 1:  # whisper.cpp would give the last window's text
+            raise EngineError(f"{transcription.temperature} is no temperature from 0 to 1")
+        native, params = self._native, self._params(threads)
         params.language = language
         params.translate = transcription.translate
         params.temperature = transcription.temperature
         params.temperature_inc = _RETRY
         params.no_context = True
-        params.prompt_tokens = [int(token) for token in context[-CONTEXT:]]
-        params.print_timestamps = False
+        params.prompt_tokens = list(context[-CONTEXT:])
         params.print_progress = True  # which means: to tell the callback
         watch = _Watch(given_up)
         params.progress_callback = watch.progress
         native.assign_encoder_begin_callback(params, watch.encoder_begins)
         native.assign_logits_filter_callback(params, watch.logits_filtered)
-        native.assign_abort_callback(params, given_up)
-        samples = _checked(samples)[: int((WINDOW + LOOKAHEAD) * SAMPLE_RATE)]
-        code = native.whisper_full(self._context, params, samples, len(samples))
+        native.assign_abort_callback(params, watch.ends)
+        code = self._run(params, samples[: int((WINDOW + LOOKAHEAD) * SAMPLE_RATE)])
         if given_up():
             raise Interrupted
-        if code != 0:
-            raise EngineError(f"whisper.cpp failed with code {code}")
-        frames = len(samples) * _FRAMES // SAMPLE_RATE
+        if watch.broken:
+            raise EngineError("what the model computes are no numbers; its weights are damaged")
+        _check(code)
         temperature = transcription.temperature + _RETRY * max(0, watch.attempts - 1)
-        return self._window(frames, watch.percent, min(temperature, 1.0))
+        return self._window(watch.percent, min(temperature, 1.0))
 
-    def _listen(self, samples: Samples, threads: int) -> None:
-        samples = _checked(samples)[: int(WINDOW * SAMPLE_RATE)]
-        if self._native.whisper_pcm_to_mel(self._context, samples, len(samples), threads) != 0:
-            raise EngineError("whisper.cpp failed to make a spectrogram")
+    def _params(self, threads: int) -> Any:
+        native = self._native
+        params = native.whisper_full_default_params(native.whisper_sampling_strategy.WHISPER_SAMPLING_GREEDY)
+        params.n_threads = threads
+        params.language = ""
+        params.print_progress = params.print_timestamps = False
+        return params
 
-    def _window(self, frames: int, percent: int, temperature: float) -> Window:
-        """Read what was heard in so many frames, of which whisper.cpp says so many percent are done."""
+    def _run(self, params: Any, samples: Samples) -> int:
+        samples = _checked(samples)
+        _errors.clear()
+        return int(self._native.whisper_full(self._context, params, samples, len(samples)))
+
+    def _window(self, percent: int, temperature: float) -> Window:
+        """Read what was heard; whisper.cpp says that so many percent of what it was given are done."""
         utterances: list[Utterance] = []
         context: list[int] = []
         for number in range(self._native.whisper_full_n_segments(self._context)):
@@ -187,6 +194,7 @@ class Whisper:
                 context.append(self._first_time + start // 2)  # whisper.cpp leaves out where a segment begins
             context += [token.id for token in tokens]
             utterances.append(self._utterance(start / _FRAMES, end / _FRAMES, tokens))
+        frames = self._native.whisper_n_len(self._context)
         done = self._frames_done(frames, percent, context)
         if context and context[-1] > self._first_time and done < min(frames, int(WINDOW * _FRAMES)):
             context.append(context[-1])  # and that another one begins there
@@ -213,13 +221,21 @@ class Whisper:
             hint = believed if token.pt > 0.01 and token.ptsum > 0.01 and last < believed <= end else None
             last = last if hint is None else hint
             data = self._native.whisper_token_to_bytes(self._context, token.id)
-            pieces.append(Piece(TextToken(token.id, data, float(token.plog)), float(token.p), hint))
+            pieces.append(Piece(TextToken(token.id, data, float(token.plog)), float(token.p), hint, token.ptsum))
         return Utterance(start, end, pieces)
 
     @functools.cached_property
     def _tokens(self) -> dict[bytes, int]:
         each = (self._native.whisper_token_to_bytes(self._context, token) for token in range(self._end_of_text))
         return {data: token for token, data in enumerate(each) if data}
+
+    @functools.cached_property
+    def _longest(self) -> dict[bytes, int]:
+        """How long the longest token is that begins with the same two bytes."""
+        found: dict[bytes, int] = {}
+        for data in self._tokens:
+            found[data[:2]] = max(len(data), found.get(data[:2], 0))
+        return found
 
 
 class _Watch:
@@ -229,7 +245,11 @@ class _Watch:
         self._given_up = given_up
         self._begun = False
         self.attempts = 0  # at the text of the window, each at a higher temperature
+        self.broken = False  # whether a logit is no number; with one of them all are
         self.percent = 0
+
+    def ends(self) -> bool:
+        return self.broken or self._given_up()
 
     def encoder_begins(self, _: object) -> bool:
         if self._begun or self._given_up():
@@ -237,11 +257,17 @@ class _Watch:
         self._begun = True
         return True
 
-    def logits_filtered(self, _context: object, tokens: int, _logits: object) -> None:
+    def logits_filtered(self, _context: object, tokens: int, first_logit: float) -> None:
         self.attempts += tokens == 0
+        self.broken |= not math.isfinite(first_logit)
 
     def progress(self, percent: int) -> None:
         self.percent = percent
+
+
+def _check(code: int) -> None:
+    if code != 0:
+        raise EngineError(f"whisper.cpp failed with code {code}: {'; '.join(_errors)}")
 
 
 def compression(text: str) -> float:
@@ -256,10 +282,14 @@ def is_gpu_build() -> bool:
 
 
 def _checked(samples: Samples) -> Samples:
-    """Return samples as the binding must have them, which checks nothing: anything else is read as noise."""
-    if samples.ndim != 1 or not np.isfinite(samples).all():
-        raise EngineError("the samples are not finite numbers in one row")
-    return np.ascontiguousarray(samples, dtype=np.float32)
+    """Return samples as the binding must have them, which checks nothing: anything else is read as noise, and with none
+    at all it listens to the last ones again.
+    """
+    if samples.dtype != np.float32 or samples.ndim != 1 or not np.isfinite(samples).all():
+        raise EngineError("the samples are not finite 32-bit floats in one row")
+    if len(samples) < SHORTEST * SAMPLE_RATE:
+        raise EngineError(f"{len(samples)} samples are less than the {SHORTEST} seconds that whisper.cpp listens to")
+    return np.ascontiguousarray(samples)
 
 
 @functools.cache
@@ -280,9 +310,8 @@ _errors: deque[str] = deque(maxlen=3)  # the last that whisper.cpp has reported
 
 
 def _on_log(level: int, text: str) -> None:
-    if level == _ERROR and "encoder_begin_callback" not in text:  # which we have it end after one window
+    if level == _ERROR:
         _errors.append(text.strip())
-        logger.warning("whisper.cpp: %s", text.strip())
 
 
 def samples_of(data: bytes | memoryview) -> Samples:

@@ -11,7 +11,7 @@ import selectors
 import socket
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 from benchmark.answers import Answer, Request
 
 _READ = 65536  # bytes at once
+_BOUNDARY = "llamaserve-bench-6c1f0d9b"  # of a form's parts; no file has it
+FORM = f"multipart/form-data; boundary={_BOUNDARY}"
 _TICK = 0.05  # seconds between looks at a condition that no read changes
 
 
@@ -62,7 +64,14 @@ class Client:
         """Send a request; ``pump`` reads its answer."""
         path = "/chat/completions" if request.messages else "/completions"
         payload = json.dumps(request.body(self._model)).encode()
-        message = self._head("POST", self._path + path, len(payload)) + payload
+        return self._send(self._head("POST", self._path + path, len(payload)) + payload)
+
+    def upload(self, path: str, fields: Mapping[str, str], file: bytes) -> Stream:
+        """Send a form with a file to a path below the base URL; ``pump`` reads the answer."""
+        payload = form(fields, file)
+        return self._send(self._head("POST", self._path + path, len(payload), FORM) + payload)
+
+    def _send(self, message: bytes) -> Stream:
         started = time.perf_counter()
         stream = Stream(self._connect(message), started)
         stream.socket.setblocking(False)
@@ -89,7 +98,7 @@ class Client:
         streams: list[Stream] = []
         try:
             streams.extend(self.start(request) for request in requests)
-            self.pump(lambda: False, limit)
+            self.pump(lambda: all(stream.done for stream in streams), limit)
         finally:
             for stream in streams:
                 self.stop(stream)
@@ -119,9 +128,9 @@ class Client:
         except ValueError as error:
             raise Unreachable(f"{path} does not answer with JSON") from error
 
-    def _head(self, method: str, path: str, length: int) -> bytes:
+    def _head(self, method: str, path: str, length: int, kind: str = "application/json") -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._netloc}", "Connection: close"]
-        lines += ["Content-Type: application/json", f"Content-Length: {length}", "", ""]
+        lines += [f"Content-Type: {kind}", f"Content-Length: {length}", "", ""]
         return "\r\n".join(lines).encode()
 
     def _connect(self, message: bytes) -> socket.socket:
@@ -144,6 +153,16 @@ class Client:
             stream.pieces.append((time.perf_counter(), data))
         else:
             self.stop(stream)
+
+
+def form(fields: Mapping[str, str], file: bytes) -> bytes:
+    """Return the body of a form (of the kind ``FORM``) with some fields, and the field ``file``."""
+    parts = [
+        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    ]
+    parts.append(f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="audio.wav"\r\n\r\n')
+    return "".join(parts).encode() + file + f"\r\n--{_BOUNDARY}--\r\n".encode()
 
 
 def unpack(raw: bytes) -> tuple[int, bytes, list[tuple[int, int]]]:

@@ -24,7 +24,7 @@ import yaml
 
 from benchmark.answers import Answer, Request
 from benchmark.client import Client, Unreachable
-from benchmark.processes import StartFailed, last_words, running
+from benchmark.processes import LineProcess, StartFailed, last_words, running
 from llamaserve.engine.params import Footprint, LoadParams
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
@@ -73,15 +73,13 @@ class HttpServer:
         return "it can't be known" if self._errors is None else last_words(self._errors)
 
 
-class BareLoop:
+class BareLoop(LineProcess):
     """The loop over the C API, in a process of its own."""
 
     name = "bare loop"
 
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
-        self._process = process
-        self._errors = errors
-        self.pid = process.pid
+        super().__init__(self.name, process, errors)
         self.ends: tuple[int, ...] = ()
         self.sizes: dict[str, float] = {}
         self.load_seconds = 0.0
@@ -89,57 +87,37 @@ class BareLoop:
 
     def load(self, settings: Mapping[str, Any]) -> None:
         """Load a model as the server does that has these ``LoadParams``."""
-        answer = self._command(do="load", settings=settings)
+        answer = self.command(do="load", settings=settings)
         self.ends, self.sizes, self.load_seconds = tuple(answer["ends"]), answer["sizes"], answer["seconds"]
         self.gpu = answer["gpu"]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts."""
-        tokens: list[list[int]] = self._command(do="tokenize_all", texts=texts)
+        tokens: list[list[int]] = self.command(do="tokenize_all", texts=texts)
         return tokens
 
     def embed(self, steps: Sequence[Sequence[BarePart]]) -> tuple[float, list[bytes]]:
         """Evaluate steps, and return the seconds that it took and the vector of each part, as 32-bit floats."""
-        done = self._command(do="embed", steps=steps)
+        done = self.command(do="embed", steps=steps)
         data, size = base64.b64decode(done["vectors"]), 4 * done["width"]
         return done["seconds"], [data[place : place + size] for place in range(0, len(data), size)]
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a prompt."""
-        return len(self._command(do="tokenize", text=text))
+        return len(self.command(do="tokenize", text=text))
 
     def ask(self, requests: Sequence[Request], limit: float = LIMIT) -> list[Answer]:  # noqa: ARG002 - it always ends
         """See ``Contender``. All requests must want the same number of tokens."""
         tokens, copies = requests[0].tokens, requests[0].n
         prompts = [request.prompt for request in requests]
-        done = self._command(do="generate", prompts=prompts, tokens=tokens, copies=copies)
+        done = self.command(do="generate", prompts=prompts, tokens=tokens, copies=copies)
         answers = [_bare_answer(done["started"], each, tokens) for each in done["answers"]]
         return [_merged(answers)] if copies > 1 else answers
 
     def step_costs(self, text: str, rows: Sequence[int], repeats: int) -> dict[int, list[float]]:
         """Return the seconds of steps with so many tokens of one sequence that begins with this text."""
-        costs = self._command(do="step_costs", text=text, rows=rows, repeats=repeats)
+        costs = self.command(do="step_costs", text=text, rows=rows, repeats=repeats)
         return {int(count): times for count, times in costs.items()}
-
-    def wait_until_started(self) -> None:
-        """Return when the library is loaded, and no model yet."""
-        self._answer()
-
-    def _command(self, **command: Any) -> Any:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise StartFailed(f"the bare loop ended: {last_words(self._errors)}") from None
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise StartFailed(f"the bare loop ended: {last_words(self._errors)}")
-        return json.loads(line)
 
 
 def _bare_answer(started: float, values: Mapping[str, Any], limit: int) -> Answer:

@@ -35,7 +35,7 @@ PLAIN_SETTINGS = {"speculation": False}
 @dataclass(frozen=True)
 class Plan:
     """What the command line asks for. ``file`` and ``options`` are the model's; None with the ``url`` of a server. The
-    ``embedding_model`` is only looked for when it is needed.
+    ``embedding_model`` and the ``speech_model`` are only looked for when they are needed.
     """
 
     rounds: int
@@ -46,6 +46,7 @@ class Plan:
     url: str | None
     peers: Mapping[str, str]
     embedding_model: str
+    speech_model: str
     cache: Path
     say: Callable[[str], None]
 

@@ -6,6 +6,7 @@ Linux tells through ``/proc``, other systems through ``ps``. Knows nothing of wh
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _PROC = Path("/proc")
 _GRACE = 10.0  # seconds between asking a process to end and making it
@@ -74,6 +75,40 @@ def last_words(errors: IO[bytes]) -> str:
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
     return " / ".join(line.strip() for line in lines[-3:]) or "it said nothing"
+
+
+class LineProcess:
+    """A process that says a line of JSON once it has started, and answers each that it is told with another."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+        self.pid = process.pid
+        self._name = name
+        self._process = process
+        self._errors = errors
+
+    def wait_until_started(self) -> None:
+        """Return when it has said its first line. Raises ``StartFailed``."""
+        self._answer()
+
+    def command(self, **command: Any) -> Any:
+        """Return what it answers. Raises ``StartFailed`` when it has ended."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        return json.loads(line)
+
+    def _ended(self) -> StartFailed:
+        return StartFailed(f"the {self._name} ended: {last_words(self._errors)}")
 
 
 @contextlib.contextmanager

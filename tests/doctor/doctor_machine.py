@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llamaserve.doctor.case import Case
@@ -46,6 +47,17 @@ def described(
 def installed(prefix: Path, *, has_pip: bool = True) -> Installation:
     """Return an installation by pip in a virtual environment."""
     return Installation(prefix / "bin" / "python", prefix, Path("/usr"), None, ("llamaserve",), has_pip)
+
+
+@dataclass(frozen=True)
+class Needing(Installation):
+    """An installation that needs what a test says."""
+
+    needs: tuple[str, ...] = ()
+    wishes: tuple[str, ...] = ()
+
+    def requirements(self, extra: str = "") -> list[str]:
+        return list(self.wishes if extra else self.needs)
 
 
 def case_of(machine: Machine, settings: Settings | None = None, *models: str) -> Case:

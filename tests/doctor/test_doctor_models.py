@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from doctor_machine import about, bad, case_of, checked, described
+from doctor_machine import Needing, about, bad, case_of, checked, described
 from gguf_splitter import split_gguf
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
+from whisper_writer import whisper_file
 
 from llamaserve.doctor import models as examined
 from llamaserve.doctor.findings import Finding, Level
@@ -157,11 +159,6 @@ def test_a_models_folder_that_is_missing_keeps_nothing_else_from_being_said(list
     assert about(found, "tiny")
 
 
-def test_a_file_for_another_program_is_no_fault(listed: Write, tmp_path: Path) -> None:
-    (tmp_path / "ggml-base.bin").write_bytes(b"lmgg")
-    assert not bad(findings(listed("models: {ear: {source: 'file:ggml-base.bin', task: transcription}}")))
-
-
 @pytest.mark.parametrize(
     ("data", "message", "fix"),
     [
@@ -302,3 +299,83 @@ def test_a_llama_cpp_that_does_not_start_keeps_nothing_else_from_being_said(list
 
     case = case_of(described(tmp_path / "root"), Settings(models_file=path, memory="1TB"))
     assert not bad(checked(models(case, read)))
+
+
+# ---- speech
+
+
+EAR = whisper_file(ftype=2002, n_text_ctx=448).bytes()
+
+
+def test_a_whisper_model_is_well(listed: Write, tmp_path: Path) -> None:
+    (tmp_path / "ear.bin").write_bytes(EAR)
+    path = listed(f"models: {{ear: {{source: 'file:ear.bin', sha256: {hashlib.sha256(EAR).hexdigest()}}}}}")
+    for found in (findings(path), findings(path, "ear"), findings(path, str(tmp_path / "ear.bin"))):
+        assert not bad(found)
+    said = [finding.message for finding in about(findings(path), "ear")]
+    assert said[0] == "Whisper, 1+1 layers, Q4_0, 0.0 GB: the file is whole and can be loaded"
+    assert said[1] == "its checksum is that of models.yaml"
+    assert said[2].startswith("it takes 0.2 GB of memory; ")
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"lmgg", "is a ggml file of another kind"), (EAR[:-1], "is truncated"), (tiny_llama(), "it is a GGUF file")],
+)
+def test_a_whisper_file_that_cannot_be_loaded_is_a_problem(
+    listed: Write, tmp_path: Path, data: bytes, message: str
+) -> None:
+    (tmp_path / "ear.bin").write_bytes(data)
+    (problem,) = bad(findings(listed("models: {ear: {source: 'file:ear.bin'}}")))
+    assert message in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, f"ls -l {tmp_path}/ear.bin")
+
+
+def test_a_whisper_model_that_does_not_fit_or_cannot_do_what_its_settings_say(listed: Write, tmp_path: Path) -> None:
+    (tmp_path / "ear.bin").write_bytes(EAR)
+    tiny(tmp_path / "tiny.gguf")
+    path = listed("models: {ear: {source: 'file:ear.bin'}}")
+    (warning,) = bad(findings(path, memory="1MB"))
+    assert (warning.level, warning.fix) == (Level.WARNING, f"${{EDITOR:-nano}} '{path}'")
+    assert "ear needs " in warning.message
+    path = listed(
+        "models:\n"
+        "  chatty: {source: 'file:ear.bin', task: generation}\n"
+        "  styled: {source: 'file:ear.bin', lora: [{source: 'file:style.gguf'}]}\n"
+        "  deaf: {source: 'file:tiny.gguf', task: transcription}\n"
+    )
+    wrong = bad(findings(path))
+    assert [(each.level, each.subject) for each in wrong] == [
+        (Level.PROBLEM, name) for name in ("chatty", "styled", "deaf")
+    ]
+    assert {each.fix for each in wrong} == {f"${{EDITOR:-nano}} '{path}'"}
+
+
+def test_packages_for_speech_are_missed_where_a_model_needs_them(listed: Write, tmp_path: Path) -> None:
+    (tmp_path / "ear.bin").write_bytes(EAR)
+    (tmp_path / "folder").mkdir()
+    tiny(tmp_path / "tiny.gguf")
+    needed = "  ear: {source: 'file:ear.bin'}\n"
+    plain = "models:\n  tiny: {source: 'file:tiny.gguf'}\n  far: {source: 'hf:o/r/far.bin'}\n"
+    usual = "defaults: {transcription_model: far}\n"
+
+    def said(text: str, *named: str, lacking: str = "nothing-of-this-name>=1") -> list[Finding]:
+        settings = Settings(models_file=listed(text), models_dir=tmp_path / "folder", memory="1TB")
+        case = case_of(described(tmp_path / "root"), settings, *named)
+        prefix = Path("/opt/venv")
+        wanting = Needing(prefix / "bin/python", prefix, Path("/usr"), None, ("llamaserve",), True, (), (lacking,))
+        return about(models(replace(case, installation=wanting), lambda: Build(False, "CPU : AVX = 1 |", [])), "speech")
+
+    assert said(plain) == []
+    (note,) = said(usual + plain)
+    (problem,) = said(plain + needed)
+    assert said(usual + plain + needed) == said(plain, "far") == [problem]
+    assert said(usual + plain + needed, "tiny") == []
+    assert (note.level, problem.level) == (Level.NOTE, Level.PROBLEM)
+    assert note.message == problem.message == "it can't be transcribed: nothing-of-this-name is not installed"
+    assert note.fix == problem.fix == "/opt/venv/bin/python -m pip install 'nothing-of-this-name>=1'"
+    (well,) = said(plain + needed, lacking="msgspec")
+    assert well.level is Level.OK
+    (tmp_path / "folder/ggml.bin").write_bytes(EAR)
+    assert said(plain) == [problem]

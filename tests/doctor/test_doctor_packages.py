@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from doctor_machine import bad, case_of, checked, described, installed, one
+from doctor_machine import Needing, bad, case_of, checked, described, installed, one
 
 from llamaserve.doctor.case import Case
 from llamaserve.doctor.findings import Finding, Level
-from llamaserve.doctor.installation import Installation
 from llamaserve.doctor.packages import _python, packages
 from llamaserve.settings import Settings
-
-
-@dataclass(frozen=True)
-class Needing(Installation):
-    """An installation that needs what a test says."""
-
-    needs: tuple[str, ...] = ()
-    wishes: tuple[str, ...] = ()
-
-    def requirements(self, extra: str = "") -> list[str]:
-        return list(self.wishes if extra else self.needs)
 
 
 def findings(tmp_path: Path, *needs: str, wishes: tuple[str, ...] = (), isolated: bool = True) -> list[Finding]:

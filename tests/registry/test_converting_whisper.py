@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 from hypothesis import given, settings, strategies as st
-from tiny_whisper import ANSWER, ENGLISH, LARGE_V3, MULTILINGUAL, WIDTH, WINDOW, TinyWhisper, variable, words
+from tiny_whisper import (
+    ANSWER,
+    ENGLISH,
+    LARGE_V3,
+    MULTILINGUAL,
+    WIDTH,
+    WINDOW,
+    TinyWhisper,
+    servable_whisper,
+    variable,
+    words,
+)
 
 from llamaserve import errors
 from llamaserve.registry import conversion, converting, converting_whisper
@@ -240,11 +251,18 @@ def test_tokens_are_taken_from_the_file_that_is_there(tmp_path: Path, vocabulary
 
 def test_the_same_weights_always_become_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for quantisation in ("F16", "Q8_0"):
-        folder = lay(tmp_path / quantisation)
+        model = servable_whisper()
+        folder = lay(tmp_path / quantisation, model)
         conversion.convert(request(folder, quantisation))
         elsewhere = (folder / "m.bin").read_bytes()
         monkeypatch.setattr(converting_whisper, "_RUN", 1000)  # rows that are read at once
-        assert convert(folder, quantisation=quantisation).read_bytes() == elsewhere
+        assert convert(folder, model, quantisation).read_bytes() == elsewhere
+
+
+def test_what_whisper_cpp_must_not_see_is_not_made(tmp_path: Path) -> None:
+    folder = lay(tmp_path)  # with heads of 16, and Whisper's have 64
+    with pytest.raises(errors.SourceError, match="cannot be converted to one that can be loaded"):
+        conversion.convert(request(folder))
 
 
 @pytest.mark.parametrize(

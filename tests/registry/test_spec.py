@@ -231,7 +231,7 @@ def test_a_model_says_what_it_is_for_and_what_it_wants_before_a_text(folder: Pat
     assert (two.task, two.pooling, two.prefixes) == (None, "cls", Prefixes(query="query: "))
 
 
-@pytest.mark.parametrize("task", ["embedding", "rerank", "moderation"])
+@pytest.mark.parametrize("task", ["embedding", "rerank", "moderation", "transcription"])
 def test_the_defaults_name_a_model_for_each_task_by_name_or_alias(folder: Path, task: str) -> None:
     models = "models: {a: {source: 'hf:o/r'}}\naliases: {b: a}"
     for name in ("a", "b"):
@@ -259,7 +259,7 @@ def test_what_one_model_is_for_is_no_default(folder: Path) -> None:
                 ("prefixes", "unknown field; did you mean prefix_cache?"),
                 (
                     "generation_model",
-                    "unknown field; did you mean moderation_model or rerank_model or embedding_model?",
+                    "unknown field; did you mean moderation_model or rerank_model or transcription_model?",
                 ),
             ),
             2,
@@ -463,8 +463,12 @@ def test_the_shipped_defaults_are_the_programs_defaults() -> None:
     written = yaml.safe_load(SHIPPED.read_text())["defaults"]
     assert set(written) == set(Defaults.model_fields)
     embedder = "all-minilm-l6-v2"
-    chosen = Defaults(model="smollm2-135m", embedding_model=embedder, moderation_model=embedder)
-    assert load_registry(SHIPPED).defaults == chosen
+    assert load_registry(SHIPPED).defaults == Defaults(
+        model="smollm2-135m",
+        embedding_model=embedder,
+        moderation_model=embedder,
+        transcription_model="whisper-tiny.en",
+    )
 
 
 # --- Properties --------------------------------------------------------------------------------------------------

@@ -43,6 +43,24 @@ def test_the_file_decides_where_the_settings_say_nothing(tmp_path: Path) -> None
     assert task_of(spec(), None) == "generation"
 
 
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        ("file:~/ggml-tiny.en.bin", "transcription"),
+        ("file:models/GGML.BIN", "transcription"),
+        ("hf:o/r/ggml-base-q5_1.bin@main", "transcription"),
+        ("pypi:a==1/a/model.bin:F16", "transcription"),
+        ("pypi:a==1/a/m.bin.part1+b==1/b/m.bin.part2:Q8_0", "transcription"),
+        ("hf:o/r:Q5_1", "generation"),
+        ("file:bin.gguf", "generation"),
+        ("pypi:a==1/a/model.safetensors:F16", "generation"),
+    ],
+)
+def test_files_for_whisper_cpp_are_for_speech_without_a_look_at_them(source: str, task: Task) -> None:
+    assert task_of(ModelSpec(source=source), None) == task
+    assert task_of(ModelSpec(source=source, task="rerank"), None) == "rerank"  # which loading it will refuse
+
+
 @pytest.mark.parametrize("task", get_args(Task))
 def test_the_settings_win_over_the_file(task: Task, tmp_path: Path) -> None:
     for header in (None, decoder(tmp_path), encoder(tmp_path, RANK)):
@@ -106,5 +124,5 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         for header in (encoder(tmp_path, RANK, (64, 1)), decoder(tmp_path)):
             with pytest.raises(ModelNotCapable, match="`pooling` and `prefixes` are for models that make embeddings"):
                 pooling_of(spec(**idle), header)
-    with pytest.raises(ModelNotCapable, match="does not transcribe"):
+    with pytest.raises(ModelNotCapable, match=r"none of whisper.cpp's \(.bin\), which alone transcribe speech"):
         pooling_of(spec(task="transcription"), decoder(tmp_path))

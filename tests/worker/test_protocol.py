@@ -5,6 +5,15 @@ import pytest
 from llamaserve.engine.events import Delta, Device, Failed, Finished, Occupancy
 from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams, Sampling
 from llamaserve.errors import ErrorValue
+from llamaserve.speech.values import (
+    Heard,
+    Segment,
+    SpokenWord,
+    TextToken,
+    Transcribed,
+    TranscriberParams,
+    Transcription,
+)
 from llamaserve.worker import protocol
 
 _GENERATION = Generation(
@@ -32,8 +41,15 @@ _LOAD = LoadParams(
     tensor_split=(0.5, 1.5),
     adapters=(Adapter("a", "/tmp/a.gguf"),),
 )
+_LISTEN = TranscriberParams(path="/tmp/ä.bin", threads=2, adaptive_threads=True, gpu=False)
+_SEGMENT = Segment(
+    " é", 0.5, 1.5, 0.0, 0.2, -0.5, 0.9, (SpokenWord("é", 0.5, 1.5, 0.25),), (TextToken(1, b"\xc3", -0.5),)
+)
 _COMMANDS = [
     protocol.Load(_LOAD),
+    protocol.Load(_LISTEN),
+    protocol.Transcribe(9, "/tmp/ä", Transcription()),
+    protocol.Transcribe(9, "", Transcription(language="haw", translate=True, prompt="\0", temperature=0.5)),
     protocol.Generate(1, ["text", [1, 2, 3], "", []], _GENERATION),
     protocol.Cancel(2**40),
     protocol.Stop(None),
@@ -57,6 +73,9 @@ _EVENTS = [
     Occupancy(1, 2, 3),
     Delta(1, 2, "text"),
     Finished(1, 2, "text", "length", 3, 4, 5),
+    Heard(1, [_SEGMENT], 2.5),
+    Heard(1, [], 2.5),
+    Transcribed(1, "yue", 3),
     Failed(1, ErrorValue("Gone", "why")),
 ]
 

@@ -1,0 +1,107 @@
+"""Uploads that are meant to do harm: they are refused in words, and take no more than there is for them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from api_helpers import assert_error
+from audio_helpers import FORM, HEAD, SAID, TRANSCRIPTIONS, forgotten, speech_server_in, spoken_times, upload, words_of
+from hostile_audio import beginnings, containers, cut_files, long_files, other_files, time_stamps, wav_headers
+from running_server import RunningServer, wait_until
+
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def attacked(speech_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+    """A server for audio of a minute and uploads of 2 GiB, and its temporary folder."""
+    folder = tmp_path_factory.mktemp("attacked")
+    environment = {"LLAMASERVE_MAX_AUDIO": "60", "LLAMASERVE_MAX_UPLOAD": f"{2 * 2**30}"}
+    with speech_server_in(folder, speech_model, environment) as running:
+        yield running, folder / "tmp"
+        assert list((folder / "tmp").iterdir()) == []
+
+
+class Memory:
+    """Watches the memory of a server within a ``with`` block: its own, and that of all its processes together."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = psutil.Process(server.process.pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.own = self.all = 0  # bytes, at most
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            self.own = max(self.own, self._server.memory_info().rss)
+            self.all = max(self.all, all_memory(self._server))
+
+
+def all_memory(server: psutil.Process) -> int:
+    """Return what a server and all processes below it take."""
+    sizes = []
+    for process in [server, *server.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes.append(process.memory_info().rss)
+    return sum(sizes)
+
+
+@pytest.mark.timeout(300)
+def test_hostile_files_do_no_harm(attacked: tuple[RunningServer, Path]) -> None:
+    server, temporary = attacked
+    assert words_of(upload(server).json()["text"]) == SAID
+    pid, process = server.worker_pid(), psutil.Process(server.process.pid)
+    own, everything = process.memory_info().rss, all_memory(process)
+    files = list(chain(other_files(), beginnings(), wav_headers(), long_files(), containers(), time_stamps()))
+    files += [file for file in cut_files() if file[0].endswith((" 0.2% of it", " 2.0% of it"))]
+    assert len(files) > 200
+
+    def attack(file: tuple[str, bytes]) -> tuple[str, httpx.Response]:
+        return file[0], upload(server, file[1], temperature="1")  # at which no second attempt is made
+
+    with Memory(server) as memory, ThreadPoolExecutor(8) as attackers:
+        answers = dict(attackers.map(attack, files))
+    refused = {name: answer for name, answer in answers.items() if answer.status_code != 200}
+    assert len(refused) > 150
+    for name, answer in refused.items():
+        assert len(assert_error(answer, 400, None, "file")) > 15, name
+    assert {name for name in dict(other_files()) if name not in refused} == set()
+    assert memory.own - own < 100 * MEGABYTE
+    assert memory.all - everything < 1500 * MEGABYTE
+    assert words_of(upload(server).json()["text"]) == SAID
+    assert process.memory_info().rss - own < 50 * MEGABYTE
+    assert server.worker_pid() == pid
+    wait_until(lambda: forgotten(server, temporary))
+
+
+def test_uploads_that_do_not_come_to_an_end_take_no_more_disk_than_there_is_for_them(
+    attacked: tuple[RunningServer, Path],
+) -> None:
+    server, _ = attacked
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {TRANSCRIPTIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {FORM['content-type']}\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n{len(HEAD):x}\r\n".encode() + HEAD + b"\r\n")
+        wait_until(lambda: upload(server).status_code == 429, 5)
+        refused = upload(server, spoken_times(10))
+        assert "2 GiB" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+    wait_until(lambda: upload(server).status_code == 200, 5)
