@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from lora_files import random_lora, shapes_of
 from running_server import RunningServer, wait_until
 
 from llamaserve import cli
+from llamaserve.api.audio import AudioRequest
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.fields import names_of
 from llamaserve.api.options import GenerationOptions
@@ -30,6 +32,7 @@ from llamaserve.registry.spec import Defaults, load_registry
 from llamaserve.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEECH = ROOT / "tests" / "speech" / "jfk.flac"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -48,35 +51,54 @@ def examples() -> tuple[list[tuple[str, str]], list[str]]:
     ]
 
 
-def run(code: str, server: RunningServer, *options: str) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, server: RunningServer, *options: str, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     curl = " ".join(("curl -sS --fail-with-body", *options)) + " "
     code = code.replace("http://localhost:5000", server.url).replace("curl ", curl)
-    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that examples send."""
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copy(SPEECH, folder / "speech.flac")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole_server(
-    starter_model: Path, embedding_model: Path, tmp_path_factory: pytest.TempPathFactory
+    starter_model: Path,
+    embedding_model: Path,
+    speech_model: Path,
+    multilingual_speech_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningServer]:
-    """A server with both starter models."""
+    """A server with all starter models."""
     models = tmp_path_factory.mktemp("whole") / "models.yaml"
     minilm = "all-minilm-l6-v2"
     models.write_text(
         f"defaults: {{context: 2048, parallel: 4, embedding_model: {minilm}, moderation_model: {minilm}}}\n"
         f"models:\n  smollm2-135m: {{source: 'file:{starter_model}'}}\n"
         f"  {minilm}: {{source: 'file:{embedding_model}'}}\n"
-        f"aliases: {{starter: smollm2-135m, text-embedding-3-small: {minilm}, text-embedding-ada-002: {minilm}}}\n"
+        f"  whisper-tiny.en: {{source: 'file:{speech_model}'}}\n"
+        f"  whisper-base: {{source: 'file:{multilingual_speech_model}'}}\n"
+        f"aliases: {{starter: smollm2-135m, text-embedding-3-small: {minilm}, text-embedding-ada-002: {minilm}, "
+        "whisper-1: whisper-tiny.en, base: whisper-base}\n"
     )
     with RunningServer("serve", "smollm2-135m", "--models-file", str(models)) as running:
         yield running
 
 
 @pytest.mark.parametrize(("page", "code"), examples()[0])
-def test_every_curl_example_is_answered(page: str, code: str, whole_server: RunningServer) -> None:
-    done = run(code, whole_server)
+def test_every_curl_example_is_answered(page: str, code: str, whole_server: RunningServer, folder: Path) -> None:
+    done = run(code, whole_server, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     if "-N" in code:
         assert done.stdout.endswith("data: [DONE]\n\n")
+    elif re.search(r"response_format=(text|srt|vtt)", code):
+        assert "country" in done.stdout
     else:
         assert json.loads(done.stdout)
 
@@ -118,9 +140,10 @@ def test_every_curl_example_that_changes_the_server_is_answered(changing_server:
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_every_python_example_runs(page: str, code: str, whole_server: RunningServer) -> None:
+def test_every_python_example_runs(page: str, code: str, whole_server: RunningServer, folder: Path) -> None:
     code = code.replace("http://localhost:5000", whole_server.url)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    program = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -162,6 +185,11 @@ def test_every_field_of_a_chat_is_documented_with_its_names() -> None:
     for name in set(ChatRequest.model_fields) - set(GenerationOptions.model_fields):
         row = next((row for row in rows if f"`{name}`" in row), "")
         assert [other for other in names_of(ChatRequest, name) if f"`{other}`" not in row] == [], name
+
+
+def test_every_field_of_a_transcription_is_documented() -> None:
+    text = (ROOT / "docs" / "api.md").read_text().partition("## POST /v1/audio/transcriptions")[2].partition("\n## ")[0]
+    assert {name for name in AudioRequest.model_fields if f"`{name}" not in text} == set()
 
 
 def test_every_instruction_template_is_documented() -> None:

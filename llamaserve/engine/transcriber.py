@@ -10,6 +10,7 @@ long itself.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -257,7 +258,7 @@ def _spoken(utterance: Utterance, *, spaced: bool) -> list[_Written]:
         return []
     tags = [found.span() for found in _TAG.finditer(text)]
     words: list[_Written] = []
-    length = 0  # of the text up to there
+    length = count = 0  # of the characters and tokens up to there
     for pieces in words_of(utterance.pieces, spaced=spaced):
         written = text_of(pieces)
         kept = "".join(
@@ -265,11 +266,22 @@ def _spoken(utterance: Utterance, *, spaced: bool) -> list[_Written]:
             for number, character in enumerate(written, length)
             if not any(start <= number < end for start, end in tags)
         )
+        if kept.strip() and words:
+            words.append(_Written(kept, pieces, Word(kept, pieces[0].hint, _pause(utterance.pieces[: count + 1]))))
+        elif kept.strip():
+            words.append(_Written(kept, pieces, Word(kept, utterance.start, leads=True)))
         length += len(written)
-        if kept.strip():
-            hint = pieces[0].hint if words else utterance.start
-            words.append(_Written(kept, pieces, Word(kept, hint, leads=not words)))
+        count += len(pieces)
     return words
+
+
+def _pause(pieces: Sequence[Piece]) -> float:
+    """Return how probable a pause is before the last token: as probable as a time there, or before the signs that come
+    before it.
+    """
+    *others, last = pieces
+    signs = itertools.takewhile(lambda each: not any(map(str.isalnum, text_of([each]))), reversed(others))
+    return max(each.pause for each in (last, *signs))
 
 
 def _segment(

@@ -87,7 +87,7 @@ def is_sentence(text: str) -> bool:
     """Tell whether a transcript has some words and nothing else, and no letter of it is lost."""
     if _DESCRIPTION.search(text) or _DAMAGE.search(text):
         return False
-    return len(re.findall(r"\w\S*", text)) >= _FEWEST_WORDS
+    return len(re.findall(r"\w\S+", text)) >= _FEWEST_WORDS  # single letters, which are spelled, are none
 
 
 def chosen(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

@@ -93,6 +93,7 @@ def test_errors_are_a_distance(one: list[str], other: list[str], third: list[str
         ("Change to which folder?", True),
         ("Comedian Mail.  Mailbox?", True),
         ("... you have", False),
+        ("N B S in U S B", False),
         ("[a simple beep tone]", False),
         ("<part of a tag line>", False),
         ("(in inglese) di tre parole", False),
