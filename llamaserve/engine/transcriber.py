@@ -52,9 +52,7 @@ from llamaserve.speech.whisper import (
 )
 from llamaserve.speech.word_times import Voice, Word, find_voice, place
 
-_UNSPACED: Final = frozenset(
-    {"zh", "ja", "th", "lo", "my", "yue", "bo", "km"}
-)  # languages without spaces between words
+_UNSPACED: Final = frozenset(("zh", "ja", "th", "lo", "my", "yue", "bo", "km"))  # no spaces between their words
 _SILENCE: Final = 2e-4  # of the largest possible amplitude; what is never louder is not listened to
 _KEPT_PROMPT: Final = CONTEXT // 2  # tokens of the request's prompt that each window but the first has before it
 _LAST: Final = 5.0  # seconds; so short a rest is confused by the text before it, and has none
@@ -219,6 +217,8 @@ class Transcriber(Work):
             given_up=lambda: request.number in self._given_up,
         )
         voice = find_voice(samples[: int(window.seconds * SAMPLE_RATE)])
+        if request.seconds - request.done - window.seconds < SHORTEST:
+            voice = voice._replace(cut=False)  # it ends with the audio, and is heard as a whole
         spaced = request.transcription.translate or request.language not in _UNSPACED
         segments = _segments(window, voice, request.done, spaced=spaced)
         request.remember(window, segments)
@@ -327,8 +327,7 @@ class LoadedTranscriber(Transcriber):
         """Load the model. The library says nothing of how far it is, so ``on_progress`` hears of the end only. Raises
         ``ModelLoadFailed``.
         """
-        self._whisper_owned = Whisper(params.path, gpu=params.gpu)
-        super().__init__(self._whisper_owned, params.threads)
+        super().__init__(Whisper(params.path, gpu=params.gpu), params.threads)
         self.gpu = params.gpu and is_gpu_build()
         self._controller = ThreadController(params.threads) if params.adaptive_threads else None
         on_progress(1.0)
@@ -353,4 +352,4 @@ class LoadedTranscriber(Transcriber):
 
     def close(self) -> None:
         """Free the model."""
-        self._whisper_owned.close()
+        self._whisper.close()

@@ -7,8 +7,9 @@ is the cheapest way of all to divide them: where a stretch is about as long as i
 about when Whisper believes, and where pauses are before words before which it might have written a time. Knows sounds,
 letters and moments; nothing of tokens or models.
 
-The costs were weighed with prompts of a telephone system, joined at random gaps: of 995 known beginnings of phrases, 36
-were wrong by more than 0.3 seconds, most of them where Whisper had left out words or made some up.
+The costs were weighed with prompts of a telephone system, joined at random gaps, without noise and with some. Of 400
+known beginnings of sentences 3 were wrong by more than 0.3 seconds, and of 956 among single words and short phrases 89:
+there Whisper leaves out some and makes some up.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _Floats = npt.NDArray[np.float64]
 RATE: Final = 16_000  # samples a second
 _FRAME: Final = 160  # samples that are looked at together: 10 ms
 _FRAMES: Final = RATE // _FRAME  # a second
-_LEVEL: Final = 25  # frames, or a twentieth of a short sound, that exceed the loudness of voice
-_VOICE: Final = 0.1  # of that loudness; what is louder is voice
+_LEVEL: Final = 12  # frames, or a twentieth of a short sound, that exceed the loudness of voice
+_NOISE: Final = 10  # percent of the frames that are below that of noise
+_VOICE: Final = 0.1  # of the way between the two; what is louder is voice
 _PAUSE: Final = 25  # frames; shorter ones are also inside words
 _BLIP: Final = 8  # frames; a shorter sound between pauses is no word
 _WORD: Final = 2.5  # letters; as much as so many takes each word beside its own
 _SLOWEST: Final = 0.06  # seconds a letter; three quarters of it are usual
-_LAST_WORD: Final = 0.14  # seconds that the last word before a pause takes longer
+_LAST_WORD: Final = 0.15  # seconds that the last word before a pause takes longer
 _UNPRONOUNCED: Final = 0.2  # seconds; how well a stretch fits is judged less strictly by so much
-_ROUNDS: Final = 2
 _UNHEARD: Final = 0.75  # cost at most of a stretch in which nothing is said
 _UNHEARD_CUT: Final = 0.02  # likewise of one at the end, which the words may not have come to
-_UNEXPECTED: Final = 0.02  # weight of how improbable a pause is before a word (natural logarithm), for each of its
+_UNEXPECTED: Final = 0.025  # weight of how improbable a pause is before a word (natural logarithm), for each of its
 _LONGEST: Final = 1.0  # seconds, up to so many;
 _LEAST: Final = 1e-3  # and the least probability that is believed
 _HINT: Final = 0.1  # weight of a hint for the beginning of a word, which is wrong if it is a second away
@@ -69,8 +70,8 @@ def find_voice(samples: Samples) -> Voice:
     loudness = np.convolve(loudness, np.ones(3) / 3, "same") if whole > 2 else loudness
     if whole == 0 or not loudness.any():
         return Voice(np.array([[0.0, max(1, len(samples)) / RATE]]), cut=False)
-    level = np.sort(loudness)[-min(_LEVEL, 1 + whole // 20)]
-    loud = np.flatnonzero(loudness >= _VOICE * level)
+    level, noise = np.sort(loudness)[-min(_LEVEL, 1 + whole // 20)], np.percentile(loudness, _NOISE)
+    loud = np.flatnonzero(loudness >= noise + _VOICE * (level - noise))
     cuts = np.flatnonzero(np.diff(loud) > _PAUSE)
     starts = loud[np.concatenate(([0], cuts + 1))]
     ends = loud[np.concatenate((cuts, [len(loud) - 1]))] + 1
@@ -88,7 +89,7 @@ def place(words: Sequence[Word], voice: Voice) -> list[tuple[float, float]]:
     times: list[tuple[float, float]] = []
     for part in _division(voice, units, words):
         inner = units[part.first : part.last + 1] - units[part.first]
-        edges = part.start + (part.end - part.start) * inner / inner[-1]
+        edges = np.minimum(part.end, part.start + (part.end - part.start) * inner / inner[-1])
         times += zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     return times
 
@@ -108,19 +109,10 @@ class _Part(NamedTuple):
 
 
 def _division(voice: Voice, units: _Floats, words: Sequence[Word]) -> list[_Part]:
-    """Divide words among stretches of voice. How fast they are spoken is known only then, so it is done again with the
-    pace of those stretches that have words.
-    """
-    stretches = [(float(start), float(end)) for start, end in voice.runs]
-    for _ in range(_ROUNDS):
-        seconds = sum(max(end - start - _LAST_WORD, (end - start) / 3) for start, end in stretches)
-        pace = min(_SLOWEST, seconds / float(units[-1]))
-        parts = _cheapest(voice, _Costs(words, units, pace))
-        stretches = [(part.start, part.end) for part in parts]
-    return parts
-
-
-def _cheapest(voice: Voice, costs: _Costs) -> list[_Part]:
+    """Divide words among stretches of voice."""
+    lengths = voice.runs[:, 1] - voice.runs[:, 0]
+    seconds = float(np.maximum(lengths - _LAST_WORD, lengths / 3).sum())
+    costs = _Costs(words, units, min(_SLOWEST, seconds / float(units[-1])))
     best = np.full(costs.count + 1, np.inf)  # cost of having placed so many words in the stretches so far
     best[0] = 0.0
     origins = []

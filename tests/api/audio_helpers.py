@@ -41,12 +41,12 @@ def spoken_times(times: int) -> bytes:
     return wav(np.tile(clip, times))
 
 
-def speech_server_in(folder: Path, model: Path, environment: dict[str, str]) -> RunningServer:
-    """Return a server with a speech model whose temporary folder is in a folder. Streams that wait say so five times a
-    second.
+def speech_server_in(folder: Path, models: dict[str, Path | str], environment: dict[str, str]) -> RunningServer:
+    """Return a server with speech models, the first of which is the usual one, whose temporary folder is in a folder.
+    Streams that wait say so five times a second.
     """
     (folder / "tmp").mkdir()
-    path = write_registry(folder / "models.yaml", {"tiny.en": model}, "transcription_model: tiny.en")
+    path = write_registry(folder / "models.yaml", models, "transcription_model: tiny.en")
     settings = {"LLAMASERVE_HEARTBEAT": "0.2", "TMPDIR": str(folder / "tmp"), **environment}
     return RunningServer("serve", "tiny.en", "--models-file", str(path), environment=settings)
 

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(speech_model: Path, folder: Path) -> Iterator[RunningServer]:
-    with speech_server_in(folder, speech_model, {}) as running:
+    with speech_server_in(folder, {"tiny.en": speech_model}, {}) as running:
         yield running
         assert words_of(upload(running).json()["text"]) == SAID
         assert list((folder / "tmp").iterdir()) == []

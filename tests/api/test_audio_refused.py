@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -16,6 +18,11 @@ from audio_helpers import SAID, TRANSCRIPTIONS, TRANSLATIONS, all_heard, hearing
 from hostile_audio import silent_flac
 from model_helpers import INFO, LOAD, UNLOAD, loaded, write_registry
 from running_server import RunningServer, wait_until
+
+from llamaserve.api import transcribing
+from llamaserve.api.transcribing import Hearing
+from llamaserve.errors import NotSupported
+from llamaserve.speech.values import Transcription
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,15 @@ def test_one_file_at_a_time(speech_server: RunningServer) -> None:
 
 def test_an_unknown_model(speech_server: RunningServer) -> None:
     assert "whisper-tiny.en" in assert_error(upload(speech_server, model="whisper-2"), 404, "model_not_found", "model")
+
+
+def test_without_the_packages_for_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcribing, "_NEEDED", ("av", "no_such_package"))
+    upload = mock.Mock()
+    hearing = Hearing(mock.Mock(), mock.Mock(), upload, Transcription(), named=True)
+    with pytest.raises(NotSupported, match=r"\(no_such_package\): llamaserve\[speech\]"):
+        asyncio.run(hearing.open())
+    upload.close.assert_called_once_with()
 
 
 # ---- the bounds ----------------------------------------------------------------------------------------------------

@@ -158,6 +158,15 @@ def test_no_word_of_a_long_audio_is_lost_or_doubled(real: LoadedTranscriber, sto
         assert all(0 < word.probability <= 1 for word in segment.words)
 
 
+@pytest.mark.parametrize("end", [7.5, 10.2])
+def test_a_speech_may_end_with_its_last_word(real: LoadedTranscriber, store: Store, end: float) -> None:
+    real.submit(1, store(jfk()[: round(end * SAMPLE_RATE)]), PLAIN)
+    (heard, _) = finish(real)
+    (segment, *_) = segments([heard])
+    assert segment.text.split()[:4] == ["And", "so", "my", "fellow"]
+    assert segments([heard])[-1].end == pytest.approx(end, abs=0.05)
+
+
 @pytest.mark.parametrize("noise", [0, 0.003])
 def test_pauses_before_and_between_do_not_move_words(real: LoadedTranscriber, store: Store, noise: float) -> None:
     samples = np.concatenate((silence(7), jfk(), silence(5), jfk()))
@@ -330,6 +339,11 @@ def test_a_voice_that_is_written_is_not_heard_again(store: Store) -> None:
     once, again = window(" upon a time", " there was a little").utterances
     both = Window([once, again._replace(start=28, end=30)], WINDOW, 0, [])
     assert heard_up_to(store, samples, both) == [30, 40]
+
+
+def test_a_voice_that_ends_with_the_audio_is_not_heard_again(store: Store) -> None:
+    samples = voices(30, (1, 2), (28, 30))
+    assert heard_up_to(store, samples, window(" once upon a time")) == [30]
 
 
 def test_a_long_voice_is_cut(store: Store) -> None:

@@ -159,11 +159,9 @@ def test_a_temperature_is_that_of_its_window_only(english: Whisper, jfk: Samples
 
 
 def test_a_task_and_a_language_are_those_of_their_window_only(multilingual: Whisper, jfk: Samples) -> None:
-    english = hear(multilingual, jfk)
-    assert plain(english) == SENTENCE
     assert "votre" in text(hear(multilingual, jfk, language="fr"))
     assert "your country" in text(hear(multilingual, jfk, language="fr", translate=True))
-    assert hear(multilingual, jfk) == english
+    assert plain(hear(multilingual, jfk)) == SENTENCE
 
 
 # Temperatures
@@ -218,7 +216,7 @@ def test_tokens_have_the_text_that_they_were_made_of(multilingual: Whisper, engl
         assert told(whisper, whisper.tokenize(written)) == written
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(written=st.text(max_size=60))
 def test_any_text_has_tokens(english: Whisper, written: str) -> None:
     whole = written.encode("utf-8", "ignore").replace(b"\0", b"")  # nobody has a token for that
