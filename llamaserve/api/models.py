@@ -57,7 +57,7 @@ def capabilities(model: ServedModel) -> dict[str, bool]:
         "rerank": header is not None and (task == "embedding" or (task == "rerank" and header.gives_scores)),
         "moderation": header is not None and task == "moderation",
         "transcription": speech is not None,
-        "translation": speech is not None and speech.multilingual,
+        "translation": speech is not None and speech.translates,
     }
 
 

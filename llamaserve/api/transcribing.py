@@ -21,6 +21,7 @@ from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, Tim
 from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.registry.speech_file import SpeechFile
+from llamaserve.registry.tasks import NOT_WHISPER
 from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import NAMES
 from llamaserve.speech.values import SAMPLE_SIZE, Heard, Transcribed, Transcription
@@ -34,20 +35,30 @@ class Hearing:
     """One audio at one model. It must be closed."""
 
     def __init__(
-        self, services: Services, model: ServedModel, upload: Upload, transcription: Transcription, *, named: bool
+        self,
+        services: Services,
+        model: ServedModel,
+        upload: Upload,
+        transcription: Transcription,
+        *,
+        named: bool,
+        keep_alive: float | None,
     ) -> None:
-        """The upload has one file, and is closed when this is."""
+        """The upload has one file, and is closed when this is. ``named`` is whether the request names the model, and
+        ``keep_alive`` how many seconds it shall stay loaded after this.
+        """
         self._services = services
         self._model = model
         self._upload = upload
         self._transcription = transcription
         self._named = named
+        self._keep_alive = keep_alive
         self._folder: Path | None = None
         self._place: Place | None = None
         self._space: Place | None = None  # on the disk
         self._use: Use | None = None
         self._stream: TranscriptionStream | None = None
-        self._deadline: float | None = None
+        self._time_limit: float | None = None  # seconds
 
     @property
     def translates(self) -> bool:
@@ -76,37 +87,41 @@ class Hearing:
         self._space = self._services.audio_admission.enter(audio.samples * SAMPLE_SIZE)
         self._use = self._model.use()
         worker = await self._use.worker()
-        if (limit := self._answering.spec.time_limit) is not None:
-            self._deadline = asyncio.get_running_loop().time() + limit
+        self._time_limit = self._answering.spec.time_limit
         self._stream = worker.transcribe(samples, self._transcription)
+        self._stream.when_over(self._over)
         return audio
 
     async def events(self) -> AsyncIterator[Heard | Transcribed]:
         """Yield what is heard. Raises ``TimeLimitExceeded`` once the model's time limit is over."""
         assert self._stream is not None
-        events = self._stream.events()
+        events, limit = self._stream.events(), self._time_limit
+        deadline = None if limit is None else asyncio.get_running_loop().time() + limit
         try:
             while True:
-                async with asyncio.timeout_at(self._deadline):
+                async with asyncio.timeout_at(deadline):
                     event = await anext(events, None)
                 if event is None:
                     return
                 yield event
         except TimeoutError:
-            limit = self._answering.spec.time_limit
             raise TimeLimitExceeded(
                 f"it took longer than the {limit:g} seconds that this model's `time_limit` leaves"
             ) from None
-
-    def keep(self, seconds: float | None) -> None:
-        """Say how long the model stays loaded after this."""
-        if self._use is not None:
-            self._use.keep(seconds)
 
     def close(self) -> None:
         """End it if it is still going on, and let others have its place. Further calls do nothing."""
         if self._stream is not None:
             self._stream.close()
+        self._let_go()
+
+    def _over(self) -> None:
+        """All is heard, however long the client takes to read it."""
+        if self._use is not None and self._stream is not None and not self._stream.failed:
+            self._use.keep(self._keep_alive)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._use is not None:
             self._use.leave()
         for place in (self._place, self._space):
@@ -143,19 +158,29 @@ class Hearing:
             words = " and ".join(missing)
             raise NotSupported(f"speech needs two packages that are not installed ({words}): llamaserve[speech]")
         await self._model.require("transcription")
-        assert isinstance(self._model.file, SpeechFile)
+        name, named = self._model.name, "model" if self._named else None
+        if not isinstance(self._model.file, SpeechFile):
+            raise ModelNotCapable(f"{name}: {NOT_WHISPER}", param=named)
         header = await self._model.file.read_speech()
         language = self._transcription.language
-        if not header.multilingual:
-            wrong = "translate" if self._transcription.translate else language if language not in (None, "en") else None
-            if wrong is not None:
-                what = "so it can't translate" if wrong == "translate" else f"and not {NAMES[wrong].capitalize()}"
-                raise ModelNotCapable(
-                    f"{self._model.name} knows English only, {what}",
-                    param="language" if wrong != "translate" else "model" if self._named else None,
-                )
-        elif language is not None and language not in list(NAMES)[: header.languages]:
-            raise InvalidRequest(f"{self._model.name} does not know {NAMES[language].capitalize()}", param="language")
+        if self._transcription.translate and not header.translates:
+            why = "was not taught to translate" if header.multilingual else "knows English only, so it can't translate"
+            raise ModelNotCapable(f"{name} {why}; {self._another()}", param=named)
+        if language is None or language in list(NAMES)[: header.languages]:
+            return
+        if header.multilingual:
+            raise InvalidRequest(f"{name} does not know {NAMES[language].capitalize()}", param="language")
+        raise ModelNotCapable(
+            f"{name} knows English only, and not {NAMES[language].capitalize()}; {self._another()}", param="language"
+        )
+
+    def _another(self) -> str:
+        """Say which model knows more."""
+        for each in self._services.pool.models:
+            speech = each.file.known_speech if isinstance(each.file, SpeechFile) else None
+            if speech is not None and speech.translates:
+                return f"{each.name} can do it"
+        return "a model that knows several languages can do it, such as whisper-base (`llamaserve pull whisper-base`)"
 
 
 def _created(path: Path) -> BinaryIO:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from llamaserve.speech.values import Segment, TextToken
 
 _LEAST: Final = 0.001  # seconds that a subtitle is shown
 _DIGITS: Final = 3  # of seconds
+_ARROW: Final = re.compile("-+>")  # stands between the times of a cue, and nowhere else
 _KEPT: Final = "%#&@"  # signs that are a part of a word
 
 
@@ -69,7 +71,9 @@ def as_verbose_json(transcript: Transcript, *, task: str, segments: bool, words:
 
 
 def described(segment: Segment, number: int) -> dict[str, Any]:
-    """Return a segment as OpenAI has it. The library does not tell how probable it is that nothing is said."""
+    """Return a segment as OpenAI has it. The library does not tell how probable it is that nothing is said, and many
+    clients can't read a segment without a number there; what was taken for silence is no segment.
+    """
     return {
         "id": number,
         "seek": round(segment.seek * 100),  # in hundredths of a second, as Whisper's own program has it
@@ -80,7 +84,7 @@ def described(segment: Segment, number: int) -> dict[str, Any]:
         "temperature": round(segment.temperature, _DIGITS),
         "avg_logprob": segment.logprob,
         "compression_ratio": segment.compression,
-        "no_speech_prob": None,
+        "no_speech_prob": 0.0,
     }
 
 
@@ -98,7 +102,7 @@ def _bare(text: str) -> str:
 
 
 def _is_of_word(character: str) -> bool:
-    return character in _KEPT or (unicodedata.category(character)[0] in "LNMS" and character != "♪")
+    return character in _KEPT or unicodedata.category(character)[0] in "LNMS"
 
 
 def logprob(token: TextToken) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def _escaped(text: str) -> str:
 
 def _cues(segments: Sequence[Segment], point: str, escaped: Callable[[str], str], *, numbered: bool) -> Iterator[str]:
     for number, segment in enumerate(segments, 1):
-        text = " ".join(segment.text.split()).replace("-->", "->")  # which ends a cue's times
+        text = _ARROW.sub("->", " ".join(segment.text.split()))
         start, end = _time(segment.start, point), _time(max(segment.end, segment.start + _LEAST), point)
         yield (f"{number}\n" if numbered else "") + f"{start} --> {end}\n{escaped(text)}\n\n"
 

@@ -1,4 +1,4 @@
-"""Reading uploads: forms with one file among their fields, within bounds of number, size and disk space.
+"""Reading uploads: forms with one file among their fields, within bounds of number, size, time and disk space.
 
 A file of more than a megabyte lies in the temporary folder while it is read, and so does what is made of it. Knows
 forms; what a field means, or what is in the file, is the endpoint's business.
@@ -6,17 +6,19 @@ forms; what a field means, or what is in the file, is the endpoint's business.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import BinaryIO, Final
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from llamaserve.errors import InvalidRequest, LlamaserveError, Unavailable
+from llamaserve.errors import InvalidRequest, LlamaserveError, RequestTimeout, Unavailable
 from llamaserve.registry.admission import Admission, Place
 
 KIND: Final = "multipart/form-data"
@@ -24,13 +26,15 @@ MAX_FIELD: Final = 64 * 1024  # bytes
 
 _MAX_FIELDS: Final = 64
 _SPACE: Final = 2 * 2**30  # bytes
+_PATIENCE: Final = 60.0  # seconds in which a client must send something
+_UTF8: Final = ("utf-8", "utf8")
 
 
 class AudioAdmission(Admission):
     """The audio of all requests that lies in the temporary folder, uploaded or decoded, in bytes."""
 
     def __init__(self, space: int = _SPACE) -> None:
-        """So many bytes may be there; the last one to come may bring more."""
+        """So many bytes may be there; what comes at once may be more."""
         super().__init__(0, space)
         self._space = space
 
@@ -62,33 +66,59 @@ class Upload:
         self._place.leave()
 
 
-async def receive(request: Request, admission: AudioAdmission, largest: int) -> Upload:
-    """Read a form; one that does not tell its length counts as the ``largest`` that may come. Raises ``InvalidRequest``
-    when there is none, ``QueueFull``, ``Unavailable`` when there is no disk space, FastAPI's error when the form is
-    malformed, and ``ClientDisconnect``.
+async def receive(request: Request, admission: AudioAdmission) -> Upload:
+    """Read a form, of which each byte counts as it comes. Raises ``InvalidRequest`` when there is none, or it is
+    malformed, ``QueueFull``, ``Unavailable`` when there is no disk space, ``RequestTimeout`` when the rest does not
+    come, FastAPI's error when it is too much, and ``ClientDisconnect``.
     """
     try:
-        return await _received(request, admission, largest)
+        return await _received(request, admission)
+    except RequestTimeout:
+        raise
     except (LlamaserveError, HTTPException):
         await _read_on(request)
         raise
 
 
-async def _received(request: Request, admission: AudioAdmission, largest: int) -> Upload:
+async def _received(request: Request, admission: AudioAdmission) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != KIND.encode():
         raise InvalidRequest(f"the audio must be sent as {KIND}, with a field `file`", param="file")
-    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+    if options.get(b"charset", b"utf-8").decode("latin-1").lower() not in _UTF8:
         raise InvalidRequest("the text in a form must be UTF-8")
-    length = request.headers.get("content-length", "")
-    place = admission.enter(int(length) if length.isdecimal() else largest)
+    place = admission.enter(0)
+    bounds = {"max_files": 1, "max_fields": _MAX_FIELDS, "max_part_size": MAX_FIELD}
     try:
         with kept():
-            form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=MAX_FIELD)
-        return Upload(form, place)
+            async with contextlib.aclosing(_counted(request, place)) as pieces:
+                return Upload(await MultiPartParser(request.headers, pieces, **bounds).parse(), place)
+    except MultiPartException as error:
+        place.leave()
+        raise InvalidRequest(f"the form can't be read: {_in_words(error.message)}") from error
     except BaseException:
         place.leave()
         raise
+
+
+async def _counted(request: Request, place: Place) -> AsyncGenerator[bytes, None]:
+    """Yield a body's pieces as they come."""
+    pieces = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            raise RequestTimeout(f"nothing more of the request has come for {_PATIENCE:g} seconds") from None
+        if piece is None:
+            return
+        place.grow(len(piece))
+        yield piece
+
+
+def _in_words(message: str) -> str:
+    if message.startswith("Part exceeded"):
+        return f"a field has more than {MAX_FIELD // 1024} KiB, or the part with the file has no filename"
+    return message[:1].lower() + message[1:].removesuffix(".")
 
 
 async def _read_on(request: Request) -> None:

@@ -56,15 +56,16 @@ _UNSPACED: Final = frozenset(("zh", "ja", "th", "lo", "my", "yue", "bo", "km")) 
 _SILENCE: Final = 2e-4  # of the largest possible amplitude; what is never louder is not listened to
 _KEPT_PROMPT: Final = CONTEXT // 2  # tokens of the request's prompt that each window but the first has before it
 _LAST: Final = 5.0  # seconds; so short a rest is confused by the text before it, and has none
-_REPETITIVE: Final = 2.4  # compression from which on a text is a repetition, and must not lead to more of it
-_STEP: Final = 1.0  # seconds of a window that are done at least, whatever is in it
+_DOUBTFUL: Final = 0.5  # the highest temperature at which a text is good enough to be before the next
+_STEP: Final = 0.2  # seconds of a window that are done at least, whatever is in it
 _BEFORE_VOICE: Final = 0.1  # seconds of pause that are left before a voice
 _LONGEST_CUT: Final = 8.0  # seconds of voice at the end of a window that are listened to again
 
-# Whisper writes what is no speech in brackets, or in signs of its own. Speech is never written so, but for the round
-# ones, which count only where they are all that is there.
-_TAG: Final = re.compile(r"\s*(?:\[[^\[\]]{0,200}\]|♪+[^♪]{0,500}♪+|\*[^*]{0,200}\*|♪+)")
-_ASIDE: Final = re.compile(r"\s*\([^()]*\)[\s.]*")
+# Whisper writes what is no speech in brackets, or between stars. Speech is never written so, but for a few stars
+# inside a word or between numbers, and for round brackets, which count only where they are all that is there. Notes
+# are around words that are sung.
+_TAG: Final = re.compile(r"\s*(?:\[[^\[\]]{0,200}\]|(?<!\S)\*[^\W\d_][^*]{0,200}\*(?![^\s.,;:!?])|♪+)")
+_ASIDE: Final = re.compile(r"[\s♪]*\([^()]*\)[\s.♪]*")
 
 
 class _Request:
@@ -78,6 +79,7 @@ class _Request:
         self.language = transcription.language
         self.context: list[int] = []  # tokens of the text up to now
         self.done = 0.0  # seconds
+        self._amid = False  # whether somebody is speaking just then
         self._file = file
         self._count = os.fstat(file.fileno()).st_size // SAMPLE_SIZE
         self.seconds = self._count / SAMPLE_RATE
@@ -104,17 +106,16 @@ class _Request:
         """Return the tokens that the next window is to have before it."""
         if self.done == 0:
             return self.prompt
-        if self.seconds - self.done <= _LAST:
+        if self.seconds - self.done <= _LAST and not self._amid:
             return []
         kept = self.prompt[-_KEPT_PROMPT:]
         return kept + self.context[-(CONTEXT - len(kept)) :]
 
-    def remember(self, window: Window, segments: Sequence[Segment]) -> None:
-        """Have the next window begin after a text; not if it is a repetition, which would lead to more of it, or if
-        nothing was said.
-        """
-        good = segments and segments[0].compression <= _REPETITIVE
-        self.context = (self.context + window.context)[-CONTEXT:] if good else []
+    def go_on(self, seconds: float, samples: Samples, context: Sequence[int]) -> None:
+        """Have the next window begin so many seconds after the last one, and after a text."""
+        self.done += seconds
+        self._amid = any(start < seconds < end for start, end in find_voice(samples).runs)
+        self.context = [*self.context, *context][-CONTEXT:] if context else []
 
     def close(self) -> None:
         """Let go of the audio."""
@@ -127,7 +128,7 @@ class Transcriber(Work):
     def __init__(self, whisper: Whisper, threads: int) -> None:
         self._whisper = whisper
         self.threads = threads
-        self._requests: list[_Request] = []  # in the order in which they came
+        self._requests: dict[int, _Request] = {}  # by number, in the order in which they came
         self._firsts_turn = False
         self._given_up: set[int] = set()  # those that are not to go on in the middle of a step
         self._told: Occupancy | None = None
@@ -140,7 +141,7 @@ class Transcriber(Work):
     def submit(self, request: int, path: Path, transcription: Transcription) -> None:
         """Begin to transcribe a file of samples (see ``values``). Raises ``EngineError`` when it can't be read."""
         prompt = self._whisper.tokenize(" " + transcription.prompt.strip()) if transcription.prompt.strip() else []
-        self._requests.append(_Request(request, _opened(path), transcription, prompt))
+        self._requests[request] = _Request(request, _opened(path), transcription, prompt)
 
     def step(self) -> list[EngineEvent]:
         """See ``Work``."""
@@ -156,14 +157,14 @@ class Transcriber(Work):
 
     def cancel(self, request: int) -> None:
         """See ``Work``."""
-        for each in [each for each in self._requests if each.number == request]:
-            self._requests.remove(each)
-            each.close()
+        ended = self._requests.pop(request, None)
+        if ended is not None:
+            ended.close()
         self._given_up.discard(request)
 
     def interrupt(self, request: int | None) -> None:
         """See ``Work``. That all shall end is no reason to throw away what is nearly there."""
-        if request is not None:
+        if request in self._requests:
             self._given_up.add(request)
 
     def occupancy(self) -> Occupancy | None:
@@ -175,8 +176,8 @@ class Transcriber(Work):
 
     def progress(self) -> list[Progress]:
         """See ``Work``."""
-        begun = [each for each in self._requests if each.done]
-        new = [each for each in self._requests if not each.done]
+        begun = [each for each in self._requests.values() if each.done]
+        new = [each for each in self._requests.values() if not each.done]
         return [Progress(each.number, 0, int(each.done), int(each.seconds)) for each in begun] + [
             Progress(each.number, place, 0, 0) for place, each in enumerate(new, len(begun) + 1)
         ]
@@ -184,7 +185,8 @@ class Transcriber(Work):
     def _next(self) -> _Request:
         """Return the request whose turn it is."""
         self._firsts_turn = not self._firsts_turn
-        return self._requests[0] if self._firsts_turn else min(self._requests, key=lambda each: each.done)
+        requests = self._requests.values()
+        return next(iter(requests)) if self._firsts_turn else min(requests, key=lambda each: each.done)
 
     def _listen(self, request: _Request) -> list[EngineEvent]:
         """Listen to a request's next window."""
@@ -221,8 +223,8 @@ class Transcriber(Work):
             voice = voice._replace(cut=False)  # it ends with the audio, and is heard as a whole
         spaced = request.transcription.translate or request.language not in _UNSPACED
         segments = _segments(window, voice, request.done, spaced=spaced)
-        request.remember(window, segments)
-        request.done += _go_on(window.seconds, voice, segments[-1].end - request.done if segments else 0.0)
+        start = _go_on(window.seconds, voice, segments[-1].end - request.done if segments else 0.0)
+        request.go_on(start, samples, window.context if segments and window.temperature <= _DOUBTFUL else [])
         return segments
 
 

@@ -23,6 +23,13 @@ class Place:
         self._sequences = sequences
         self._since = now
 
+    def grow(self, sequences: int) -> None:
+        """Take up so many more, as long as the queue is not full before it. Raises ``QueueFull``."""
+        if self._admission is not None:
+            self._admission.check()
+            self._admission.open += sequences
+            self._sequences += sequences
+
     def leave(self) -> None:
         """Give the place back; further calls do nothing."""
         admission, self._admission = self._admission, None
@@ -48,17 +55,21 @@ class Admission:
         self._queue = queue
 
     def enter(self, sequences: int) -> Place:
-        """Let a request in, however many sequences it has, as long as the queue is not full before it.
+        """Let a request in, however many sequences it has, as long as the queue is not full before it. Raises
+        ``QueueFull``.
+        """
+        self.check()
+        self._requests += 1
+        self.open += sequences
+        return Place(self, sequences, self._clock())
 
-        Raises ``QueueFull`` with the seconds after which a place is probably free: if the requests that are here stay
-        for the mean time, one of them leaves after that time divided by their number.
+    def check(self) -> None:
+        """Raise ``QueueFull`` if the queue is full, with the seconds after which a place is probably free: if the
+        requests that are here stay for the mean time, one of them leaves after that time divided by their number.
         """
         if self.open >= self._parallel + self._queue:
             wait = min(max(_LEAST_WAIT, self._duration / self._requests), _LONGEST_WAIT)
             raise QueueFull(self._refusal(), retry_after=wait)
-        self._requests += 1
-        self.open += sequences
-        return Place(self, sequences, self._clock())
 
     def left(self, sequences: int, since: float) -> None:
         """Take note that a request that came at ``since`` is over."""

@@ -27,6 +27,7 @@ WORK: Final[dict[Task, str]] = {
     "moderation": "judges texts (POST /v1/moderations)",
     "transcription": "transcribes speech (POST /v1/audio/transcriptions)",
 }
+NOT_WHISPER: Final = "its file is none of whisper.cpp's (.bin), which alone transcribe speech"
 
 
 def task_of(spec: ModelSpec, header: GGUFHeader | None) -> Task:
@@ -60,7 +61,7 @@ def pooling_of(spec: ModelSpec, header: GGUFHeader) -> Pooling | None:
                 raise ModelNotCapable("it has no classification head, so it can't score documents")
             return "rank"
         case "transcription":
-            raise ModelNotCapable("its file is none of whisper.cpp's (.bin), which alone transcribe speech")
+            raise ModelNotCapable(NOT_WHISPER)
         case _:
             if not header.remembers:
                 raise ModelNotCapable("it is an encoder; it can't generate text")

@@ -111,8 +111,15 @@ class WhisperHeader:
 
     @property
     def multilingual(self) -> bool:
-        """Whether it knows more than English, and can translate."""
+        """Whether it knows more than English."""
         return self.languages > 1
+
+    @property
+    def translates(self) -> bool:
+        """Whether it can translate into English. Those with fewer layers in the decoder than in the encoder are made of
+        others and were taught nothing but to transcribe; asked to translate, they write the original.
+        """
+        return self.multilingual and self.text_layers == self.audio_layers
 
     @property
     def languages(self) -> int:

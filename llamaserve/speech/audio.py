@@ -14,8 +14,8 @@ import msgspec
 
 from llamaserve.errors import ErrorValue, InvalidRequest, from_value
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
+from llamaserve.speech.values import SAMPLE_RATE
 
-SAMPLE_RATE = 16_000  # Hz
 TIME_LIMIT = 120.0  # seconds for one file; an hour of audio takes a few
 IDLE_LIMIT = 60.0  # seconds after which a process without work ends; a new one takes a tenth of a second
 MEMORY_LIMIT = 512  # MB of address space for one process, Python included

@@ -27,7 +27,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Discard
 
-from llamaserve.errors import LlamaserveError, to_value
+from llamaserve.errors import LlamaserveError, Unavailable, to_value
 from llamaserve.sandbox import serve
 from llamaserve.speech.audio import (
     MEMORY_LIMIT,
@@ -79,6 +79,8 @@ _OTHERS = {
     b"\x7fELF": "a program",
 }
 
+_TAG = b"ID3"
+
 _JOBS = msgspec.msgpack.Decoder(DecodeJob)
 _PROCESS = psutil.Process()
 
@@ -102,6 +104,8 @@ def _result(job: DecodeJob) -> DecodeAnswer:
         return DecodeAnswer(error=to_value(refusal(f"the audio could not be decoded: {error.strerror}")))
     except LlamaserveError as error:
         return DecodeAnswer(error=to_value(error))
+    except OSError as error:  # of the disk; FFmpeg's own are above
+        return DecodeAnswer(error=to_value(Unavailable(f"the audio can't be read or written: {error.strerror}")))
 
 
 def decode(job: DecodeJob) -> Audio:
@@ -218,7 +222,8 @@ def _decoded(stream: AudioStream, packet: Packet[AudioStream] | None) -> list[Au
     except MemoryError:
         raise
     except FFmpegError:
-        return [None]
+        joined = packet is not None and bytes(packet).startswith(_TAG)  # an MP3 that begins behind another one
+        return [] if joined else [None]
 
 
 def _is_open_ended(head: bytes) -> bool:
@@ -235,7 +240,7 @@ def _instead(head: bytes) -> str | None:
         if head.startswith(beginning):
             return f"the file is {kind}, not audio"
     if head[4:8] == b"ftyp":
-        return "the file is MP4 without its index: it was cut short, or is damaged"
+        return "the file is MP4 without its index, cut short or damaged, or of a kind that can't be read"
     return "the file is text, not audio" if _is_text(head) else None
 
 

@@ -15,7 +15,8 @@ from av.error import FFmpegError
 from av.filter import Graph
 
 from llamaserve.errors import Unavailable
-from llamaserve.speech.audio import SAMPLE_RATE, refusal
+from llamaserve.speech.audio import refusal
+from llamaserve.speech.values import SAMPLE_RATE, SAMPLE_SIZE
 
 TOLERANCE = 0.1  # seconds by which time stamps may differ from the audio between them: recorders are that inexact
 RATES = range(1_000, 768_001)  # Hz
@@ -79,7 +80,7 @@ class Track:
         self.finish()
         self._time += seconds
         missing = round(self._time * SAMPLE_RATE) - self.samples
-        self._write(bytes(2 * min(SAMPLE_RATE, missing - begin)) for begin in range(0, missing, SAMPLE_RATE))
+        self._write(bytes(SAMPLE_SIZE * min(SAMPLE_RATE, missing - begin)) for begin in range(0, missing, SAMPLE_RATE))
 
     def _mix(self, frame: AudioFrame) -> None:
         kind = _kind(frame)
@@ -94,7 +95,7 @@ class Track:
                 self._target.write(piece)
             except OSError as error:
                 raise Unavailable(f"the decoded audio can't be written: {error.strerror}") from error
-            self.samples += len(piece) // 2
+            self.samples += len(piece) // SAMPLE_SIZE
 
 
 def check_length(seconds: float, longest: float) -> None:
@@ -139,7 +140,7 @@ class _Mixer:
             except (BlockingIOError, EOFError):  # nothing more for now, or at all
                 return
             assert isinstance(done, AudioFrame)
-            yield memoryview(done.planes[0])[: 2 * done.samples]
+            yield memoryview(done.planes[0])[: SAMPLE_SIZE * done.samples]
 
 
 def _mixing_graph(kind: _Kind) -> Graph:

@@ -38,6 +38,7 @@ CONTEXT: Final = 223  # tokens of earlier text that it takes
 _LANGUAGES: Final = {51864: 1, 51865: 99, 51866: 100}  # by the number of tokens
 _FRAMES: Final = 100  # a second, in which whisper.cpp counts
 _RETRY: Final = 0.2  # by how much the temperature rises where a transcript seems to have failed
+_COLD: Final = 1e-6  # a temperature that is as good as none; whisper.cpp divides by it
 _ERROR: Final = 4  # the level of ggml's log messages that matter
 _MISSING: Final = "speech needs two more packages: pip install 'llamaserve[speech]'"
 
@@ -147,7 +148,7 @@ class Whisper:
         native, params = self._native, self._params(threads)
         params.language = language
         params.translate = transcription.translate
-        params.temperature = transcription.temperature
+        params.temperature = temperature = transcription.temperature if transcription.temperature > _COLD else 0.0
         params.temperature_inc = _RETRY
         params.no_context = True
         params.prompt_tokens = list(context[-CONTEXT:])
@@ -163,8 +164,7 @@ class Whisper:
         if watch.broken:
             raise EngineError("what the model computes are no numbers; its weights are damaged")
         _check(code)
-        temperature = transcription.temperature + _RETRY * max(0, watch.attempts - 1)
-        return self._window(watch.percent, min(temperature, 1.0))
+        return self._window(watch.percent, min(temperature + _RETRY * max(0, watch.attempts - 1), 1.0))
 
     def _params(self, threads: int) -> Any:
         native = self._native
@@ -202,15 +202,16 @@ class Whisper:
 
     def _frames_done(self, frames: int, percent: int, context: Sequence[int]) -> int:
         """Return where to go on: after the last segment that has an end, or after the whole window if nothing else is
-        said in it. Whisper says that by a single token of time at the end, which looks like any other here; so what
-        whisper.cpp itself makes of it decides, which it tells in percent.
+        said in it. Whisper says that by a single token of time at the end, which looks like any other here, and where
+        all attempts have failed there are tokens that whisper.cpp disregards. So what it makes of them decides, which
+        it tells in percent.
         """
         whole = min(frames, int(WINDOW * _FRAMES))
-        if not context or context[-1] <= self._first_time:
-            return whole
-        said = 2 * (context[-1] - self._first_time)
-        goes_on = min(said, whole)
-        return goes_on if 100 * goes_on // frames == percent or 100 * whole // frames != percent else whole
+        said = [2 * int(token - self._first_time) for token in reversed(context) if token > self._first_time]
+        for possible in (*said[:1], whole, *said[1:]):
+            if 100 * possible // frames == percent:
+                return min(possible, whole)
+        return min(percent * frames // 100, whole)
 
     def _utterance(self, start: float, end: float, tokens: Sequence[Any]) -> Utterance:
         pieces, last = [], start

@@ -186,6 +186,7 @@ class Host:
                 _embedder(engine).submit(command.request, encoded, embedding)
             case Transcribe(request, path, transcription):
                 _transcriber(engine).submit(request, Path(path), transcription)
+                Path(path).unlink(missing_ok=True)  # it stays open
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):

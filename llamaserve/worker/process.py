@@ -72,7 +72,7 @@ class _Inbox:
     def put(self, event: Event) -> None:
         """Add an event and wake the taker."""
         self._events.append(event)
-        self._finished += isinstance(event, Finished)
+        self._finished += isinstance(event, Finished | Transcribed)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._look_whether_over()
@@ -178,6 +178,15 @@ class TranscriptionStream:
         """Where the request stood when the child last said so, in seconds of audio; None before that."""
         return self._inbox.progress
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has come to an end without a transcript."""
+        return self._inbox.failed
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """See ``GenerationStream``."""
+        self._inbox.when_over(1, call)
+
     async def events(self) -> AsyncIterator[Heard | Transcribed]:
         """Yield what is heard, in order; the last one is a ``Transcribed``."""
         while not self._over:
@@ -235,8 +244,8 @@ class WorkerProcess:
         return GenerationStream(self, prompts, generation)
 
     def transcribe(self, path: Path, transcription: Transcription) -> TranscriptionStream:
-        """Write down the speech in a file of samples (see ``speech.values``), which must stay where it is; the caller
-        closes the stream.
+        """Write down the speech in a file of samples (see ``speech.values``), which the child deletes once it has it
+        open: should all processes be killed, nothing of it is left. The caller closes the stream.
         """
         return TranscriptionStream(self, path, transcription)
 

@@ -23,10 +23,11 @@ _Transcribe = Callable[[_Samples], list[str]]  # the segments
 
 
 def plain(path: str, threads: int) -> _Transcribe:
-    """Return the C++ function with its defaults and so many threads."""
+    """Return the C++ function with its defaults and so many threads, for English, as the server is told, too."""
     context = native.whisper_init_from_file_with_params(path, native.whisper_context_default_params())
     params = native.whisper_full_default_params(native.whisper_sampling_strategy.WHISPER_SAMPLING_GREEDY)
     params.n_threads = threads
+    params.language = "en"
     params.print_progress = False
 
     def transcribe(samples: _Samples) -> list[str]:

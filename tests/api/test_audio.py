@@ -99,7 +99,7 @@ def test_a_segment_has_what_openai_s_has(sdk: openai.OpenAI) -> None:
     )
     assert answer.text == "".join(segment.text for segment in answer.segments).strip()
     for number, segment in enumerate(answer.segments):
-        assert (segment.id, segment.seek, segment.temperature, segment.no_speech_prob) == (number, 0, 0, None)
+        assert (segment.id, segment.seek, segment.temperature, segment.no_speech_prob) == (number, 0, 0, 0)
         assert -1 < segment.avg_logprob < 0
         assert 0.5 < segment.compression_ratio < 2.4
         assert len(segment.tokens) >= len(words_of(segment.text))

@@ -158,6 +158,18 @@ def test_no_word_of_a_long_audio_is_lost_or_doubled(real: LoadedTranscriber, sto
         assert all(0 < word.probability <= 1 for word in segment.words)
 
 
+@pytest.mark.parametrize(("copies", "left_out"), [(4, 0), (4, 2), (4, 2.5), (3, 1), (3, 2), (5, 0)])
+def test_where_somebody_speaks_on_at_the_end_of_a_window(
+    real: LoadedTranscriber, store: Store, copies: int, left_out: float
+) -> None:
+    """The same is said again and again, so the text before is almost the only thing that tells where it goes on."""
+    samples = np.tile(jfk(), copies)[round(left_out * SAMPLE_RATE) :]
+    real.submit(1, store(samples), PLAIN)
+    written = plain(text(finish(real)).replace("Americans", "American"))
+    assert written == (SENTENCE.split() * copies)[-len(written) :]
+    assert len(written) >= 22 * copies - 5  # what is said in the part that is left out
+
+
 @pytest.mark.parametrize("end", [7.5, 10.2])
 def test_a_speech_may_end_with_its_last_word(real: LoadedTranscriber, store: Store, end: float) -> None:
     real.submit(1, store(jfk()[: round(end * SAMPLE_RATE)]), PLAIN)
@@ -264,8 +276,14 @@ def fake(*script: Window | Exception) -> tuple[Transcriber, Fake]:
         (" (music)", ""),
         (" (upbeat music playing).", ""),
         (" ♪", ""),
-        (" ♪♪ la la la ♪♪", ""),
+        (" ♪♪ la la la ♪♪", "la la la"),
+        (" ♪ Happy birthday ♪ said Tom ♪ and so on", "Happy birthday said Tom and so on"),
+        (" ♪ (upbeat music) ♪", ""),
         (" *sighs*", ""),
+        (" *Door opens* Hello *coughs* there *again*", "Hello there"),
+        (" What the f*** is that s***?", "What the f*** is that s***?"),
+        (" f***ing", "f***ing"),
+        (" 2 * 3 * 4 is 24.", "2 * 3 * 4 is 24."),
         (" [Music] Hello there.", "Hello there."),
         (" Hello [laughs] there.", "Hello there."),
         (" Hello there. [APPLAUSE]", "Hello there."),
@@ -354,13 +372,14 @@ def test_a_long_voice_is_cut(store: Store) -> None:
 def test_a_step_is_never_too_small(store: Store) -> None:
     """Whisper may end a window where it began it, and a voice may begin there."""
     samples = voices(6, (0.5, 6))
-    steps = heard_up_to(store, samples, *(window(seconds=0) for _ in range(3)), window(" end", seconds=3))
-    assert steps == [1, 2, 3, 6]
+    steps = heard_up_to(store, samples, *(window(seconds=0) for _ in range(3)), window(" end", seconds=5.4))
+    assert steps == pytest.approx([0.2, 0.4, 0.6, 6])
 
 
 def test_text_leads_to_the_next_windows_text(store: Store) -> None:
     transcriber, whisper = fake(window(" a"), window(" b"), window(" c"), window(" d"))
-    transcriber.submit(1, store(sound(122)), Transcription(language="en", prompt=" hi "))
+    samples = voices(122, (0, 119.5), (120.2, 122))
+    transcriber.submit(1, store(samples), Transcription(language="en", prompt=" hi "))
     finish(transcriber)
     prompt = [ord(each) for each in " hi"]
     first, second, third = ([TIME, ord(each), TIME + 1] for each in "abc")
@@ -382,7 +401,19 @@ def test_a_long_context_leaves_room_for_the_prompt(store: Store) -> None:
     assert all(context[:111] == [ord("x")] * 111 for context in whisper.contexts)
 
 
-@pytest.mark.parametrize("bad", [window(" no" * 60), window(" [BLANK_AUDIO]"), window()], ids=["again", "tag", "none"])
+@pytest.mark.parametrize(("seconds", "context"), [(2.0, 4), (3.2, 0)])
+def test_a_short_rest_needs_the_text_before_if_somebody_is_speaking(store: Store, seconds: float, context: int) -> None:
+    samples = voices(6, (1, 3), (3.5, 5.5))
+    transcriber, whisper = fake(window(" a", " b", seconds=seconds), window(" c", seconds=6 - seconds))
+    transcriber.submit(1, store(samples), PLAIN)
+    finish(transcriber)
+    assert [len(each) for each in whisper.contexts] == [0, context]
+
+
+_DOUBTFUL = window(" no")._replace(temperature=0.6)
+
+
+@pytest.mark.parametrize("bad", [_DOUBTFUL, window(" [BLANK_AUDIO]"), window()], ids=["doubtful", "tag", "none"])
 def test_what_is_no_text_leads_to_nothing(store: Store, bad: Window) -> None:
     transcriber, whisper = fake(window(" a"), bad, window(" c"))
     transcriber.submit(1, store(sound(100)), PLAIN)
@@ -473,6 +504,15 @@ def test_a_request_that_is_cancelled_is_forgotten(store: Store) -> None:
     transcriber.cancel(3)  # after it
     assert transcriber.idle
     assert len(whisper.samples) == 2
+
+
+def test_what_is_given_up_too_late_is_forgotten(store: Store) -> None:
+    transcriber, _ = fake()
+    submit(transcriber, store, 1)
+    transcriber.interrupt(2)
+    assert order(transcriber) == [1]
+    transcriber.interrupt(1)
+    assert transcriber._given_up == set()
 
 
 @pytest.mark.parametrize("others", [(), (2,), (2, 3, None)])

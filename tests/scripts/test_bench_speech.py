@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import re
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from benchmark import hearing, speech
-from benchmark.client import FORM, Unreachable, form
+from benchmark.client import FORM, Client, Stream, Unreachable, form
 from benchmark.contenders import HttpServer
 from benchmark.hearing import Clip, SpeechServer
 from benchmark.lab import OURS, NotPossible
@@ -70,6 +72,45 @@ def test_the_library_alone_hears_what_the_server_hears(
     assert alone.seconds > 0
 
 
+def test_the_server_is_told_the_language_of_clips_and_of_nothing_else(
+    samples: bytes, listener: SpeechServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, upload = [], Client.upload
+
+    def noted(client: Client, path: str, fields: Mapping[str, str], file: bytes) -> Stream:
+        sent.append(fields.get("language"))
+        return upload(client, path, fields, file)
+
+    monkeypatch.setattr(Client, "upload", noted)
+    clip = hearing.repeated(samples, 1)
+    listener.hear(clip)
+    with listener.listening(clip):
+        pass
+    listener.transcribe(clip.wav)
+    assert sent == ["en", "en", None]
+
+
+def test_the_library_is_told_the_same_language(speech_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = pytest.importorskip("_pywhispercpp")
+    from benchmark import bare_speech
+
+    told, defaults = [], native.whisper_full_default_params
+
+    def other_defaults(strategy: Any) -> Any:
+        params = defaults(strategy)
+        params.language = "fr"
+        return params
+
+    def noted(_context: Any, params: Any, _samples: Any, _count: int) -> int:
+        told.append(params.language)
+        return 0
+
+    monkeypatch.setattr(native, "whisper_full_default_params", other_defaults)
+    monkeypatch.setattr(native, "whisper_full", noted)
+    assert bare_speech.plain(str(speech_model), 1)(np.zeros(16_000, np.float32)) == []
+    assert told == [hearing.LANGUAGE]
+
+
 def test_a_transcription_ends_with_its_block(
     samples: bytes, listener: SpeechServer, speech_server: RunningServer
 ) -> None:
@@ -113,6 +154,8 @@ def test_the_rows_set_the_server_against_the_library_and_chats_beside_it_against
     for when, ours in (("quiet", 0.11), ("busy", 0.24)):
         results.add("speech", OURS, f"11 s of speech, {when}", ours)
         results.add("speech", speech.BARE, f"11 s of speech, {when}", 0.1 if when == "quiet" else 0.2)
+    for what, same in (("11 s of speech", 1.0), ("a minute of speech", 0.0)):
+        results.add("speech", OURS, f"{what}, same", same)
     for streams, beside in ((1, 60.0), (4, 40.0)):
         results.add("speech", OURS, f"{streams} chats alone", 100.0)
         results.add("speech", OURS, f"{streams} chats beside", beside)
@@ -120,8 +163,10 @@ def test_the_rows_set_the_server_against_the_library_and_chats_beside_it_against
     assert [(str(row.target), row.value, row.met) for row in judged] == [
         ("≤ 1.15", pytest.approx(1.1), True),
         ("≤ 1.15", pytest.approx(1.2), False),
+        ("≥ 1", 1.0, True),
         ("≤ 1.15", None, None),  # a minute, which was not measured
         ("≤ 1.15", None, None),
+        ("≥ 1", 0.0, False),  # other words, so that ratios would say nothing
         ("≥ 0.5", 0.6, True),
         ("≥ 0.5", 0.4, False),
     ]

@@ -14,7 +14,7 @@ import pytest
 from benchmark import hearing
 from benchmark.hearing import Heard
 from hypothesis import given, strategies as st
-from speech.evaluation import Attempt, Evaluation
+from speech.evaluation import MOST_ERRORS, Attempt, Evaluation
 from speech.prompts import NotThere, Prompt, chosen, fetch, is_sentence, read
 from speech.words import errors, normalised
 
@@ -184,20 +184,76 @@ def test_error_rates_are_means_and_pooled() -> None:
     found = Evaluation("en", "tiny", attempts(), {"the", "conference", "is", "full"})
     assert [each.errors for each in found.attempts] == [0, 3, 3]
     assert (found.mean, found.pooled) == (pytest.approx(2 / 3), pytest.approx(6 / 9))
-    assert (found.found, found.good) == (2, False)
+    assert (found.found, found.missed) == (2, ["mean WER", "language found"])
     assert [each.prompt.name for each in found.worst(5)] == ["half", "bad"]
     assert Evaluation("en", "tiny", attempts()[:1], set()).good
 
 
 def test_translations_are_judged_by_their_words() -> None:
     found = Evaluation("en", "tiny", attempts(), {"the", "conference", "is", "full"})
-    assert found.english(translated=True) == pytest.approx(5 / 6)
-    assert found.english(translated=False) == pytest.approx(1 / 9)
+    assert found.english(translated=True) == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert found.english(translated=False) == pytest.approx((0 + 1 / 4 + 0) / 3)
+    assert Evaluation("en", "tiny", [], set()).english(translated=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "rate", "expected"),
+    [
+        ("en", 0.08, True),
+        ("en", 0.081, False),
+        *((each, 0.35, False) for each in ("es", "fr", "it")),
+        ("fr", 0.34, True),
+    ],
+)
+def test_bounds_of_error_rates_are_kept_or_missed(language: str, rate: float, expected: bool) -> None:
+    assert MOST_ERRORS[language].met_by(rate) is expected
+
+
+SAID, MEANT = "La conférence est pleine.", "The conference is full."
+ENGLISH = frozenset({"the", "conference", "is", "full"})
+
+
+def french(
+    count: int = 20, heard: str = SAID, translation: str | None = MEANT, spoken: str = "french"
+) -> list[Attempt]:
+    return [Attempt(Prompt("conf-full", Path(), SAID), "fr", Heard(heard, 1.0, spoken), translation)] * count
+
+
+@pytest.mark.parametrize(
+    ("attempts", "missed"),
+    [
+        (french(), []),
+        (french(19) + french(1, spoken="italian"), []),
+        (french(18) + french(2, spoken="italian"), ["language found"]),
+        (french(heard="La conférence"), ["mean WER"]),
+        (french(15) + french(5, translation="The grumblefrotz"), []),
+        (french(translation=SAID), ["English"]),
+        (french(translation=None), ["English"]),
+        (french(12) + french(8, translation=SAID), ["English"]),
+        (french(12) + french(8, translation=""), ["English"]),
+        (french(heard=MEANT, spoken="english"), ["mean WER", "language found", "English"]),
+    ],
+)
+def test_languages_have_to_be_found_and_translated(attempts: list[Attempt], missed: list[str]) -> None:
+    found = Evaluation("fr", "base", attempts, ENGLISH)
+    assert found.missed == missed
+    assert found.good is (not missed)
+
+
+def test_the_tables_say_what_is_missed() -> None:
+    evaluations = [
+        Evaluation("fr", "base", each, ENGLISH) for each in (french(), french(translation=SAID, spoken="italian"))
+    ]
+    good, bad = measure_speech.tables(evaluations).splitlines()[2:4]
+    bound = "≥ 75%, 30 points over untranslated"
+    assert good.endswith(f"| 0.000 | < 0.35 | 0.000 | 20 of 20 | ≥ 95% | 100.0%; 25.0% untranslated | {bound} | yes |")
+    assert bad.endswith(f"| 0 of 20 | ≥ 95% | 25.0%; 25.0% untranslated | {bound} | NO: language found, English |")
 
 
 def test_the_tables_have_the_rates_the_worst_and_translations() -> None:
     told = measure_speech.tables([Evaluation("en", "tiny", attempts(), {"the", "full"})])
-    assert "| en | tiny | 3 | 9 | 0.667 | 0.667 | ≤ 0.08 | NO | 2 |" in told
+    row = "| en | tiny | 3 | 9 | 0.667 | ≤ 0.08 | 0.667 | 2 of 3 | ≥ 95% |  |  | NO: mean WER, language found |"
+    assert row in told
     assert "heard: Il fatto" in told
     assert "the grumblefrotz" in told
 

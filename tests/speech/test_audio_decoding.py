@@ -20,7 +20,7 @@ from unittest import mock
 import av
 import numpy as np
 import pytest
-from audio_files import CLICKS, ENCODINGS, RATE, SPEECH_SECONDS, Encoding, clicks, encoded, movie, speech, spoken
+from audio_files import CLICKS, ENCODINGS, RATE, SPEECH_SECONDS, Encoding, clicks, encoded, movie, speech, spoken, wav
 from hostile_audio import (
     block,
     external_data,
@@ -176,7 +176,7 @@ def test_rate_and_channels_may_change_in_the_middle(decode: Decode) -> None:
     assert not done.audio.damaged
 
 
-@pytest.mark.parametrize("name", ["ogg, opus", "ogg, vorbis", "webm", "aac", "flac"])
+@pytest.mark.parametrize("name", ["ogg, opus", "ogg, vorbis", "webm", "aac", "flac", "mp3"])
 def test_recordings_that_were_joined_are_heard_one_after_the_other(decode: Decode, name: str) -> None:
     done = decode(spoken(name) * 2)
     assert abs(done.audio.seconds - 2 * SPEECH_SECONDS) < 0.1
@@ -284,7 +284,7 @@ REFUSED = {
     "the file is a ZIP archive, not audio": b"PK\x03\x04" + bytes(100),
     "the file is a program, not audio": b"\x7fELF" + bytes(100),
     "the file is no audio of a known format, or damaged at its start": bytes(5000),
-    "the file is MP4 without its index: it was cut short, or is damaged": spoken("m4a")[:-5000],
+    "the file is MP4 without its index, cut short or damaged, or of a kind that can't be read": spoken("m4a")[:-5000],
     "the file holds no audio, only video": video(),
     "the file holds no audio, only subtitle": matroska([track(1, "S_TEXT/UTF8", kind=17)], [block(0, b"text")]),
     "the file holds no audio": matroska([], []),
@@ -577,12 +577,16 @@ def test_a_process_that_dies_fails_only_its_file(tmp_path: Path, ending: signal.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no device that is always full")
-def test_samples_that_can_not_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [100, 100_000])
+def test_samples_that_can_not_be_written(tmp_path: Path, samples: int) -> None:
     async def scenario() -> None:
-        (tmp_path / "source").write_bytes(spoken("wav"))
+        (tmp_path / "source").write_bytes(wav(speech()[:samples]))
         async with AudioDecoder(longest=60) as decoder:
-            with pytest.raises(Unavailable, match="the decoded audio can't be written: No space left on device"):
+            with pytest.raises(Unavailable, match=r"can't be .*written: No space left on device"):
                 await decoder.decode(tmp_path / "source", Path("/dev/full"))
+            for source, target in (("source", "nowhere/target"), ("nowhere", "target")):
+                with pytest.raises(Unavailable, match="the audio can't be read or written: No such file"):
+                    await decoder.decode(tmp_path / source, tmp_path / target)
 
     asyncio.run(scenario())
 

@@ -144,6 +144,29 @@ def test_only_the_first_half_minute_is_listened_to(english: Whisper, jfk: Sample
     assert text(window).count("country") <= 1
 
 
+@pytest.mark.parametrize(
+    ("frames", "percent", "times", "done"),
+    [
+        (3500, 57, [0, 1000], 2000),  # after the last time
+        (3500, 85, [0, 1000], 3000),  # nothing else is said
+        (3500, 85, [0, None], 3000),  # the text has no end
+        (3500, 57, [0, 1000, None], 2000),  # what comes behind a time did not count,
+        (3500, 57, [0, 1000, 1000, 300], 2000),  # a time that is earlier did not either
+        (3500, 20, [0, 1400, 1400, None], 700),  # nor did any of them
+        (1100, 272, [0, 500], 1100),  # the audio ends before the window
+        (1100, 90, [0, 500], 1000),
+        (1100, 90, [0, 1400], 990),
+        (3500, 85, [], 3000),
+    ],
+)
+def test_whisper_cpp_says_where_to_go_on(
+    english: Whisper, frames: int, percent: int, times: Sequence[int | None], done: int
+) -> None:
+    """``times`` are those among the tokens, in steps of 20 ms; None stands for text."""
+    context = [1 if time is None else english._first_time + time for time in times]
+    assert english._frames_done(frames, percent, context) == done
+
+
 # No call leaves anything for the next
 
 
@@ -187,6 +210,10 @@ def test_a_failed_text_is_tried_again_at_higher_temperatures(
 ) -> None:
     monkeypatch.setattr(english, "_native", Strict(english._native))
     assert hear(english, jfk[: 3 * SAMPLE_RATE], temperature=asked).temperature == pytest.approx(last)
+
+
+def test_what_is_as_good_as_no_temperature_is_none(english: Whisper, jfk: Samples, heard: Window) -> None:
+    assert hear(english, jfk, temperature=1e-40) == heard
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 1.01, 2.0, math.nan, math.inf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def _with_worker(params: TranscriberParams | LoadParams, test: Callable[[WorkerP
     asyncio.run(run())
 
 
+def _hear(worker: WorkerProcess, samples: Path, transcription: Transcription = _PLAIN) -> TranscriptionStream:
+    """Have a file transcribed, of which there is another name since this one is deleted."""
+    path = samples.with_name(f"{samples.name}-{uuid.uuid4()}")
+    path.hardlink_to(samples)
+    return worker.transcribe(path, transcription)
+
+
 async def _events(stream: TranscriptionStream) -> list[Heard | Transcribed]:
     try:
         return [event async for event in stream.events()]
@@ -101,7 +109,7 @@ def test_the_child_hears_the_same_as_this_process(params: TranscriberParams, cli
     async def test(worker: WorkerProcess) -> None:
         assert not worker.gpu
         assert worker.memory.host > 50e6
-        stream = worker.transcribe(clip, _PLAIN)
+        stream = _hear(worker, clip)
         assert stream.progress is None
         assert await _events(stream) == expected
         assert [event async for event in stream.events()] == []
@@ -110,9 +118,37 @@ def test_the_child_hears_the_same_as_this_process(params: TranscriberParams, cli
     _with_worker(params, test)
 
 
+def test_a_file_has_no_name_any_more_once_it_is_open(params: TranscriberParams, long: Path) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        streams = [_hear(worker, long) for _ in range(2)]
+        names = [path for path in long.parent.iterdir() if path.name.startswith(f"{long.name}-")]
+        assert len(names) == 2
+        await _until(lambda: all(stream.progress is not None for stream in streams))
+        await _until(lambda: not any(path.exists() for path in names))
+        assert await anext(streams[1].events())
+        for stream in streams:
+            stream.close()
+
+    _with_worker(params, test)
+
+
+@pytest.mark.parametrize("file", ["clip", "nowhere"])
+def test_its_end_is_told_though_nobody_reads(params: TranscriberParams, clip: Path, file: str) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        stream = _hear(worker, clip) if file == "clip" else worker.transcribe(clip.with_name(file), _PLAIN)
+        over = asyncio.Event()
+        stream.when_over(over.set)
+        await over.wait()
+        assert stream.failed == (file == "nowhere")
+        if not stream.failed:
+            assert "country" in _text(await _events(stream))
+
+    _with_worker(params, test)
+
+
 def test_requests_at_once_are_answered_in_order(params: TranscriberParams, clip: Path) -> None:
     async def test(worker: WorkerProcess) -> None:
-        streams = [worker.transcribe(clip, _PLAIN) for _ in range(4)]
+        streams = [_hear(worker, clip) for _ in range(4)]
         ended: list[int] = []
 
         async def answer(number: int) -> list[Heard | Transcribed]:
@@ -134,7 +170,7 @@ def _text(events: list[Heard | Transcribed]) -> str:
 
 def test_segments_and_progress_come_while_it_goes_on(params: TranscriberParams, long: Path) -> None:
     async def test(worker: WorkerProcess) -> None:
-        stream, other = worker.transcribe(long, _PLAIN), worker.transcribe(long, _PLAIN)
+        stream, other = _hear(worker, long), _hear(worker, long)
         await _until(lambda: other.progress is not None)
         assert other.progress is not None
         assert other.progress.place == 2
@@ -160,7 +196,7 @@ def test_work_that_nobody_waits_for_ends_at_once(params: TranscriberParams, long
 
     async def test(worker: WorkerProcess) -> None:
         child = psutil.Process(worker.pid)
-        streams = [worker.transcribe(long, _PLAIN) for _ in range(3)]
+        streams = [_hear(worker, long) for _ in range(3)]
         await _until(lambda: worker.occupancy == Occupancy(1, 2))
         await asyncio.sleep(0.1)  # the first window is under way
         before = sum(child.cpu_times()[:2])
@@ -168,14 +204,14 @@ def test_work_that_nobody_waits_for_ends_at_once(params: TranscriberParams, long
             stream.close()
         await _until(lambda: worker.occupancy == Occupancy())
         assert sum(child.cpu_times()[:2]) - before < _FREED
-        assert "country" in _text(await _events(worker.transcribe(clip, _PLAIN)))
+        assert "country" in _text(await _events(_hear(worker, clip, _PLAIN)))
 
     _with_worker(params, test)
 
 
 def test_a_stop_of_all_answers_lets_speech_be(params: TranscriberParams, clip: Path) -> None:
     async def test(worker: WorkerProcess) -> None:
-        task = asyncio.create_task(_events(worker.transcribe(clip, _PLAIN)))
+        task = asyncio.create_task(_events(_hear(worker, clip, _PLAIN)))
         await _until(lambda: worker.occupancy.running == 1)
         worker.stop_all()
         assert "country" in _text(await task)
@@ -202,8 +238,8 @@ def test_a_speech_model_does_nothing_else(params: TranscriberParams, clip: Path,
         await _refused(worker.save_prefixes(tmp_path / "prefixes", 1), ModelNotCapable)
         await worker.limit_spill(0)  # there is nothing to limit
         await _refused(_events(worker.transcribe(tmp_path / "nowhere", _PLAIN)), EngineError)
-        await _refused(_events(worker.transcribe(clip, Transcription(language="xx"))), EngineError)
-        events = await _events(worker.transcribe(empty, _PLAIN))
+        await _refused(_events(_hear(worker, clip, Transcription(language="xx"))), EngineError)
+        events = await _events(_hear(worker, empty, _PLAIN))
         assert events == [Heard(events[0].request, [], 0), Transcribed(events[0].request, "en", 0)]
 
     _with_worker(params, test)
@@ -212,7 +248,7 @@ def test_a_speech_model_does_nothing_else(params: TranscriberParams, clip: Path,
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_a_model_of_texts_hears_nothing(tiny_params: LoadParams, clip: Path, pooling: Any) -> None:
     async def test(worker: WorkerProcess) -> None:
-        await _refused(_events(worker.transcribe(clip, _PLAIN)), ModelNotCapable)
+        await _refused(_events(_hear(worker, clip, _PLAIN)), ModelNotCapable)
         assert await worker.tokenize("a", add_bos=True, parse_special=True)
 
     _with_worker(msgspec.structs.replace(tiny_params, pooling=pooling, prefix_cache=False, speculation=False), test)
@@ -236,7 +272,7 @@ def test_a_killed_child_fails_its_requests_and_another_follows(params: Transcrib
         supervisor = Supervisor("whisper", prepare)
         try:
             worker = await supervisor.worker()
-            tasks = [asyncio.create_task(_events(worker.transcribe(clip, _PLAIN))) for _ in range(3)]
+            tasks = [asyncio.create_task(_events(_hear(worker, clip, _PLAIN))) for _ in range(3)]
             await _until(lambda: worker.occupancy.running == 1)
             os.kill(worker.pid, signal.SIGKILL)
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -244,9 +280,9 @@ def test_a_killed_child_fails_its_requests_and_another_follows(params: Transcrib
             await worker.ended.wait()
             assert worker.occupancy == Occupancy()
             with pytest.raises(EngineCrashed):
-                worker.transcribe(clip, _PLAIN)
+                _hear(worker, clip)
             another = await supervisor.worker()
-            assert "country" in _text(await _events(another.transcribe(clip, _PLAIN)))
+            assert "country" in _text(await _events(_hear(another, clip, _PLAIN)))
         finally:
             await supervisor.aclose()
 
@@ -255,7 +291,7 @@ def test_a_killed_child_fails_its_requests_and_another_follows(params: Transcrib
 
 def test_closing_fails_open_requests(params: TranscriberParams, long: Path) -> None:
     async def test(worker: WorkerProcess) -> None:
-        task = asyncio.create_task(_events(worker.transcribe(long, _PLAIN)))
+        task = asyncio.create_task(_events(_hear(worker, long, _PLAIN)))
         await _until(lambda: worker.occupancy.running == 1)
         await worker.aclose()
         with pytest.raises(Unavailable):
@@ -274,9 +310,10 @@ def test_a_long_audio_is_not_in_memory(params: TranscriberParams, long: Path) ->
 
     async def test(worker: WorkerProcess) -> None:
         child = psutil.Process(worker.pid)
-        stream = worker.transcribe(long, _PLAIN)
+        stream = _hear(worker, long)
         events = stream.events()
-        await anext(events)
+        for _ in range(4):  # until the text before a window is as long as it may be
+            await anext(events)
         before = child.memory_info().rss
         await anext(events)
         await anext(events)
