@@ -90,7 +90,7 @@ async def _received(request: Request, admission: AudioAdmission) -> Upload:
     bounds = {"max_files": 1, "max_fields": _MAX_FIELDS, "max_part_size": MAX_FIELD}
     try:
         with kept():
-            async with contextlib.aclosing(_counted(request, place)) as pieces:
+            async with contextlib.aclosing(_pieces(request, place)) as pieces:
                 return Upload(await MultiPartParser(request.headers, pieces, **bounds).parse(), place)
     except MultiPartException as error:
         place.leave()
@@ -100,8 +100,8 @@ async def _received(request: Request, admission: AudioAdmission) -> Upload:
         raise
 
 
-async def _counted(request: Request, place: Place) -> AsyncGenerator[bytes, None]:
-    """Yield a body's pieces as they come."""
+async def _pieces(request: Request, place: Place | None = None) -> AsyncGenerator[bytes, None]:
+    """Yield a body's pieces as they come, and count them."""
     pieces = request.stream()
     while True:
         try:
@@ -111,7 +111,8 @@ async def _counted(request: Request, place: Place) -> AsyncGenerator[bytes, None
             raise RequestTimeout(f"nothing more of the request has come for {_PATIENCE:g} seconds") from None
         if piece is None:
             return
-        place.grow(len(piece))
+        if place is not None and piece:
+            place.grow(len(piece))
         yield piece
 
 
@@ -123,10 +124,9 @@ def _in_words(message: str) -> str:
 
 async def _read_on(request: Request) -> None:
     """Read and drop what is left of a body, or a client that is still sending would not get to see the answer."""
-    with contextlib.suppress(
-        RuntimeError, HTTPException, ClientDisconnect
-    ):  # all is read, it is too much, or nobody waits
-        async for _ in request.stream():
+    # All is read, it is too much, no more comes, or nobody waits:
+    with contextlib.suppress(RuntimeError, HTTPException, RequestTimeout, ClientDisconnect):
+        async for _ in _pieces(request):
             pass
 
 

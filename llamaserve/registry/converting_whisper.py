@@ -17,8 +17,7 @@ from typing import BinaryIO, Final
 import gguf
 import numpy as np
 
-from llamaserve.errors import ModelError, SourceError
-from llamaserve.registry import whisper_file
+from llamaserve.errors import SourceError
 from llamaserve.registry.conversion import WHISPER, Request
 from llamaserve.registry.ctranslate2 import CTranslate2File, read_ctranslate2
 from llamaserve.registry.ctranslate2_whisper import Tensor, WhisperModel, read_whisper
@@ -37,9 +36,7 @@ _RUN: Final = 4 << 20  # bytes of weights that are read at once
 
 
 def convert(request: Request) -> None:
-    """Convert weights. Raises ``SourceError``: before anything is written, but for values that cannot be converted, and
-    for a model that whisper.cpp must not see.
-    """
+    """Convert weights. Raises ``SourceError`` before anything is written, but for values that cannot be converted."""
     folder = Path(request.folder)
     weights = read_ctranslate2(folder / WHISPER.weights)
     model = read_whisper(folder, weights)
@@ -52,10 +49,6 @@ def convert(request: Request) -> None:
                 _check_zero(weights, tensor)
             else:
                 _write_tensor(file, weights, tensor, tensor.name, _type(tensor, request.quantisation))
-    try:
-        whisper_file.read_whisper(Path(request.target))
-    except ModelError as error:
-        raise SourceError(f"the model cannot be converted: {error.message}") from error
 
 
 def _type(tensor: Tensor, quantisation: Quantisation) -> Type:

@@ -230,6 +230,11 @@ def test_a_single_sample_is_audio(speech_server: RunningServer) -> None:
     assert upload(speech_server, wav(np.ones(1, np.int16))).json()["text"] == ""
 
 
+def test_empty_names_in_a_list_are_none(speech_server: RunningServer) -> None:
+    fields = {"response_format": "verbose_json", "timestamp_granularities[]": ["", "word"]}
+    assert "words" in upload(speech_server, **fields).json()
+
+
 @pytest.mark.parametrize("language", ["English", "en-US", "auto", ""])
 def test_english_by_any_name(speech_server: RunningServer, language: str) -> None:
     answer = upload(speech_server, language=language, response_format="verbose_json").json()

@@ -145,8 +145,23 @@ def test_many_that_leave_at_any_time(server: RunningServer, folder: Path) -> Non
 
 @pytest.mark.parametrize("size", [100, 100_000, 5_000_000])
 def test_one_that_sends_half_of_a_file(server: RunningServer, size: int) -> None:
-    with connected(server, HEAD + bytes(size), FORM["content-type"], length=2 * size):
-        time.sleep(0.1)
+    """Twenty times, so that what is left open by each shows."""
+    for _ in range(20):
+        with connected(server, HEAD + bytes(size), FORM["content-type"], length=2 * size):
+            time.sleep(0.02)
+
+
+def test_a_server_that_ends_decodes_no_more(speech_model: Path, tmp_path: Path) -> None:
+    server = speech_server_in(tmp_path, {"tiny.en": speech_model}, {})
+    with server, ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(upload, server, silent_opus("ogg", 3 * 3600))
+        wait_until(lambda: any(path.stat().st_size > 0 for path in (tmp_path / "tmp").glob("*/samples")))
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 4
+        assert_error(answer.result(), 503, "unavailable")
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not any("Traceback" in line for line in server.lines)
 
 
 # ---- odd forms -----------------------------------------------------------------------------------------------------

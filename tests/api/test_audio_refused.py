@@ -38,6 +38,7 @@ def strict_server(
         "tiny.en": source,
         "lonely": f"{source}, queue: 0",
         "hasty": f"{source}, time_limit: 0.1",
+        "odd": f"source: 'file:{starter_model}', task: transcription",
     }
     path = write_registry(tmp_path_factory.mktemp("strict") / "models.yaml", models)
     environment = {
@@ -69,8 +70,8 @@ def strict_server(
         ({"timestamp_granularities[]": ["word", "letter"]}, "timestamp_granularities[1]", "'word'"),
         ({"include[]": "everything"}, "include[0]", "'logprobs'"),
         ({"keep_alive": "soon"}, "keep_alive", "15m"),
-        ({"prompt": "x" * 65_537}, None, "64KB"),
-        ({f"field{number}": "1" for number in range(65)}, None, "Too many fields"),
+        ({"prompt": "x" * 65_537}, None, "more than 64 KiB"),
+        ({f"field{number}": "1" for number in range(65)}, None, "too many fields"),
     ],
 )
 def test_a_wrong_field(speech_server: RunningServer, fields: dict[str, Any], param: str | None, says: str) -> None:
@@ -93,7 +94,9 @@ def test_an_english_model_knows_english_only(speech_server: RunningServer) -> No
     french = upload(speech_server, language="fr-CA")
     assert "French" in assert_error(french, 400, "model_not_capable", "language")
     translation = upload(speech_server, path=TRANSLATIONS, model="tiny.en")
-    assert "can't translate" in assert_error(translation, 400, "model_not_capable", "model")
+    message = assert_error(translation, 400, "model_not_capable", "model")
+    assert "can't translate" in message
+    assert "llamaserve pull whisper-base" in message
     assert_error(upload(speech_server, path=TRANSLATIONS), 400, "model_not_capable", None)
     streamed = upload(speech_server, path=TRANSLATIONS, stream="true", model="tiny.en")
     assert_error(streamed, 400, "model_not_capable", "model")
@@ -129,7 +132,7 @@ def test_an_unknown_model(speech_server: RunningServer) -> None:
 def test_without_the_packages_for_speech(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transcribing, "_NEEDED", ("av", "no_such_package"))
     upload = mock.Mock()
-    hearing = Hearing(mock.Mock(), mock.Mock(), upload, Transcription(), named=True)
+    hearing = Hearing(mock.Mock(), mock.Mock(), upload, Transcription(), named=True, keep_alive=None)
     with pytest.raises(NotSupported, match=r"\(no_such_package\): llamaserve\[speech\]"):
         asyncio.run(hearing.open())
     upload.close.assert_called_once_with()
@@ -206,6 +209,8 @@ def test_a_chat_model_does_not_hear(strict_server: RunningServer) -> None:
     assert "smollm2-135m generates text" in message
     assert "/v1/audio/transcriptions" in message
     assert_error(upload(strict_server, model="smollm2-135m", stream="true"), 400, "model_not_capable")
+    message = assert_error(upload(strict_server, model="odd"), 400, "model_not_capable", "model")
+    assert message.startswith("odd: its file is none of whisper.cpp's")
 
 
 @pytest.mark.parametrize(
