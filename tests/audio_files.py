@@ -15,6 +15,10 @@ from av.container import Flags
 
 SPEECH = Path(__file__).parent / "speech" / "jfk.flac"
 SPEECH_SECONDS = 11.0
+# When some of its words begin, by number, in seconds, and when the last ends: read off the waveform, where the sound
+# rises after a pause, and for the last, "country", at the burst of its first letter.
+SPEECH_STARTS = {0: 0.33, 5: 3.29, 6: 4.03, 7: 5.41, 14: 8.19, 21: 9.72}
+SPEECH_END = 10.2
 CLICKS = (0.0, 0.5, 1.25, 3.0, 3.9)  # seconds at which `clicks` has one
 RATE = 16_000  # Hz, of the speech
 

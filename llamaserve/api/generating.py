@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from llamaserve.api.services import Services
 from llamaserve.api.sse import EventStream, TextEvent, event
-from llamaserve.engine.events import Delta, Finished, FinishReason
+from llamaserve.engine.events import Delta, Finished, FinishReason, Progress
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.admission import Place
@@ -118,17 +118,19 @@ def let_go_when_over(job: Job, stream: GenerationStream) -> None:
 
 def phase(job: Job) -> str:
     """Say in a few words what a client waits for."""
-    model = job.answering
+    progress = job.stream.progress if job.stream is not None else None
+    return phase_of(job.answering, progress, lambda at: f"prompt {at.evaluated / at.prompt_tokens:.0%}")
+
+
+def phase_of(model: ServedModel, progress: Progress | None, begun: Callable[[Progress], str]) -> str:
+    """Say what a request waits for, in the words of ``begun`` once it is under way."""
     if model.waits_for_room:
         return "waiting for other models to make room"
     if model.status is Status.LOADING:
         return f"loading {model.progress:.0%}"
-    progress = job.stream.progress if job.stream is not None else None
     if progress is None:
         return "working"
-    if progress.place:
-        return f"queued, place {progress.place}"
-    return f"prompt {progress.evaluated / progress.prompt_tokens:.0%}"
+    return f"queued, place {progress.place}" if progress.place else begun(progress)
 
 
 def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from llamaserve.api.generating import phase_of
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, TimeLimitExceeded
@@ -26,7 +27,6 @@ from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import NAMES
 from llamaserve.speech.values import SAMPLE_SIZE, Heard, Transcribed, Transcription
 from llamaserve.worker.process import TranscriptionStream
-from llamaserve.worker.supervisor import Status
 
 _NEEDED: Final = ("av", "_pywhispercpp")  # modules of the extra
 
@@ -140,17 +140,8 @@ class Hearing:
         """What the client waits for, in a few words."""
         if self._use is None:
             return "decoding"
-        model = self._answering
-        if model.waits_for_room:
-            return "waiting for other models to make room"
-        if model.status is Status.LOADING:
-            return f"loading {model.progress:.0%}"
         progress = self._stream.progress if self._stream is not None else None
-        if progress is None:
-            return "working"
-        if progress.place:
-            return f"queued, place {progress.place}"
-        return f"heard {progress.evaluated} of {progress.prompt_tokens} s"
+        return phase_of(self._answering, progress, lambda at: f"heard {at.evaluated} of {at.prompt_tokens} s")
 
     async def _check(self) -> None:
         """Refuse what this model, or this installation, can't do."""

@@ -20,8 +20,6 @@ TRANSCRIPTIONS = "/v1/audio/transcriptions"
 TRANSLATIONS = "/v1/audio/translations"
 SENTENCE = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
 SAID = SENTENCE.split()
-KNOWN = {0: 0.33, 5: 3.29, 14: 8.19}  # when some of these words begin, by number, in seconds
-END = 10.2  # seconds, of the last word
 TOLERANCE = 0.3  # seconds
 HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 FORM = {"content-type": "multipart/form-data; boundary=x"}  # of a form that begins with ``HEAD``

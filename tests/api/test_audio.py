@@ -15,10 +15,8 @@ import pytest
 import srt
 import webvtt
 from api_helpers import assert_error
-from audio_files import RATE, SPEECH, SPEECH_SECONDS, spoken, wav
+from audio_files import RATE, SPEECH, SPEECH_END, SPEECH_SECONDS, SPEECH_STARTS, spoken, wav
 from audio_helpers import (
-    END,
-    KNOWN,
     PERIOD,
     SAID,
     TOLERANCE,
@@ -111,8 +109,9 @@ def test_words_have_times(sdk: openai.OpenAI) -> None:
         model="tiny.en", file=SPEECH, response_format="verbose_json", timestamp_granularities=["word", "segment"]
     )
     assert [word.word.lower() for word in answer.words] == SAID
-    assert {number: answer.words[number].start for number in KNOWN} == pytest.approx(KNOWN, abs=TOLERANCE)
-    assert answer.words[-1].end == pytest.approx(END, abs=TOLERANCE)
+    starts = {number: answer.words[number].start for number in SPEECH_STARTS}
+    assert starts == pytest.approx(SPEECH_STARTS, abs=TOLERANCE)
+    assert answer.words[-1].end == pytest.approx(SPEECH_END, abs=TOLERANCE)
     assert_rising([(word.start, word.end) for word in answer.words])
     assert (answer.segments[0].start, answer.segments[-1].end) == (answer.words[0].start, answer.words[-1].end)
 
@@ -133,9 +132,10 @@ def test_only_the_times_that_are_asked_for(speech_server: RunningServer, asked: 
 def test_subtitles_are_shown_while_their_words_are_said(speech_server: RunningServer, kind: str) -> None:
     cues = cues_of(kind, upload(speech_server, response_format=kind).text)
     assert_rising([(start, end) for start, end, _ in cues])
-    assert cues[0][0] == pytest.approx(KNOWN[0], abs=TOLERANCE)
-    assert cues[-1][0] == pytest.approx(KNOWN[14], abs=TOLERANCE)
-    assert cues[-1][1] == pytest.approx(END, abs=TOLERANCE)
+    assert cues[0][0] == pytest.approx(SPEECH_STARTS[0], abs=TOLERANCE)
+    assert cues[-1][0] == pytest.approx(SPEECH_STARTS[14], abs=TOLERANCE)
+    assert cues[-2][1] == pytest.approx(7.5, abs=TOLERANCE)  # before the pause
+    assert cues[-1][1] == pytest.approx(SPEECH_END, abs=TOLERANCE)
 
 
 def test_the_sdk_gets_the_probabilities_of_tokens(sdk: openai.OpenAI) -> None:
@@ -205,7 +205,7 @@ def test_a_long_file_is_heard_window_by_window(speech_server: RunningServer) -> 
     assert len({segment["seek"] for segment in segments}) > 1
     assert_rising([(segment["start"], segment["end"]) for segment in segments], 4 * PERIOD)
     seconds = [segment["start"] for segment in segments if words_of(segment["text"])[0] == "and"]
-    assert seconds == pytest.approx([KNOWN[0] + number * PERIOD for number in range(4)], abs=TOLERANCE)
+    assert seconds == pytest.approx([SPEECH_STARTS[0] + number * PERIOD for number in range(4)], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

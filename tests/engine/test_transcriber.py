@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from audio_files import speech
+from audio_files import SPEECH_STARTS, speech
 from hypothesis import given, settings, strategies as st
 
 from llamaserve.engine import transcriber as module
@@ -42,8 +42,6 @@ from llamaserve.speech.whisper import (
 )
 
 SENTENCE = "and so my fellow american ask not what your country can do for you ask what you can do for your country"
-# When some of its words begin, in seconds: those after pauses, and the last.
-KNOWN = {0: 0.33, 5: 3.29, 6: 4.03, 7: 5.42, 14: 8.19, 21: 9.75}
 PLAIN = Transcription(language="en")
 TIME = 50_363  # the token of the time 0; any would do
 
@@ -128,7 +126,7 @@ def check_copies(events: Sequence[EngineEvent], begins: Sequence[float]) -> None
     assert written == SENTENCE.split() * len(begins)
     starts = [word.start for word in words]
     for copy, begin in enumerate(begins):
-        for place, moment in KNOWN.items():
+        for place, moment in SPEECH_STARTS.items():
             assert starts[22 * copy + place] == pytest.approx(begin + moment, abs=0.3), (copy, words[place].text)
 
 
