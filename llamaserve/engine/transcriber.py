@@ -331,7 +331,7 @@ class LoadedTranscriber(Transcriber):
         """
         super().__init__(Whisper(params.path, gpu=params.gpu), params.threads)
         self.gpu = params.gpu and is_gpu_build()
-        self._controller = ThreadController(params.threads) if params.adaptive_threads else None
+        self._controller = ThreadController(params.threads, long_steps=True) if params.adaptive_threads else None
         on_progress(1.0)
 
     def submit(self, request: int, path: Path, transcription: Transcription) -> None:
@@ -340,6 +340,7 @@ class LoadedTranscriber(Transcriber):
         super().submit(request, path, transcription)
         if idle and self._controller is not None:
             self._controller.resume()
+            self.threads = self._controller.threads
 
     def step(self) -> list[EngineEvent]:
         """See ``Transcriber``."""

@@ -38,8 +38,8 @@ class Machine:
         self.others += seconds * share * self.demand
         self.own += seconds * share * threads
 
-    def controller(self, most: int) -> ThreadController:
-        return ThreadController(most, clock=lambda: self.now, usage=self.usage)
+    def controller(self, most: int, *, long_steps: bool) -> ThreadController:
+        return ThreadController(most, long_steps=long_steps, clock=lambda: self.now, usage=self.usage)
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Run:
         return [threads for _, threads in self.changes[before:]]
 
 
-def start(cores: int, most: int, demand: float = 0.0, *, exact: bool = True) -> Run:
+def start(cores: int, most: int, demand: float = 0.0, *, exact: bool = True, long_steps: bool = False) -> Run:
     machine = Machine(cores, demand, exact)
-    return Run(machine, machine.controller(most))
+    return Run(machine, machine.controller(most, long_steps=long_steps))
 
 
 def test_all_threads_on_a_quiet_machine() -> None:
@@ -97,6 +97,17 @@ def test_after_a_pause_all_threads_are_back_at_once(exact: bool) -> None:
     run.machine.run(3, 0)
     run.controller.resume()
     assert run.steps(3) == [], "there still is a busy program"
+
+
+def test_where_steps_are_long_all_threads_are_back_after_a_pause() -> None:
+    run = start(2, 2, 1.0, long_steps=True)
+    assert run.steps(3, step=0.7) == [1]
+    for pause, threads in ((0.5, 1), (3, 2)):
+        run.controller.pause()
+        run.machine.run(pause, 0)
+        run.controller.resume()
+        assert run.controller.threads == threads
+    assert run.steps(3, step=0.7) == [1], "there still is a busy program"
 
 
 def test_a_short_pause_changes_nothing() -> None:

@@ -640,7 +640,9 @@ def test_a_failure_is_one_requests_only(store: Store) -> None:
 
 def test_threads_follow_what_other_programs_use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     class Controller:
-        def __init__(self, most: int) -> None:
+        def __init__(self, most: int, *, long_steps: bool) -> None:
+            assert long_steps
+            self.threads = most
             self.said: list[Any] = [most]
             self.numbers: list[int | None] = [1, None]
 
@@ -651,7 +653,9 @@ def test_threads_follow_what_other_programs_use(store: Store, monkeypatch: pytes
             self.said.append("pause")
 
         def update(self) -> int | None:
-            return self.numbers.pop(0)
+            if (threads := self.numbers.pop(0)) is not None:
+                self.threads = threads
+            return threads
 
     whisper = Fake()
     monkeypatch.setattr(module, "Whisper", lambda path, gpu: whisper)
@@ -663,6 +667,10 @@ def test_threads_follow_what_other_programs_use(store: Store, monkeypatch: pytes
     assert whisper.threads == [2, 1, 1]
     assert isinstance(transcriber._controller, Controller)
     assert transcriber._controller.said == [2, "resume", "pause"]
+    transcriber._controller.threads = 2  # after a long pause
+    submit(transcriber, store, 1)
+    finish(transcriber)
+    assert whisper.threads == [2, 1, 1, 2]
     transcriber.close()
     assert whisper.closed
 
