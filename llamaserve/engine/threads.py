@@ -11,8 +11,8 @@ Measured with SmolLM2-135M on two cores, one stream, tokens a second beside a pr
 Eight streams give 27 and 16 steps a second quiet, 11 and 16 busy; prompts 299 and 166 tokens a second quiet, 162 and
 167 busy: one number does for all of them.
 
-whisper.cpp's threads meet less often. A minute of speech takes tiny.en 2.5 seconds with two threads; beside a busy program
-5.5 with two, and 5.4 with one.
+whisper.cpp's threads meet less often. A minute of speech takes tiny.en 2.5 seconds with two threads; beside a busy
+program 5.5 with two, and 5.4 with one.
 """
 
 from __future__ import annotations

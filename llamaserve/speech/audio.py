@@ -17,9 +17,7 @@ from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 from llamaserve.speech.values import SAMPLE_RATE
 
 TIME_LIMIT = 120.0  # seconds for one file; an hour of audio takes a few
-IDLE_LIMIT = (
-    900.0  # seconds after which a process without work ends; a new one takes 0.15 s, a fifth of a short request
-)
+IDLE_LIMIT = 900.0  # seconds after which a process without work ends; a new one takes a short request 0.15 s more
 MEMORY_LIMIT = 512  # MB of address space for one process, Python included
 TOO_MUCH_MEMORY = f"the audio needed more than {MEMORY_LIMIT} MB of memory to decode"
 

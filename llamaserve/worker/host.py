@@ -186,7 +186,8 @@ class Host:
                 _embedder(engine).submit(command.request, encoded, embedding)
             case Transcribe(request, path, transcription):
                 _transcriber(engine).submit(request, Path(path), transcription)
-                Path(path).unlink(missing_ok=True)  # it stays open
+                with contextlib.suppress(OSError):  # then the API process does it in the end
+                    Path(path).unlink()  # it stays open
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):
