@@ -9,6 +9,7 @@ The tree::
     │   ├── ModelNotCapable         400 invalid_request_error   model_not_capable
     │   ├── ChatTemplateError       400 invalid_request_error   chat_template_error
     │   ├── BodyTooLarge            413 invalid_request_error   body_too_large
+    │   ├── RequestTimeout          408 invalid_request_error   request_timeout
     │   └── ModelNotFound           404 invalid_request_error   model_not_found
     ├── NotSupported                501 not_supported_error     not_supported
     ├── Unavailable                 503 server_error            unavailable

@@ -71,6 +71,7 @@ class Sandbox:
         self._idle: list[_Child] = []  # the last that worked last
         self._endings: set[asyncio.Task[int]] = set()
         self._closed = False
+        self._closing = asyncio.Lock()  # two that close it must not each have some of the slots
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,10 +106,11 @@ class Sandbox:
         self._closed = True
         for child in tuple(self._children):
             self._end(child)
-        for _ in range(self._size):  # jobs inside, which may be starting a process, leave first
-            await self._slots.acquire()
-        for _ in range(self._size):
-            self._slots.release()
+        async with self._closing:
+            for _ in range(self._size):  # jobs inside, which may be starting a process, leave first
+                await self._slots.acquire()
+            for _ in range(self._size):
+                self._slots.release()
         await asyncio.gather(*self._endings)
 
     def _check_open(self) -> None:

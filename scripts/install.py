@@ -32,7 +32,7 @@ BINDING = "llama-cpp-python"
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
 METAL = "-DGGML_METAL=on"
 SPEECH = "speech"  # the extra that may be left out
-IMPATIENT = ("--retries", "0", "--timeout", "5")  # pip's options where what is wanted may wait for another day
+IMPATIENT = ("--retries", "0")  # pip's options where what is wanted may wait for another day
 HEARTBEAT = 20  # seconds
 
 

@@ -17,7 +17,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, NotSupported, TimeLimitExceeded
+from llamaserve.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    LlamaserveError,
+    NotSupported,
+    RequestTimeout,
+    TimeLimitExceeded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +58,8 @@ def _respond(request: Request, error: LlamaserveError, status: int | None = None
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, TimeLimitExceeded | NotSupported):
         headers["x-should-retry"] = "false"  # to the openai SDK, which would try twice more, and wait as long
+    if isinstance(error, RequestTimeout):
+        headers["connection"] = "close"  # the rest of the request may still come
     return JSONResponse(body, status or error.status, headers)
 
 

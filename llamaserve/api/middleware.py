@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from typing import Final
 
@@ -13,6 +15,7 @@ from llamaserve.api.handlers import error_body
 from llamaserve.errors import BodyTooLarge
 
 _UPLOADS: Final = "/v1/audio/"  # where the paths begin that take files
+PATIENCE: Final = 60.0  # seconds in which a client must send something
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 
 
@@ -46,11 +49,13 @@ class RequestGate:
 
     async def _refuse(self, path: str, limit: int, receive: Receive, send: Send) -> None:
         left = limit * _DRAIN_FACTOR
-        while left > 0:
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
+        with contextlib.suppress(TimeoutError):
+            while left > 0:
+                async with asyncio.timeout(PATIENCE):
+                    message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
         error = _too_large(limit)
         body = json.dumps(error_body(path, error)).encode()
         headers = [

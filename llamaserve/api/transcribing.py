@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from llamaserve.api.generating import phase_of
+from llamaserve.api.models import known_speech
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, TimeLimitExceeded
@@ -23,6 +24,7 @@ from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import NOT_WHISPER
+from llamaserve.registry.whisper_file import WhisperHeader
 from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import NAMES
 from llamaserve.speech.values import SAMPLE_SIZE, Heard, Transcribed, Transcription
@@ -156,22 +158,28 @@ class Hearing:
         language = self._transcription.language
         if self._transcription.translate and not header.translates:
             why = "was not taught to translate" if header.multilingual else "knows English only, so it can't translate"
-            raise ModelNotCapable(f"{name} {why}; {self._another()}", param=named)
+            raise ModelNotCapable(f"{name} {why}; {await self._another()}", param=named)
         if language is None or language in list(NAMES)[: header.languages]:
             return
         if header.multilingual:
             raise InvalidRequest(f"{name} does not know {NAMES[language].capitalize()}", param="language")
         raise ModelNotCapable(
-            f"{name} knows English only, and not {NAMES[language].capitalize()}; {self._another()}", param="language"
+            f"{name} knows English only, and not {NAMES[language].capitalize()}; {await self._another()}",
+            param="language",
         )
 
-    def _another(self) -> str:
-        """Say which model knows more."""
+    async def _another(self) -> str:
+        """Say which model can do what is asked for."""
         for each in self._services.pool.models:
-            speech = each.file.known_speech if isinstance(each.file, SpeechFile) else None
-            if speech is not None and speech.translates:
+            header = await asyncio.to_thread(known_speech, each)
+            if header is not None and self._suits(header):
                 return f"{each.name} can do it"
-        return "a model that knows several languages can do it, such as whisper-base (`llamaserve pull whisper-base`)"
+        return "`llamaserve models` lists some that know more, such as whisper-base (`llamaserve pull whisper-base`)"
+
+    def _suits(self, header: WhisperHeader) -> bool:
+        if self._transcription.translate and not header.translates:
+            return False
+        return self._transcription.language in (None, *list(NAMES)[: header.languages])
 
 
 def _created(path: Path) -> BinaryIO:

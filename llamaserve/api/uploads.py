@@ -12,12 +12,14 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import BinaryIO, Final
 
 from fastapi import Request
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from llamaserve.api.middleware import PATIENCE
 from llamaserve.errors import InvalidRequest, LlamaserveError, RequestTimeout, Unavailable
 from llamaserve.registry.admission import Admission, Place
 
@@ -26,7 +28,6 @@ MAX_FIELD: Final = 64 * 1024  # bytes
 
 _MAX_FIELDS: Final = 64
 _SPACE: Final = 2 * 2**30  # bytes
-_PATIENCE: Final = 60.0  # seconds in which a client must send something
 _UTF8: Final = ("utf-8", "utf8")
 
 
@@ -92,9 +93,9 @@ async def _received(request: Request, admission: AudioAdmission) -> Upload:
         with kept():
             async with contextlib.aclosing(_pieces(request, place)) as pieces:
                 return Upload(await MultiPartParser(request.headers, pieces, **bounds).parse(), place)
-    except MultiPartException as error:
+    except (MultiPartException, FormParserError) as error:
         place.leave()
-        raise InvalidRequest(f"the form can't be read: {_in_words(error.message)}") from error
+        raise InvalidRequest(f"the form can't be read: {_in_words(str(error))}") from error
     except BaseException:
         place.leave()
         raise
@@ -105,10 +106,10 @@ async def _pieces(request: Request, place: Place | None = None) -> AsyncGenerato
     pieces = request.stream()
     while True:
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(PATIENCE):
                 piece = await anext(pieces, None)
         except TimeoutError:
-            raise RequestTimeout(f"nothing more of the request has come for {_PATIENCE:g} seconds") from None
+            raise RequestTimeout(f"nothing more of the request has come for {PATIENCE:g} seconds") from None
         if piece is None:
             return
         if place is not None and piece:

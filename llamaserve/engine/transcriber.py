@@ -57,15 +57,15 @@ _SILENCE: Final = 2e-4  # of the largest possible amplitude; what is never loude
 _KEPT_PROMPT: Final = CONTEXT // 2  # tokens of the request's prompt that each window but the first has before it
 _LAST: Final = 5.0  # seconds; so short a rest is confused by the text before it, and has none
 _DOUBTFUL: Final = 0.5  # the highest temperature at which a text is good enough to be before the next
-_STEP: Final = 0.2  # seconds of a window that are done at least, whatever is in it
+_STEP: Final = 0.2  # seconds of a window that are done at least, whatever is in it,
+_LARGEST_STEP: Final = 1.0  # and twice as many after each that was no larger, up to so many
 _BEFORE_VOICE: Final = 0.1  # seconds of pause that are left before a voice
 _LONGEST_CUT: Final = 8.0  # seconds of voice at the end of a window that are listened to again
 
-# Whisper writes what is no speech in brackets, or between stars. Speech is never written so, but for a few stars
-# inside a word or between numbers, and for round brackets, which count only where they are all that is there. Notes
-# are around words that are sung.
-_TAG: Final = re.compile(r"\s*(?:\[[^\[\]]{0,200}\]|(?<!\S)\*[^\W\d_][^*]{0,200}\*(?![^\s.,;:!?])|♪+)")
-_ASIDE: Final = re.compile(r"[\s♪]*\([^()]*\)[\s.♪]*")
+# Whisper writes what is no speech in brackets, or between stars. Speech is not written in square ones; the others count
+# only where they are all that is there. Notes are around words that are sung.
+_TAG: Final = re.compile(r"\s*(?:\[[^\[\]]{0,200}\]|♪+)")
+_ASIDE: Final = re.compile(r"[\s♪]*(?:\([^()]*\)|\*[^*]*\*)[\s.♪]*")
 
 
 class _Request:
@@ -79,6 +79,7 @@ class _Request:
         self.language = transcription.language
         self.context: list[int] = []  # tokens of the text up to now
         self.done = 0.0  # seconds
+        self.step = _STEP  # seconds that are done next at least
         self._amid = False  # whether somebody is speaking just then
         self._file = file
         self._count = os.fstat(file.fileno()).st_size // SAMPLE_SIZE
@@ -114,6 +115,7 @@ class _Request:
     def go_on(self, seconds: float, samples: Samples, context: Sequence[int]) -> None:
         """Have the next window begin so many seconds after the last one, and after a text."""
         self.done += seconds
+        self.step = min(2 * self.step, _LARGEST_STEP) if seconds <= self.step else _STEP
         self._amid = any(start < seconds < end for start, end in find_voice(samples).runs)
         self.context = [*self.context, *context][-CONTEXT:] if context else []
 
@@ -223,7 +225,8 @@ class Transcriber(Work):
             voice = voice._replace(cut=False)  # it ends with the audio, and is heard as a whole
         spaced = request.transcription.translate or request.language not in _UNSPACED
         segments = _segments(window, voice, request.done, spaced=spaced)
-        start = _go_on(window.seconds, voice, segments[-1].end - request.done if segments else 0.0)
+        said = segments[-1].end - request.done if segments else 0.0
+        start = max(_go_on(window.seconds, voice, said), request.step)
         request.go_on(start, samples, window.context if segments and window.temperature <= _DOUBTFUL else [])
         return segments
 
@@ -233,7 +236,7 @@ def _go_on(done: float, voice: Voice, said: float) -> float:
     of that is said yet.
     """
     start = float(voice.runs[-1][0]) - _BEFORE_VOICE
-    return start if voice.cut and start >= max(said, done - _LONGEST_CUT, _STEP) else max(done, _STEP)
+    return start if voice.cut and start >= max(said, done - _LONGEST_CUT, _STEP) else done
 
 
 def _segments(window: Window, voice: Voice, begin: float, *, spaced: bool) -> list[Segment]:

@@ -24,9 +24,12 @@ class Place:
         self._since = now
 
     def grow(self, sequences: int) -> None:
-        """Take up so many more, as long as the queue is not full before it. Raises ``QueueFull``."""
+        """Take up so many more, as long as the queue is not full before it, or nobody else is there. Raises
+        ``QueueFull``.
+        """
         if self._admission is not None:
-            self._admission.check()
+            if self._admission.open > self._sequences:
+                self._admission.check()
             self._admission.open += sequences
             self._sequences += sequences
 

@@ -245,7 +245,7 @@ class WorkerProcess:
 
     def transcribe(self, path: Path, transcription: Transcription) -> TranscriptionStream:
         """Write down the speech in a file of samples (see ``speech.values``), which the child deletes once it has it
-        open: should all processes be killed, nothing of it is left. The caller closes the stream.
+        open: should all processes be killed then, nothing of it is left. The caller closes the stream.
         """
         return TranscriptionStream(self, path, transcription)
 

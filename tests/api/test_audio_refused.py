@@ -138,6 +138,18 @@ def test_without_the_packages_for_speech(monkeypatch: pytest.MonkeyPatch) -> Non
     upload.close.assert_called_once_with()
 
 
+def test_all_is_let_go_when_all_is_heard_though_the_client_has_not_read_it() -> None:
+    upload, use, place = mock.Mock(), mock.Mock(), mock.Mock()
+    hearing = Hearing(mock.Mock(), mock.Mock(), upload, Transcription(), named=True, keep_alive=5.0)
+    hearing._use, hearing._place, hearing._stream = use, place, mock.Mock(failed=False)
+    hearing._over()
+    assert [use.keep.call_args.args, use.leave.called, place.leave.called] == [(5.0,), True, True]
+    hearing._stream.failed = True
+    use.keep.reset_mock()
+    hearing._over()
+    assert not use.keep.called  # nothing was answered
+
+
 # ---- the bounds ----------------------------------------------------------------------------------------------------
 
 

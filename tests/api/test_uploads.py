@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from llamaserve.api import uploads
+from llamaserve.api import handlers, middleware, uploads
 from llamaserve.api.uploads import AudioAdmission, kept, receive
 from llamaserve.errors import InvalidRequest, LlamaserveError, QueueFull, RequestTimeout, Unavailable
 
@@ -18,7 +20,13 @@ END = b"\r\n--x--\r\n"
 
 
 def request(receive: Callable[[], Awaitable[Message]], kind: str = "multipart/form-data; boundary=x") -> Request:
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", kind.encode())]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "query_string": b"",
+        "headers": [(b"content-type", kind.encode())],
+    }
     return Request(scope, receive)
 
 
@@ -58,7 +66,7 @@ def sent(admission: AudioAdmission, pieces: Sequence[bytes], kind: str = "multip
 
 def test_a_file_counts_until_it_is_closed() -> None:
     assert sent(AudioAdmission(10_000), [HEAD, b"a" * 500, b"b" * 500, END]) == b"a" * 500 + b"b" * 500
-    assert sent(AudioAdmission(100), [HEAD + b"a" * 500 + END]) == b"a" * 500  # it came at once
+    assert sent(AudioAdmission(100), [HEAD, b"a" * 500, b"b", END]) == b"a" * 500 + b"b"  # nobody else is there
 
 
 def test_bytes_count_as_they_come() -> None:
@@ -68,8 +76,9 @@ def test_bytes_count_as_they_come() -> None:
         admission = AudioAdmission(2000)
         senders = [Sender(HEAD, b"a", END) for _ in range(5)]
         tasks = [asyncio.create_task(receive(request(sender), admission)) for sender in senders]
-        while admission.open < 5 * (len(HEAD) + 1):  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while admission.open < 5 * (len(HEAD) + 1):  # noqa: ASYNC110
+                await asyncio.sleep(0)
         refused = Sender(HEAD, *[b"a" * 500] * 5, END)
         refused.may_end.set()
         with pytest.raises(QueueFull, match="as much audio waits"):
@@ -89,7 +98,7 @@ def test_nobody_is_let_in_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch
     async def run() -> None:
         admission = AudioAdmission(1000)
         place = admission.enter(5000)
-        monkeypatch.setattr(uploads, "_PATIENCE", 0.05)  # nor waited for
+        monkeypatch.setattr(uploads, "PATIENCE", 0.05)  # nor waited for
         with pytest.raises(QueueFull) as caught:
             await receive(request(Sender(b"a", b"b", b"c")), admission)
         assert (caught.value.retry_after or 0) >= 1
@@ -101,7 +110,7 @@ def test_nobody_is_let_in_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_client_that_sends_no_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "_PATIENCE", 0.05)
+    monkeypatch.setattr(uploads, "PATIENCE", 0.05)
 
     async def run() -> None:
         admission = AudioAdmission()
@@ -137,3 +146,25 @@ def test_what_is_wrong_with_a_form_is_said(body: bytes, error: type[LlamaserveEr
 def test_a_full_disk_is_not_the_client_s_fault() -> None:
     with pytest.raises(Unavailable, match="temporary folder: No space left on device"), kept():
         raise OSError(28, "No space left on device")
+
+
+def test_the_connection_of_a_client_that_sends_no_more_is_closed() -> None:
+    response = handlers._respond(request(Sender(b"", b"")), RequestTimeout("nothing more has come"))
+    assert (response.status_code, response.headers["connection"]) == (408, "close")
+
+
+def test_nobody_waits_for_a_body_that_is_too_large_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    answer: list[Any] = []
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    async def run() -> None:
+        gate = middleware.RequestGate(mock.Mock(), max_body=10, max_upload=10)
+        scope = {"type": "http", "method": "POST", "path": "/v1/audio/transcriptions"}
+        async with asyncio.timeout(10):
+            await gate({**scope, "headers": [(b"content-length", b"100")]}, Sender(b"a", b"b", b"c"), send)
+
+    asyncio.run(run())
+    assert answer[0]["status"] == 413
