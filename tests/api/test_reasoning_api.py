@@ -52,12 +52,17 @@ def test_thoughts_are_taken_out_of_the_text(server: RunningServer, start: str, e
 
 
 def test_thoughts_in_the_way_of_gpt_oss(server: RunningServer) -> None:
-    """Its form lets some of the answers begin with thoughts."""
+    """Its form lets some of the answers begin with thoughts. It also allows any number of spaces, which the model may
+    write until its tokens are used up.
+    """
     body = {"messages": HI, "chat_template": template("gpt-oss"), "reasoning_budget": 4, "max_tokens": 60, "seed": 1}
     forced = {"response_format": {"type": "json_schema", "schema": NUMBER}, "n": 4}
     choices = both(server, body | forced)
-    for choice in choices:
+    whole_ones = [choice for choice in choices if choice["finish_reason"] == "stop"]
+    assert len(whole_ones) >= 2
+    for choice in whole_ones:
         assert json.loads(parts(choice)[1])["a"] in (1, 2)
+    for choice in choices:
         assert not re.search(r"<\|\w+\|>", parts(choice)[0] or "")
     assert any(parts(choice)[0] for choice in choices)
     (choice,) = both(server, {**body, "tools": [WASH], "tool_choice": "required"})

@@ -216,7 +216,7 @@ def test_in_a_batch_a_text_has_the_vector_that_it_has_alone(encoder: LoadedEmbed
     assert abs(_embed(encoder, inputs[::-1])[::-1] - alone).max() < CLOSE
 
 
-def _interleaved(embedder: Embedder, inputs: Inputs, source: random.Random) -> None:
+def _interleaved(embedder: Embedder, inputs: Inputs, source: random.Random, limit: float = CLOSE) -> None:
     """Embed the inputs in requests that come at any time, some of which are cancelled: each vector is the one that its
     text has alone.
     """
@@ -238,7 +238,7 @@ def _interleaved(embedder: Embedder, inputs: Inputs, source: random.Random) -> N
     _note(outcomes, _run(embedder).values())
     assert outcomes.keys() == requests.keys() - cancelled
     for request, event in outcomes.items():
-        assert abs(_vectors(event) - alone[requests[request]]).max() < CLOSE
+        assert abs(_vectors(event) - alone[requests[request]]).max() < limit
     embedder.occupancy()
     assert embedder.occupancy() is None
 
@@ -370,12 +370,15 @@ def _bytes(length: int, source: random.Random) -> list[int]:
     return [1, *(source.randrange(3, 80) for _ in range(length - 1))]
 
 
-@pytest.mark.parametrize("flash_attention", ["on", "off"])
+@pytest.mark.parametrize(("flash_attention", "limit"), [("off", CLOSE), ("on", 2e-3)])
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 @pytest.mark.parametrize("name", ["cache", "state", "window", "whole"])
 def test_no_vector_depends_on_what_else_is_asked_for(
-    tiny_models: dict[str, Path], name: str, pooling: Pooling, flash_attention: FlashAttention
+    tiny_models: dict[str, Path], name: str, pooling: Pooling, flash_attention: FlashAttention, limit: float
 ) -> None:
+    """With flash attention and some processors (AVX-512) a text alone is computed otherwise than beside others: its
+    vector differs by 3e-4 where weights are as loud as here.
+    """
     params = _tiny(tiny_models[name], pooling, flash_attention=flash_attention)
     if name == "whole":
         params = msgspec.structs.replace(params, context=96, kv_cells=96, batch=96)
@@ -383,7 +386,7 @@ def test_no_vector_depends_on_what_else_is_asked_for(
     lengths = [1, 2, 5, 5, 30, 62, 63, 64, 80, *((126, 127, 160) if name != "whole" else (96,))]
     with _loaded(params) as embedder:
         for seed in range(2):
-            _interleaved(embedder, [_bytes(length, source) for length in lengths], random.Random(seed))
+            _interleaved(embedder, [_bytes(length, source) for length in lengths], random.Random(seed), limit)
 
 
 @pytest.mark.parametrize(("flash_attention", "limit"), [("off", CLOSE), ("on", 2e-3)])
