@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from api_helpers import CHAT, COMPLETIONS, LIMIT, TINY, assert_alive, assert_error, is_error
 from chat_helpers import PROMPT
+from child_processes import renderers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from running_server import RunningServer
 
@@ -430,7 +430,6 @@ def test_what_a_template_refuses_are_the_messages(server: RunningServer) -> None
 def test_others_are_not_held_up_by_templates(server: RunningServer) -> None:
     """Not by many at once, nor do these take much memory: not more than two of them run at a time."""
     bodies = [{"messages": HELLO, "chat_template": f"{FOREVER}{number}"} for number in range(4)]
-    family = psutil.Process(server.process.pid)
     with ThreadPoolExecutor(len(bodies)) as threads:
         bombs = [threads.submit(server.post, CHAT, body) for body in bodies]
         most, slowest = 0, 0.0
@@ -438,8 +437,7 @@ def test_others_are_not_held_up_by_templates(server: RunningServer) -> None:
             begin = time.monotonic()
             assert server.post(CHAT, {"messages": HELLO, "max_tokens": 1}).status_code == 200
             slowest = max(slowest, time.monotonic() - begin)
-            running = [each for each in family.children() if "chat.renderer" in " ".join(each.cmdline())]
-            most = max(most, len(running))
+            most = max(most, len(renderers(server.process.pid)))
         assert [bomb.result().status_code for bomb in bombs] == [400] * len(bodies)
     assert slowest < 1.5
     assert most <= 4
