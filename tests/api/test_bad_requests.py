@@ -440,4 +440,4 @@ def test_others_are_not_held_up_by_templates(server: RunningServer) -> None:
             most = max(most, len(renderers(server.process.pid)))
         assert [bomb.result().status_code for bomb in bombs] == [400] * len(bodies)
     assert slowest < 1.5
-    assert most <= 4
+    assert 0 < most <= 4  # of both kinds: for templates of models, and of requests
