@@ -20,6 +20,7 @@ from llamaserve.api import (
     downloads as downloads_api,
     embeddings,
     fim,
+    images,
     infill,
     internal,
     lora,
@@ -30,14 +31,16 @@ from llamaserve.api import (
     rerank,
 )
 from llamaserve.api.handlers import add_error_handlers
+from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.middleware import RequestGate
-from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER
+from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.services import Services
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer, guest_renderer
+from llamaserve.images.pictures import PictureReader
 from llamaserve.registry.downloads import Download, Downloads, State
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.watching import watch
@@ -46,7 +49,7 @@ from llamaserve.speech.audio import AudioDecoder
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, models, internal),
+    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, images, models, internal),
     *(model_admin, lora, downloads_api, model_events),
 )
 
@@ -61,6 +64,8 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
             guest_renderer() as guests,
             GrammarChecker() as grammars,
             AudioDecoder(longest=settings.max_audio) as decoder,
+            PictureReader() as pictures,
+            ImageLinks() as links,
         ):
             downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(
@@ -73,6 +78,8 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
                 grammars,
                 downloads,
                 decoder,
+                pictures,
+                links,
             )
             pool.start_loading()
             beside = [asyncio.create_task(renderer.warm()), asyncio.create_task(watch(pool))]
@@ -103,7 +110,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=[
-            *(IGNORED_HEADER, TRUNCATED_HEADER, audio.WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After"),
+            *(IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After"),
         ],
     )
     return app

@@ -22,6 +22,7 @@ from llamaserve import __version__, cli_doctor, cli_models, cli_plan
 from llamaserve.cli_models import ModelsDir, ModelsFile, fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry, read_settings
 from llamaserve.errors import LlamaserveError, RegistryError
+from llamaserve.registry.image_file import ImageFile, ImageSettings
 from llamaserve.registry.spec import Registry, Task
 from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import task_of
@@ -177,9 +178,13 @@ async def _follow(tasks: Mapping[ServedModel, TaskID], progress: Progress) -> No
 def _described(model: ServedModel) -> str:
     where = "GPU" if model.live_worker is not None and model.live_worker.gpu else "CPU"
     if isinstance(model.file, SpeechFile):
-        header = model.file.speech
+        header = model.file.contents
         extent = f"{header.languages} languages" if header.multilingual else "English only"
         return f"{model.name}, {header.quantisation}, {extent}, on the {where}"
+    if isinstance(model.file, ImageFile):
+        contents = model.file.contents
+        size = ImageSettings.of(model.spec, contents).size
+        return f"{model.name}, {contents.family.name}, {contents.quantisation}, pictures of {size}, on the {where}"
     return f"{model.name}, {model.header.quantisation}, {model.context} tokens of context, on the {where}"
 
 
@@ -190,6 +195,7 @@ _TO_TRY: dict[Task, tuple[str, ...]] = {  # where a task is asked for, and curl'
     "rerank": ("/v1/rerank", "-d", '{"query": "a greeting", "documents": ["Hello!", "It rains"]}'),
     "moderation": ("/v1/moderations", "-d", '{"input": "Hello!"}'),
     "transcription": ("/v1/audio/transcriptions", "-F", "file=@speech.wav"),
+    "image": ("/v1/images/generations", "-d", '{"prompt": "a lighthouse at dawn", "stream": true}'),
 }
 
 

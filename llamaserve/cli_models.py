@@ -34,7 +34,7 @@ from llamaserve.cli_output import (
 )
 from llamaserve.errors import LlamaserveError, RegistryError
 from llamaserve.registry import sources
-from llamaserve.registry.deleting import deletable_with_adapters, delete_model, goes_with
+from llamaserve.registry.deleting import deletable_with_others, delete_model, goes_with
 from llamaserve.registry.facts import ModelFacts, gather
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import FoundModel, resolve, scan
@@ -43,9 +43,9 @@ from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
 from llamaserve.registry.remedies import Remedies, command
-from llamaserve.registry.sources import FileSource, is_speech
+from llamaserve.registry.sources import FileSource
 from llamaserve.registry.spec import ModelSpec, Registry, Task
-from llamaserve.registry.tasks import task_of
+from llamaserve.registry.tasks import kind_of, task_of
 from llamaserve.registry.verifying import Finding, verify_model
 
 ModelsFile = Annotated[
@@ -222,7 +222,7 @@ def _bar(name: str) -> Iterator[sources.Progress]:
 
 def _show_deletion(registry: Registry, folder: Path | None, name: str, spec: ModelSpec) -> None:
     """Say what would be deleted; refuse here already what may not be."""
-    files = deletable_with_adapters(registry, spec, folder)
+    files = deletable_with_others(registry, spec, folder)
     others = [
         other for other, each in registry.models.items() if other != name and goes_with(registry, each, spec, files)
     ]
@@ -284,7 +284,7 @@ def _listed(registry: Registry, others: Mapping[str, ModelSpec]) -> list[_Listed
 def _task(registry: Registry, spec: ModelSpec) -> Task:
     """Return what a model is there for. Where its settings do not say, its file does, if it is here and whole."""
     source = registry.source(spec)
-    path = locate(source) if spec.task is None and not is_speech(source) else None
+    path = locate(source) if spec.task is None and kind_of(spec, source) == "text" else None
     header = None
     if path is not None:
         with suppress(LlamaserveError):  # a damaged one, which other commands tell
@@ -296,7 +296,8 @@ def _found_columns(model: FoundModel, registry: Registry) -> tuple[str, str, str
     if model.error is not None:
         return "broken", _size(model.size), "", escape(model.error)
     shadowed = model.name in registry.models or model.name in registry.aliases
-    task = "transcription" if is_speech(FileSource(model.path)) else ""
+    kind = kind_of(registry.by_defaults(model.source), FileSource(model.path))
+    task = {"speech": "transcription", "image": "image", "text": ""}[kind]
     return "yes", _size(model.size), "", "hidden by the one of this name in models.yaml" if shadowed else task
 
 
@@ -344,6 +345,7 @@ def _rows(facts: ModelFacts, abilities: list[str] | None, fetch: str) -> Iterato
         yield "sha256", f"{facts.sha256} (models.yaml)"
     for adapter in facts.adapters:
         yield "LoRA", adapter
+    yield from facts.parts.items()
     if facts.lock is not None:
         version = f"commit {facts.lock.revision}, " if facts.lock.revision else ""
         yield "locked", f"{version}{facts.lock.date}"
@@ -355,7 +357,7 @@ def _rows(facts: ModelFacts, abilities: list[str] | None, fetch: str) -> Iterato
 
 
 def _header_rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tuple[str, str]]:
-    header, speech, memory = facts.header, facts.speech, facts.memory
+    header, speech, image, memory = facts.header, facts.speech, facts.image, facts.memory
     if header is not None:
         yield "architecture", header.architecture + (f", {header.name}" if header.name else "")
         yield "parameters", f"{header.parameters:,}"
@@ -372,6 +374,12 @@ def _header_rows(facts: ModelFacts, abilities: list[str] | None) -> Iterator[tup
         yield "parameters", f"{speech.parameters:,}"
         yield "quantisation", speech.quantisation
         yield "languages", "English only" if speech.languages == 1 else str(speech.languages)
+    if image is not None:
+        yield "architecture", image.family
+        yield "parameters", f"{image.parameters:,}"
+        yield "quantisation", image.quantisation
+        yield "pictures", f"{image.size}, {_counted(image.steps, 'step')}, guidance {image.cfg_scale:g}"
+        yield "edits", "pictures" if image.edits else "nothing: its files have no encoder for pictures"
     if memory is not None:
         parts = {name: getattr(memory, name) for name in ("weights", "cache", "compute", "vocabulary")}
         told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)

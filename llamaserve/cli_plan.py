@@ -18,15 +18,18 @@ from llamaserve.engine.params import Footprint, LoadParams
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.budget import is_unified, memory_budget
+from llamaserve.registry.diffusion_file import read_diffusion
 from llamaserve.registry.gguf import read_header
+from llamaserve.registry.image_file import locate_parts, plan_images
 from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.remedies import Remedies, told
-from llamaserve.registry.sources import is_speech, parse_source
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.speech_file import plan_speech
+from llamaserve.registry.tasks import kind_of
 from llamaserve.registry.whisper_file import read_whisper
 from llamaserve.settings import Settings
 from llamaserve.worker.spare import Spares
@@ -94,10 +97,14 @@ def _plan(remedies: Remedies, spec: ModelSpec, budget: Footprint, devices: Seque
     source = remedies.registry.source(spec)
     try:
         path = remedies.require(source, remedies.name)
-        if is_speech(source):
-            plan = plan_speech(remedies.name, spec, read_whisper(path), budget, devices)
-        else:
-            plan = _plan_for_texts(remedies, spec, path, budget, devices)
+        match kind_of(spec, source):
+            case "speech":
+                plan = plan_speech(remedies.name, spec, read_whisper(path), budget, devices)
+            case "image":
+                parts = locate_parts(remedies.name, spec, remedies.registry.path.parent)
+                plan = plan_images(remedies.name, spec, read_diffusion(path, parts), budget, devices)
+            case "text":
+                plan = _plan_for_texts(remedies, spec, path, budget, devices)
         return _Planned(remedies.name, plan)
     except LlamaserveError as error:
         return _Planned(remedies.name, error=error)
@@ -185,7 +192,7 @@ def _table(planned: Sequence[_Planned], devices: Sequence[Device]) -> Table:
 
 
 def _settings(plan: LoadPlan) -> dict[str, int | str | None]:
-    """Return what a plan has decided; None for what a model for speech has not."""
+    """Return what a plan has decided; None for what a model for speech or pictures has not."""
     if not isinstance(plan.params, LoadParams):
         return {"context": None, "gpu_layers": None}
     return {"context": plan.params.context, "gpu_layers": plan.params.gpu_layers}

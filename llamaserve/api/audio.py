@@ -10,32 +10,30 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response, UploadFile
-from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field
 from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
 
 from llamaserve.api import transcripts
 from llamaserve.api.fields import Text
 from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
-from llamaserve.api.options import TRUNCATED_HEADER
+from llamaserve.api.options import TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
 from llamaserve.api.transcribing import Hearing
 from llamaserve.api.transcripts import Transcript
-from llamaserve.api.uploads import KIND, MAX_FIELD, receive
+from llamaserve.api.uploads import KIND, MAX_FIELD, Expected, receive, validated, values_of
 from llamaserve.api.vectors import Plain, TextFields, lower
-from llamaserve.errors import InvalidRequest, UnsupportedParameter
+from llamaserve.errors import UnsupportedParameter
 from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import code_of
 from llamaserve.speech.values import Heard, Transcribed, Transcription
 
 router = APIRouter(tags=["audio"])
 
-WARNING_HEADER: Final = "x-llamaserve-warning"
-
 _Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
+_AUDIO: Final = Expected("the audio", "file", 1)
 _LISTS: Final = ("timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
 
 
@@ -97,31 +95,12 @@ class AudioRequest(TextFields):
 
 def _parsed(form: FormData) -> AudioRequest:
     """Return what a form says. Raises what FastAPI does when something in it is wrong."""
-    try:
-        body = AudioRequest.model_validate(_values(form))
-    except ValidationError as error:
-        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
+    body = validated(AudioRequest, values_of(form, AudioRequest.model_fields, texts=_LISTS))
     if body.stream and body.response_format in ("srt", "vtt"):
         raise UnsupportedParameter(
             f"stream goes with json, text and verbose_json, not {body.response_format}", param="stream"
         )
     return body
-
-
-def _values(form: FormData) -> dict[str, Any]:
-    """Return the fields of a form, of which empty ones are not given. Lists are called with brackets or without, and
-    may be one text with commas.
-    """
-    values: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        name = name.removesuffix("[]")
-        if name in _LISTS:
-            values.setdefault(name, []).extend(filter(None, map(str.strip, str(value).split(","))))
-        elif name in values and name in AudioRequest.model_fields:
-            raise InvalidRequest(f"{name} is given more than once", param=name)
-        elif value != "":
-            values[name] = value
-    return {name: value for name, value in values.items() if value}
 
 
 _FORM: Final[Mapping[str, Any]] = {
@@ -146,7 +125,7 @@ async def create_translation(request: Request, services: UsesServices) -> Respon
 
 async def _answer(request: Request, services: Services, *, translate: bool) -> Response:
     try:
-        upload = await receive(request, services.audio_admission)
+        upload = await receive(request, services.upload_admission, _AUDIO)
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
     try:

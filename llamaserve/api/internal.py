@@ -18,7 +18,7 @@ from llamaserve.api.models import capabilities
 from llamaserve.api.options import GenerationOptions, asked_of
 from llamaserve.api.request_defaults import with_defaults
 from llamaserve.api.services import UsesServices
-from llamaserve.engine.params import NextToken
+from llamaserve.engine.params import LoadParams, NextToken
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.load_args import effective
 from llamaserve.registry.served import ServedModel
@@ -151,8 +151,9 @@ def model_info(services: UsesServices) -> dict[str, Any]:
     info["capabilities"] = capabilities(model)
     try:
         params = model.load_params()
-        if isinstance(params, TranscriberParams):
-            return info | {"loader": "whisper.cpp", "args": effective(params), "memory": _memory(model)}
+        if not isinstance(params, LoadParams):
+            loader = "whisper.cpp" if isinstance(params, TranscriberParams) else "stable-diffusion.cpp"
+            return info | {"loader": loader, "args": effective(params), "memory": _memory(model)}
         header = model.header
         info["lora_names"] = [adapter.name for adapter in model.adapters]
     except LlamaserveError as error:

@@ -14,7 +14,9 @@ from fastapi import APIRouter
 from llamaserve.api.services import UsesServices
 from llamaserve.chat.formats.known import thinks
 from llamaserve.errors import ModelError
+from llamaserve.registry.diffusion_file import DiffusionHeader
 from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.image_file import ImageFile
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
 from llamaserve.registry.speech_file import SpeechFile
@@ -42,7 +44,7 @@ def get_model(model_id: str, services: UsesServices) -> dict[str, Any]:
 
 def capabilities(model: ServedModel) -> dict[str, bool]:
     """Return what this server does with the model; not all that the model was trained for."""
-    header, speech = model.file.known_header, known_speech(model)
+    header, speech, images = model.file.known_header, known_speech(model), known_images(model)
     task = task_of(model.spec, header)
     generates = header is not None and task in GENERATING
     template = header.chat_template if header is not None and generates else None
@@ -58,12 +60,27 @@ def capabilities(model: ServedModel) -> dict[str, bool]:
         "moderation": header is not None and task == "moderation",
         "transcription": speech is not None,
         "translation": speech is not None and speech.translates,
+        "image_generation": images is not None,
+        "image_editing": images is not None and images.encodes,
     }
 
 
 def known_speech(model: ServedModel) -> WhisperHeader | None:
     """Return what the file of a model of speech says of itself; None for others, and for one that is missing or bad."""
-    return model.file.known_speech if isinstance(model.file, SpeechFile) else None
+    return model.file.known_contents if isinstance(model.file, SpeechFile) else None
+
+
+def known_images(model: ServedModel) -> DiffusionHeader | None:
+    """Return what the files of a diffusion model say of themselves; None for others, and where they are bad."""
+    return model.file.known_contents if isinstance(model.file, ImageFile) else None
+
+
+def _architecture(
+    header: GGUFHeader | None, speech: WhisperHeader | None, images: DiffusionHeader | None
+) -> str | None:
+    if header is not None:
+        return header.architecture
+    return "whisper" if speech else images.family.name if images else None
 
 
 def _fills(header: GGUFHeader) -> bool:
@@ -82,8 +99,8 @@ def _status(model: ServedModel) -> dict[str, Any]:
 
 def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
     """Return OpenAI's model object and what other servers' clients expect in it."""
-    header, speech = model.file.known_header, known_speech(model)
-    known = header or speech
+    header, speech, images = model.file.known_header, known_speech(model), known_images(model)
+    known = header or speech or images
     context = model.context if header else None
     return {
         "id": model.name,
@@ -98,15 +115,15 @@ def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
             "n_ctx": context,
             "n_ctx_train": header.context_length if header else None,
             "n_params": known.parameter_count if known else None,
-            "n_vocab": known.vocabulary_size if known else None,
+            "n_vocab": header.vocabulary_size if header else speech.vocabulary_size if speech else None,
             "n_embd": header.embedding_length if header else speech.width if speech else None,
             "size": known.file_size if known else None,
             "quantization": known.quantisation if known else None,
-            "architecture": header.architecture if header else "whisper" if speech else None,
+            "architecture": _architecture(header, speech, images),
         },
         "architecture": {
-            "input_modalities": ["audio" if isinstance(model.file, SpeechFile) else "text"],
-            "output_modalities": ["text"],
+            "input_modalities": ["audio"] if speech else ["text", "image"] if images and images.encodes else ["text"],
+            "output_modalities": ["image" if images else "text"],
         },
         "capabilities": capabilities(model),
         "status": _status(model),

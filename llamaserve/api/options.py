@@ -37,6 +37,7 @@ from llamaserve.registry.spec import parse_duration
 
 IGNORED_HEADER = "x-llamaserve-ignored"
 TRUNCATED_HEADER = "x-llamaserve-truncated"  # what was cut
+WARNING_HEADER = "x-llamaserve-warning"  # what is not just as it was asked for, or not all that was sent
 MAX_SEQUENCES = 128  # prompts times choices of one request
 _MAX_STOPS = 1024
 _MAX_STOP_CHARACTERS = 65536  # of all stop strings together

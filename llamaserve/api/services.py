@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.presets import Presets
-from llamaserve.api.uploads import AudioAdmission
+from llamaserve.api.uploads import UploadAdmission
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
+from llamaserve.images.pictures import PictureReader
 from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
@@ -33,8 +37,17 @@ class Services:
     grammars: GrammarChecker
     downloads: Downloads
     audio: AudioDecoder
-    audio_admission: AudioAdmission = field(default_factory=AudioAdmission)
+    pictures: PictureReader
+    image_links: ImageLinks
+    upload_admission: UploadAdmission = field(default_factory=UploadAdmission)
     running: dict[str, GenerationStream] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that no request waits for."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 async def _services(request: Request) -> Services:  # which spares a thread for each request

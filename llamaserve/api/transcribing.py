@@ -86,7 +86,7 @@ class Hearing:
         audio = await self._services.audio.decode(self._folder / "upload", samples)
         (self._folder / "upload").unlink()
         self._upload.close()
-        self._space = self._services.audio_admission.enter(audio.samples * SAMPLE_SIZE)
+        self._space = self._services.upload_admission.enter(audio.samples * SAMPLE_SIZE)
         self._use = self._model.use()
         worker = await self._use.worker()
         self._time_limit = self._answering.spec.time_limit
@@ -154,7 +154,7 @@ class Hearing:
         name, named = self._model.name, "model" if self._named else None
         if not isinstance(self._model.file, SpeechFile):
             raise ModelNotCapable(f"{name}: {NOT_WHISPER}", param=named)
-        header = await self._model.file.read_speech()
+        header = await self._model.file.read_contents()
         language = self._transcription.language
         if self._transcription.translate and not header.translates:
             why = "was not taught to translate" if header.multilingual else "knows English only, so it can't translate"

@@ -1,4 +1,4 @@
-"""Reading uploads: forms with one file among their fields, within bounds of number, size, time and disk space.
+"""Reading uploads: forms with files among their fields, within bounds of number, size, time and disk space.
 
 A file of more than a megabyte lies in the temporary folder while it is read, and so does what is made of it. Knows
 forms; what a field means, or what is in the file, is the endpoint's business.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
-from typing import BinaryIO, Final
+from collections.abc import AsyncGenerator, Container, Iterator, Sequence
+from typing import Any, BinaryIO, Final, NamedTuple, TypeVar
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -23,6 +25,10 @@ from llamaserve.api.middleware import PATIENCE
 from llamaserve.errors import InvalidRequest, LlamaserveError, RequestTimeout, Unavailable
 from llamaserve.registry.admission import Admission, Place
 
+M = TypeVar("M", bound=BaseModel)
+
+Values = dict[str, Any]
+
 KIND: Final = "multipart/form-data"
 MAX_FIELD: Final = 64 * 1024  # bytes
 
@@ -31,8 +37,8 @@ _SPACE: Final = 2 * 2**30  # bytes
 _UTF8: Final = ("utf-8", "utf8")
 
 
-class AudioAdmission(Admission):
-    """The audio of all requests that lies in the temporary folder, uploaded or decoded, in bytes."""
+class UploadAdmission(Admission):
+    """What all requests have in the temporary folder, uploaded or decoded, in bytes."""
 
     def __init__(self, space: int = _SPACE) -> None:
         """So many bytes may be there; what comes at once may be more."""
@@ -40,11 +46,19 @@ class AudioAdmission(Admission):
         self._space = space
 
     def _refusal(self) -> str:
-        return f"as much audio waits here as may ({self._space / 2**30:g} GiB, uploaded or decoded); try again later"
+        return f"as much waits here as may ({self._space / 2**30:g} GiB, uploaded or decoded); try again later"
+
+
+class Expected(NamedTuple):
+    """What a form is to hold: what to call it, the field that it is in, and of how many files it may be."""
+
+    name: str
+    field: str
+    files: int
 
 
 class Upload:
-    """A form that has been read, and the disk space that its file takes. It must be closed."""
+    """A form that has been read, and the disk space that its files take. It must be closed."""
 
     def __init__(self, form: FormData, place: Place) -> None:
         self.form = form
@@ -61,19 +75,19 @@ class Upload:
         return [value.file for _, value in self.form.multi_items() if isinstance(value, UploadFile)]
 
     def close(self) -> None:
-        """Let go of the file and its space. Further calls do nothing."""
+        """Let go of the files and their space. Further calls do nothing."""
         for file in self._files:
             file.close()
         self._place.leave()
 
 
-async def receive(request: Request, admission: AudioAdmission) -> Upload:
-    """Read a form, of which each byte counts as it comes. Raises ``InvalidRequest`` when there is none, or it is
-    malformed, ``QueueFull``, ``Unavailable`` when there is no disk space, ``RequestTimeout`` when the rest does not
-    come, FastAPI's error when it is too much, and ``ClientDisconnect``.
+async def receive(request: Request, admission: UploadAdmission, what: Expected) -> Upload:
+    """Read a form with what is expected in it, of which each byte counts as it comes. Raises ``InvalidRequest`` when
+    there is none, or it is malformed, ``QueueFull``, ``Unavailable`` when there is no disk space, ``RequestTimeout``
+    when the rest does not come, FastAPI's error when it is too much, and ``ClientDisconnect``.
     """
     try:
-        return await _received(request, admission)
+        return await _received(request, admission, what)
     except RequestTimeout:
         raise
     except (LlamaserveError, HTTPException):
@@ -81,14 +95,14 @@ async def receive(request: Request, admission: AudioAdmission) -> Upload:
         raise
 
 
-async def _received(request: Request, admission: AudioAdmission) -> Upload:
+async def _received(request: Request, admission: UploadAdmission, what: Expected) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != KIND.encode():
-        raise InvalidRequest(f"the audio must be sent as {KIND}, with a field `file`", param="file")
+        raise InvalidRequest(f"{what.name} must be sent as {KIND}, with a field `{what.field}`", param=what.field)
     if options.get(b"charset", b"utf-8").decode("latin-1").lower() not in _UTF8:
         raise InvalidRequest("the text in a form must be UTF-8")
     place = admission.enter(0)
-    bounds = {"max_files": 1, "max_fields": _MAX_FIELDS, "max_part_size": MAX_FIELD}
+    bounds = {"max_files": what.files, "max_fields": _MAX_FIELDS, "max_part_size": MAX_FIELD}
     try:
         with kept():
             async with contextlib.aclosing(_pieces(request, place)) as pieces:
@@ -129,6 +143,35 @@ async def _read_on(request: Request) -> None:
     with contextlib.suppress(RuntimeError, HTTPException, RequestTimeout, ClientDisconnect):
         async for _ in _pieces(request):
             pass
+
+
+def values_of(form: FormData, known: Container[str], *, texts: Sequence[str] = (), files: Sequence[str] = ()) -> Values:
+    """Return the fields of a form, of which empty ones are not given. Lists are called with brackets or without; one of
+    ``texts`` may be a single text with commas. Raises ``InvalidRequest`` for another ``known`` field that is there
+    twice.
+    """
+    values: Values = {}
+    for name, value in form.multi_items():
+        name = name.removesuffix("[]")
+        if name in texts:
+            values.setdefault(name, []).extend(filter(None, map(str.strip, str(value).split(","))))
+        elif value == "":
+            continue
+        elif name in files:
+            values.setdefault(name, []).append(value)
+        elif name in values and name in known:
+            raise InvalidRequest(f"{name} is given more than once", param=name)
+        else:
+            values[name] = value
+    return {name: value for name, value in values.items() if value}
+
+
+def validated(model: type[M], values: Values) -> M:
+    """Return the request that the fields of a form make. Raises what FastAPI does when something in it is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema
@@ -63,16 +63,16 @@ class TextFields(RequestFields):
     )
     strict: bool = Field(default=False, description="Refuse what would have no effect.")
 
-    def ignored_header(self) -> dict[str, str]:
-        """Return the header that names what has no effect. Raises for what is not offered, and with ``strict`` for what
-        has no effect.
+    def ignored_header(self, idle: Iterable[str] = ()) -> dict[str, str]:
+        """Return the header that names what has no effect, ``idle`` fields too. Raises for what is not offered, and
+        with ``strict`` for what has no effect.
         """
         extra = self.model_extra or {}
         for name, (plain, why) in self.not_offered.items():
             if name in extra and not any(type(extra[name]) is type(each) and extra[name] == each for each in plain):
                 raise UnsupportedParameter(f"{name}: {why}", param=name)
         others = (name for name in extra if name not in _WITHOUT_EFFECT and name not in self.not_offered)
-        words = header_words([*others, *self._idle()])
+        words = header_words([*others, *map(self.called, (*self._idle(), *idle))])
         if self.strict and words:
             raise UnsupportedParameter(f"strict: {', '.join(words)} would have no effect", param=words[0])
         return ignored_header(words)

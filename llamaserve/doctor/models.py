@@ -32,18 +32,20 @@ from llamaserve.errors import InsufficientMemory, LlamaserveError, ModelNotFound
 from llamaserve.registry import folder, wheels
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
+from llamaserve.registry.diffusion_file import read_diffusion
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.image_file import locate_parts, plan_images
 from llamaserve.registry.inventory import models_here
 from llamaserve.registry.load_plan import LoadPlan, configured_adapters, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.remedies import EDITOR, Files, Remedies, told
-from llamaserve.registry.sources import FileSource, WheelSource, is_speech, parse_source
+from llamaserve.registry.sources import FileSource, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, find_models_file, load_registry
 from llamaserve.registry.speech_file import plan_speech
 from llamaserve.registry.split import part_paths
-from llamaserve.registry.tasks import GENERATING, task_of
+from llamaserve.registry.tasks import GENERATING, Kind, kind_of, task_of
 from llamaserve.registry.verifying import unfit_adapter
 from llamaserve.registry.whisper_file import read_whisper
 
@@ -84,16 +86,20 @@ def models(case: Case, read: Callable[[], Build] = read_build) -> Iterator[Findi
         locked |= lock.entries()
     except RegistryError as error:
         yield problem("models.lock", error.message, _at_line(error.message, lock.path))
-    found = hears = False
+    found = False
+    kinds: set[Kind] = set()
     for item in _named(case, registry) if case.models else _here(case, registry, locked):
         found = True
         if isinstance(item, Finding):
             yield item
         else:
-            hears |= is_speech(registry.source(item.spec))
+            kinds.add(kind_of(item.spec, registry.source(item.spec)))
             yield from _model(case, registry, item, locked, devices)
+    hears, paints = "speech" in kinds, "image" in kinds
     if hears or ("transcription" in registry.default_models and not case.models):
-        yield _speech(case, needed=hears)
+        yield _packages(case, "speech", "it can't be transcribed", "transcribe it", needed=hears)
+    if paints or ("image" in registry.default_models and not case.models):
+        yield _packages(case, "images", "they can't be made", "make them", needed=paints)
     if not found:
         name = registry.default_model or next(iter(registry.models), None)
         fix = _remedies(case, registry, name).fetch(registry.source(registry.models[name])) if name else None
@@ -168,10 +174,13 @@ def _model(
         yield problem(model.name, *remedies.absent(source))
         return
     files = Files(source, path, locked.get(model.spec.source), model.spec.sha256)
-    if is_speech(source):
-        yield from _for_speech(case, remedies, model, files, devices)
-    else:
-        yield from _for_texts(case, remedies, model, files, locked, devices)
+    match kind_of(model.spec, source):
+        case "speech":
+            yield from _for_speech(case, remedies, model, files, devices)
+        case "image":
+            yield from _for_images(case, remedies, model, files, devices)
+        case "text":
+            yield from _for_texts(case, remedies, model, files, locked, devices)
 
 
 def _for_texts(
@@ -206,6 +215,28 @@ def _for_speech(case: Case, remedies: Remedies, model: _Model, files: Files, dev
     yield ok(model.name, f"{kind}: the file is whole and can be loaded")
     yield from _sum(case, remedies, files)
     yield _fit(case, remedies, model.spec, partial(plan_speech, model.name, model.spec, header), devices())
+
+
+def _for_images(case: Case, remedies: Remedies, model: _Model, files: Files, devices: _Devices) -> Iterator[Finding]:
+    """Examine a model for stable-diffusion.cpp whose first file is here."""
+    base = remedies.registry.path.parent
+    absent = False
+    for part, text in model.spec.parts.sources.items():
+        source = parse_source(text, base)
+        if locate(source) is None:
+            absent = True
+            yield problem(remedies.name, *remedies.absent(source, f"the part {part} {text}"))
+    if absent:
+        return
+    try:
+        header = read_diffusion(files.path, locate_parts(remedies.name, model.spec, base))
+    except LlamaserveError as error:
+        yield _broken(case, remedies, files, error)
+        return
+    kind = f"{header.family.name}, {header.quantisation}, {gigabytes(header.file_size)}"
+    yield ok(model.name, f"{kind}: the files are whole and can be loaded")
+    yield from _sum(case, remedies, files)
+    yield _fit(case, remedies, model.spec, partial(plan_images, model.name, model.spec, header), devices())
 
 
 def _broken(case: Case, remedies: Remedies, files: Files, error: LlamaserveError) -> Finding:
@@ -296,13 +327,13 @@ def _fit(
     return ok(name, f"it takes {share}; {gigabytes(budget.host)} may be used")
 
 
-# ---- speech ------------------------------------------------------------------------------------------------------
+# ---- extras ------------------------------------------------------------------------------------------------------
 
 
-def _speech(case: Case, *, needed: bool) -> Finding:
-    """Say whether the packages for speech are here, which a model ``needed`` now, or else may need."""
-    wanted = case.installation.requirements("speech")
+def _packages(case: Case, extra: str, lack: str, purpose: str, *, needed: bool) -> Finding:
+    """Say whether the packages of an extra are here, which a model ``needed`` now, or else may need."""
+    wanted = case.installation.requirements(extra)
     if lacking := list(unfit(wanted)):
         finding = problem if needed else note
-        return finding("speech", f"it can't be transcribed: {'; '.join(lacking)}", case.installation.install(*wanted))
-    return ok("speech", "the packages that transcribe it are here, in fitting versions")
+        return finding(extra, f"{lack}: {'; '.join(lacking)}", case.installation.install(*wanted))
+    return ok(extra, f"the packages that {purpose} are here, in fitting versions")

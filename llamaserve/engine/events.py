@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from llamaserve.errors import ErrorValue
+from llamaserve.images.values import GeneratedImage, ImageStep, PartialImage
 from llamaserve.speech.values import Heard, Transcribed
 
 FinishReason = Literal["stop", "length"]
@@ -127,4 +128,16 @@ class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cells: int = 0
 
 
-EngineEvent = Delta | Finished | Embedded | Heard | Transcribed | Failed | Progress | Occupancy
+EngineEvent = (
+    Delta
+    | Finished
+    | Embedded
+    | Heard
+    | Transcribed
+    | ImageStep
+    | PartialImage
+    | GeneratedImage
+    | Failed
+    | Progress
+    | Occupancy
+)

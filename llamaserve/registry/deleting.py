@@ -22,7 +22,7 @@ from llamaserve.registry.sources import FileSource, HubSource, Source, WheelSour
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
 
-_LEFT: Final = (errors.InvalidRequest, errors.ModelFileMissing)  # what is said of an adapter that stays
+_LEFT: Final = (errors.InvalidRequest, errors.ModelFileMissing)  # what is said of an adapter or part that stays
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def deletable(source: Source, folder: Path | None) -> tuple[Path, ...]:
     return files
 
 
-def deletable_with_adapters(registry: Registry, spec: ModelSpec, folder: Path | None) -> tuple[Path, ...]:
+def deletable_with_others(registry: Registry, spec: ModelSpec, folder: Path | None) -> tuple[Path, ...]:
     """Return the files that ``delete_model`` would delete. Raises as ``deletable`` does for the model's own."""
     files = deletable(registry.source(spec), folder)
-    for source in _own_adapters(registry, spec, files):
+    for source in _own_others(registry, spec, files):
         with contextlib.suppress(*_LEFT):
             files += deletable(source, folder)
     return tuple(dict.fromkeys(files))
@@ -95,39 +95,39 @@ def delete(source: Source, folder: Path | None) -> Deleted:
 
 
 def delete_model(registry: Registry, spec: ModelSpec, folder: Path | None) -> Deleted:
-    """Delete a model's files, and those adapters that only models need which go with it.
+    """Delete a model's files, and those adapters and parts that only models need which go with it.
 
-    Raises as ``delete`` does for the model's own, and ``SourceError`` for an adapter, too. The model is deleted last:
+    Raises as ``delete`` does for the model's own, and ``SourceError`` for those, too. The model is deleted last:
     after an error it can be tried again.
     """
     source = registry.source(spec)
     files = deletable(source, folder)
-    adapters: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
     freed = 0
-    for adapter in _own_adapters(registry, spec, files):
+    for other in _own_others(registry, spec, files):
         with contextlib.suppress(*_LEFT):
-            more = delete(adapter, folder)
-            adapters, freed = adapters + more.files, freed + more.freed
+            more = delete(other, folder)
+            others, freed = others + more.files, freed + more.freed
     deleted = delete(source, folder)
-    return Deleted(deleted.files + adapters, deleted.freed + freed)
+    return Deleted(deleted.files + others, deleted.freed + freed)
 
 
-def _own_adapters(registry: Registry, spec: ModelSpec, files: Sequence[Path]) -> list[Source]:
-    """Return where the adapters of a model, and of those that go with its files, were fetched from that nothing else in
-    models.yaml needs, whatever it is called there. A user's own file is not the model's.
+def _own_others(registry: Registry, spec: ModelSpec, files: Sequence[Path]) -> list[Source]:
+    """Return where the adapters and parts of a model, and of those that go with its files, were fetched from that
+    nothing else in models.yaml needs, whatever it is called there. A user's own file is not the model's.
     """
     models = registry.models.values()
-    if not any(each.lora for each in (spec, *models)):
+    if not any(each.other_sources for each in (spec, *models)):
         return []
     base = registry.path.parent
     gone: list[ModelSpec] = [spec]
     others: list[ModelSpec] = []
     for each in models:
         (gone if goes_with(registry, each, spec, files) else others).append(each)
-    texts = [text for other in others for text in (other.source, *(each.source for each in other.lora))]
+    texts = [text for other in others for text in (other.source, *other.other_sources)]
     needed = {parse_source(text, base) for text in texts}
     places = {place_of(file) for source in needed for file in _files(source)}
-    own = dict.fromkeys(parse_source(adapter.source, base) for each in gone for adapter in each.lora)
+    own = dict.fromkeys(parse_source(text, base) for each in gone for text in each.other_sources)
     return [
         source
         for source in own

@@ -157,7 +157,7 @@ class Downloads:
         """Return the files that ``delete`` would delete, and raise as it does."""
         if any(each.source == spec.source and each.state is State.RUNNING for each in self._downloads.values()):
             raise errors.InvalidRequest(f"{spec.source} is being fetched; cancel that first", param=param)
-        return await _named_place(param, partial(deleting.deletable_with_adapters, registry, spec, folder))
+        return await _named_place(param, partial(deleting.deletable_with_others, registry, spec, folder))
 
     async def delete(
         self, registry: Registry, spec: ModelSpec, folder: Path | None, *, param: str = "model_name"

@@ -14,18 +14,20 @@ import msgspec
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError
 from llamaserve.registry.adapters import check_adapter
+from llamaserve.registry.diffusion_file import DiffusionHeader, read_diffusion
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.image_file import ImageSettings, locate_parts, plan_images
+from llamaserve.registry.inventory import is_here
 from llamaserve.registry.load_plan import configured_adapters, context_of, load_params, plan_load
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.memory import Estimate
 from llamaserve.registry.pulling import hash_of_template
-from llamaserve.registry.sources import is_speech
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.speech_file import plan_speech
 from llamaserve.registry.split import part_paths
-from llamaserve.registry.tasks import task_of
+from llamaserve.registry.tasks import kind_of, task_of
 from llamaserve.registry.whisper_file import WhisperHeader, read_whisper
 
 _EVERYTHING = Footprint(sys.maxsize)
@@ -58,6 +60,18 @@ class SpeechFacts(msgspec.Struct, frozen=True):
     languages: int
 
 
+class ImageFacts(msgspec.Struct, frozen=True):
+    """What a diffusion model's files say of themselves, and how its pictures are made if a request does not say it."""
+
+    family: str
+    parameters: int
+    quantisation: str
+    size: str
+    steps: int
+    cfg_scale: float
+    edits: bool
+
+
 class MemoryFacts(msgspec.Struct, frozen=True):
     """The estimate of the memory that it takes on a CPU, its adapters included, in bytes."""
 
@@ -83,8 +97,10 @@ class ModelFacts(msgspec.Struct, frozen=True):
     sha256: str | None
     lock: LockEntry | None
     adapters: list[str]
+    parts: dict[str, str]
     header: HeaderFacts | None
     speech: SpeechFacts | None
+    image: ImageFacts | None
     memory: MemoryFacts | None
     problem: str | None
 
@@ -95,17 +111,22 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
     """
     source = registry.source(spec)
     path = locate(source)
-    header, speech, estimate, problem = None, None, None, None
+    header, speech, image, estimate, problem = None, None, None, None, None
+    files = [] if path is None else list(part_paths(path))
     try:
-        if path is not None and is_speech(source):
-            speech = read_whisper(path)
-            estimate = plan_speech(name, spec, speech, _EVERYTHING, ()).estimate
-        elif path is not None:
-            header = read_header(path)
-            estimate = _estimate(registry, name, spec, header)
+        match None if path is None else (kind_of(spec, source), path):
+            case ("speech", Path() as path):
+                speech = read_whisper(path)
+                estimate = plan_speech(name, spec, speech, _EVERYTHING, ()).estimate
+            case ("image", Path() as path):
+                image = read_diffusion(path, locate_parts(name, spec, registry.path.parent))
+                files = list(image.paths)
+                estimate = plan_images(name, spec, image, _EVERYTHING, ()).estimate
+            case ("text", Path() as path):
+                header = read_header(path)
+                estimate = _estimate(registry, name, spec, header)
     except LlamaserveError as error:
         problem = error.message
-    files = [] if path is None else list(part_paths(path))
     facts = ModelFacts(
         model=name,
         aliases=sorted(alias for alias, target in registry.aliases.items() if target == name),
@@ -113,14 +134,16 @@ def gather(registry: Registry, name: str, spec: ModelSpec, lock: LockFile) -> tu
         task=task_of(spec, header),
         description=spec.description,
         licence=spec.licence,
-        here=path is not None,
+        here=is_here(registry, spec),
         files=[os.fsencode(file).decode("utf-8", "replace") for file in files],
         size=sum(file.stat().st_size for file in files) if files else None,
         sha256=spec.sha256,
         lock=lock.get(spec.source),
         adapters=[adapter.source for adapter in spec.lora],
+        parts={str(part): text for part, text in spec.parts.sources.items()},
         header=None if header is None else _header_facts(header, spec),
         speech=None if speech is None else _speech_facts(speech),
+        image=None if image is None else _image_facts(image, spec),
         memory=None if estimate is None else _memory_facts(estimate),
         problem=problem,
     )
@@ -164,6 +187,19 @@ def _speech_facts(header: WhisperHeader) -> SpeechFacts:
         parameters=header.parameter_count,
         quantisation=header.quantisation,
         languages=header.languages,
+    )
+
+
+def _image_facts(header: DiffusionHeader, spec: ModelSpec) -> ImageFacts:
+    usual = ImageSettings.of(spec, header)
+    return ImageFacts(
+        family=header.family.name,
+        parameters=header.parameter_count,
+        quantisation=header.quantisation,
+        size=str(usual.size),
+        steps=usual.steps,
+        cfg_scale=usual.cfg_scale,
+        edits=header.encodes,
     )
 
 

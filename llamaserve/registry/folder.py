@@ -1,10 +1,11 @@
-"""The models folder: which GGUF files and Whisper files of whisper.cpp (``.bin``) lie in it, and what each is called.
+"""The models folder: which GGUF files, Whisper files of whisper.cpp (``.bin``) and whole diffusion models
+(``.safetensors``) lie in it, and what each is called.
 
 A file's name is its path within the folder, such as ``qwen/Qwen3-4B-Q4_K_M.gguf``; of a model in several files only the
-first is listed. Headers are read to leave out what is no model (adapters, projectors, statistics, and ``.bin`` files of
-any other kind), and to say what is wrong with a broken file instead of hiding it; a file that has not changed is read
-once. Symbolic links to files are followed, those to folders are not, so there are no loops; what begins with a dot is
-no model.
+first is listed. Headers are read to leave out what is no model (adapters, projectors, statistics, and ``.bin`` and
+``.safetensors`` files of any other kind), and to say what is wrong with a broken file instead of hiding it; a file that
+has not changed is read once. Symbolic links to files are followed, those to folders are not, so there are no loops;
+what begins with a dot is no model.
 
 This module knows nothing of models.yaml's models and loads nothing.
 """
@@ -23,6 +24,7 @@ from typing import Final
 
 from llamaserve import errors
 from llamaserve.registry.cache import is_file
+from llamaserve.registry.diffusion_file import read_diffusion
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.loadable import other_kind
 from llamaserve.registry.sources import WEIGHTS
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 MAX_DEPTH: Final = 8  # folders below the models folder
 MAX_ENTRIES: Final = 50_000  # files and folders that are looked at; a folder with more is not one of models
 REMEMBERED: Final = 4096  # files
+
+_TO_BE_LISTED: Final = "it is a diffusion model; list it in models.yaml with `task: image`"
 
 _Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of change of each part
 
@@ -90,7 +94,7 @@ def scan(folder: Path) -> list[FoundModel]:
 
 
 def stamp(folder: Path) -> tuple[_Stamp, ...]:
-    """Return what changes whenever one of the folder's ``.gguf`` and ``.bin`` files does, or one comes or goes."""
+    """Return what changes whenever one of the folder's files of models does, or one comes or goes."""
     return tuple(_stamp(folder / name) for name in sorted(_weights(folder, logging.DEBUG)))
 
 
@@ -122,8 +126,15 @@ def resolve(registry: Registry, folder: Path | None, reference: str) -> tuple[st
     return registry.resolve_reference(reference)
 
 
+def without_ending(name: str) -> str:
+    """Return a model's name without the ending of its file."""
+    return next((name.removesuffix(ending) for ending in WEIGHTS if name.endswith(ending)), name)
+
+
 def is_something_else(path: Path) -> bool:
-    """Whether a file says that it is no model, but an adapter or the like; ``.bin`` files may be anything else, too."""
+    """Whether a file says that it is no model, but an adapter or the like; ``.bin`` and ``.safetensors`` files may be
+    anything else, too.
+    """
     return _facts(path).other is not None
 
 
@@ -207,14 +218,28 @@ def _facts(path: Path) -> _Facts:
 
 def _read(path: Path) -> _Facts:
     try:
-        if path.suffix.lower() != ".bin":
-            return _Facts(other=other_kind(read_header(path)))
-        if not is_whisper_file(path):
-            return _Facts(other="some other .bin file")
-        read_whisper(path)
+        match path.suffix.lower():
+            case ".bin":
+                if not is_whisper_file(path):
+                    return _Facts(other="some other .bin file")
+                read_whisper(path)
+            case ".safetensors":
+                if not _is_diffusion_model(path):
+                    return _Facts(other="some other .safetensors file")
+            case _:
+                return _Facts(other=other_kind(read_header(path)))
         return _Facts()
     except errors.ModelError as error:
-        return _Facts(error=error.message)
+        return _Facts(error=_TO_BE_LISTED if _is_diffusion_model(path) else error.message)
+
+
+def _is_diffusion_model(path: Path) -> bool:
+    """Whether a file is a diffusion model with all its parts."""
+    try:
+        read_diffusion(path)
+    except (errors.ModelError, errors.ModelNotCapable):
+        return False
+    return True
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -30,7 +30,8 @@ MAX_HEADER = 128 << 20  # bytes; the largest real ones, with a whole tokenizer.j
 MAX_METADATA = 65_536
 MAX_TENSORS = 100_000
 MAX_KEY = 65_535  # bytes
-MAX_TENSOR_NAME = 63  # bytes, GGML_MAX_NAME - 1
+MAX_TENSOR_NAME = 63  # bytes, GGML_MAX_NAME - 1 in llama.cpp,
+LONG_TENSOR_NAME = 127  # and in stable-diffusion.cpp
 MAX_ALIGNMENT = 1 << 20
 MAX_PARTS = 512  # files of one model; llama.cpp has all of them open at once
 DEFAULT_ALIGNMENT = 32
@@ -482,7 +483,7 @@ def read_header(path: Path) -> GGUFHeader:
         GGUFError: It cannot be read, is no GGUF file of version 2 or 3 (little-endian), is cut short, contradicts
             itself, or is a later part.
     """
-    header = _read_file(path)
+    header = read_container(path, MAX_TENSOR_NAME)
     if header.integer("split.no"):
         raise _later_part(header)
     if not header.architecture and header.text("general.type") not in _NAMELESS:
@@ -490,10 +491,13 @@ def read_header(path: Path) -> GGUFHeader:
     return header if header.split_count == 1 else _with_parts(header)
 
 
-def _read_file(path: Path) -> GGUFHeader:
+def read_container(path: Path, longest_name: int = LONG_TENSOR_NAME) -> GGUFHeader:
+    """Read and check the header of a single file of which nobody knows what it is for: it need not name an
+    architecture, and its tensors may have names of so many bytes. Raises as ``read_header`` does.
+    """
     descriptor, size = _open(path)
     try:
-        return _read(path, descriptor, size)
+        return _read(path, descriptor, size, longest_name)
     except OSError as error:
         raise GGUFError(f"{path} cannot be read: {error.strerror or error}") from error
     finally:
@@ -621,7 +625,7 @@ class _Cursor:
             self._require(count)
 
 
-def _read(path: Path, descriptor: int, size: int) -> GGUFHeader:
+def _read(path: Path, descriptor: int, size: int, longest_name: int) -> GGUFHeader:
     cursor = _Cursor(path, descriptor, size)
     version = _read_version(cursor)
     cursor.part = "its counts"
@@ -632,7 +636,7 @@ def _read(path: Path, descriptor: int, size: int) -> GGUFHeader:
     metadata, types = _read_metadata(cursor, metadata_count)
     alignment = _alignment(path, metadata)
     cursor.part = "its tensor list"
-    tensors = _read_tensors(cursor, tensor_count, alignment)
+    tensors = _read_tensors(cursor, tensor_count, alignment, longest_name)
     data_offset = -(-cursor.position // alignment) * alignment if tensors else cursor.position
     _check_weights(path, size, data_offset, tensors)
     return GGUFHeader(path, size, version, MappingProxyType(metadata), tensors, data_offset, types=types)
@@ -698,7 +702,7 @@ def _read_part(path: Path, first: GGUFHeader, number: int) -> GGUFHeader:
     """Read a later part, and check that it belongs to the first as its name says."""
     count = first.split_count
     try:
-        header = _read_file(path)
+        header = read_container(path, MAX_TENSOR_NAME)
     except ModelFileMissing:
         raise ModelFileMissing(f"part {number} of {count} is missing: {path}", hint=_FETCH_AGAIN) from None
     _check_split_types(header)
@@ -809,10 +813,10 @@ def _alignment(path: Path, metadata: Mapping[str, Scalar | GGUFArray]) -> int:
     return value
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[TensorInfo, ...]:
+def _read_tensors(cursor: _Cursor, count: int, alignment: int, longest_name: int) -> tuple[TensorInfo, ...]:
     tensors: dict[str, TensorInfo] = {}
     for _ in range(count):
-        tensor = _read_tensor(cursor)
+        tensor = _read_tensor(cursor, longest_name)
         if tensor.name in tensors:
             raise GGUFError(f"{cursor.path} is damaged: the tensor {tensor.name!r} stands in it twice")
         if tensor.offset % alignment:
@@ -824,8 +828,8 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[TensorIn
     return tuple(tensors.values())
 
 
-def _read_tensor(cursor: _Cursor) -> TensorInfo:
-    name = cursor.string("a tensor's name", MAX_TENSOR_NAME).decode(errors="replace")
+def _read_tensor(cursor: _Cursor, longest_name: int) -> TensorInfo:
+    name = cursor.string("a tensor's name", longest_name).decode(errors="replace")
     where = f"{cursor.path} is damaged: the tensor {name!r}"
     dims = cursor.number(_U32)
     if dims > 4:

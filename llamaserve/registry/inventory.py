@@ -11,6 +11,7 @@ from pathlib import Path
 from llamaserve.registry.cache import place_of
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.folder import is_something_else, scan
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 
 
@@ -35,7 +36,7 @@ def fetched(registry: Registry, locked: Iterable[str]) -> dict[str, ModelSpec]:
     models.yaml has by another name, no adapters, and each file once.
     """
     places = _places(registry, registry.models.values())
-    known = {adapter.source for spec in registry.models.values() for adapter in spec.lora}
+    known = {source for spec in registry.models.values() for source in spec.other_sources}
     specs: dict[str, ModelSpec] = {}
     for text in locked:
         if not text.startswith(("hf:", "pypi:")) or text in known:
@@ -49,8 +50,9 @@ def fetched(registry: Registry, locked: Iterable[str]) -> dict[str, ModelSpec]:
 
 
 def is_here(registry: Registry, spec: ModelSpec) -> bool:
-    """Whether a model's files are all on this machine."""
-    return locate(registry.source(spec)) is not None
+    """Whether a model's files are all on this machine, but for adapters, without which it can be used."""
+    parts = [parse_source(source, registry.path.parent) for source in spec.parts.sources.values()]
+    return all(locate(source) is not None for source in (registry.source(spec), *parts))
 
 
 def _places(registry: Registry, specs: Iterable[ModelSpec]) -> set[Path]:

@@ -23,6 +23,7 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from llamaserve.errors import InvalidRequest, UnsupportedParameter
+from llamaserve.images.values import DiffusionParams
 from llamaserve.registry.spec import ModelSpec, RunOptions
 from llamaserve.speech.values import TranscriberParams
 from llamaserve.worker.protocol import ModelParams
@@ -114,6 +115,8 @@ def effective(params: ModelParams) -> dict[str, object]:
     """Return what is in force: every option by our name for it, then what newer clients of text-generation-webui look
     for under another one. ``translate`` takes all of it.
     """
+    if isinstance(params, DiffusionParams):
+        return {"threads": params.threads}
     if isinstance(params, TranscriberParams):
         return {"threads": params.threads, "gpu_layers": "all" if params.gpu else "none"}
     values: dict[str, object] = {

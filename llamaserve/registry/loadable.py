@@ -26,6 +26,10 @@ _NOT_ALONE = {
     "dflash": "a draft model for speculative decoding, which only works beside its target model",
     "gemma4-assistant": "a draft model for speculative decoding, which only works beside its target model",
     "wavtokenizer-dec": "an audio codec, not a language model",
+    **dict.fromkeys(
+        ("flux", "lumina2", "qwen_image", "sd1", "sd3", "sdxl", "wan"),
+        "a diffusion model, which is for images: list it in models.yaml with `task: image`, and with its `parts`",
+    ),
 }
 _NOT_A_MODEL = {"adapter": "a LoRA adapter", "mmproj": "a projector", "imatrix": "an importance matrix"}
 # These architectures assert that there are experts, or divide by their number.

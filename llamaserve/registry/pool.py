@@ -19,7 +19,7 @@ from llamaserve.engine.events import Occupancy
 from llamaserve.engine.params import Footprint
 from llamaserve.errors import LlamaserveError, ModelNotFound, ModelNotLoaded, RegistryError
 from llamaserve.registry.fetching import locate
-from llamaserve.registry.folder import FoundModel, is_something_else, resolve, scan
+from llamaserve.registry.folder import FoundModel, is_something_else, resolve, scan, without_ending
 from llamaserve.registry.load_args import apply
 from llamaserve.registry.lock_file import LockFile
 from llamaserve.registry.model_events import ModelEvents
@@ -333,7 +333,7 @@ class ModelPool:
             if str(source) not in named and source.name not in specs and source.name not in aliases:
                 specs[source.name] = self.registry.by_defaults(str(source))
         for each in found:
-            short = each.name.removesuffix(".gguf").removesuffix(".bin")
+            short = without_ending(each.name)
             if each.name in specs and short not in specs and short not in aliases:
                 aliases[short] = each.name
         return specs, {alias: name for alias, name in aliases.items() if name in specs}
@@ -361,7 +361,7 @@ class ModelPool:
     def _pulled(self) -> list[Source]:
         """Return the models that have been fetched without being in models.yaml: sources in models.lock."""
         specs = self.registry.models.values()
-        listed = {spec.source for spec in specs} | {adapter.source for spec in specs for adapter in spec.lora}
+        listed = {source for spec in specs for source in (spec.source, *spec.other_sources)}
         base = self.registry.path.parent
         return [parse_source(text, base) for text in self._locked if text not in listed]
 

@@ -1,4 +1,4 @@
-"""Fetching what a model needs, its adapters too, as models.lock says, and noting there what was fetched.
+"""Fetching what a model needs, its adapters and parts too, as models.lock says, and noting there what was fetched.
 
 A source with an entry is fetched as exactly the commit that the entry names, and its files must have the sums there;
 only an update moves an entry on. This module knows models.yaml's values and models.lock, and nothing of commands or
@@ -22,6 +22,7 @@ from llamaserve.registry.lock_file import LockedFile, LockEntry, LockFile, pinne
 from llamaserve.registry.sources import FileSource, HubSource, Progress, Source, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
+from llamaserve.registry.tasks import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def pull(
     update: bool = False,
     record_files: bool = True,
 ) -> Path:
-    """Fetch a model and its adapters unless they are here, and return the model's (first) file.
+    """Fetch a model and its adapters or parts unless they are here, and return the model's (first) file.
 
     Entries of models.lock are kept to, or made anew with ``update``. Files on this machine (``file:``) get an entry
     only if they are to be recorded, since that takes reading them.
@@ -44,9 +45,11 @@ def pull(
     ``GGUFError`` when what came is no model file.
     """
     base = registry.path.parent
-    path = _pull(spec.source, base, spec.sha256, lock, progress, update=update, record_files=record_files)
-    for adapter in spec.lora:
-        _pull(adapter.source, base, None, lock, progress, update=update, record_files=record_files)
+    of_texts = kind_of(spec, registry.source(spec)) == "text"
+    options = {"update": update, "record_files": record_files, "of_texts": of_texts}
+    path = _pull(spec.source, base, spec.sha256, lock, progress, **options)
+    for source in spec.other_sources:
+        _pull(source, base, None, lock, progress, **options)
     return path
 
 
@@ -59,6 +62,7 @@ def _pull(
     *,
     update: bool,
     record_files: bool,
+    of_texts: bool,
 ) -> Path:
     source = parse_source(text, base)
     locked = lock.get(text)  # also for an update: a damaged models.lock is told before anything is downloaded
@@ -76,7 +80,7 @@ def _pull(
                 "llamaserve pull --update",
             )
     elif record_files or not isinstance(source, FileSource):
-        _note(lock, text, describe(source, path, meanwhile))
+        _note(lock, text, describe(source, path, meanwhile, of_texts=of_texts))
     return path
 
 
@@ -88,9 +92,11 @@ def _note(lock: LockFile, text: str, entry: LockEntry) -> None:
         log.warning("%s", error.message)
 
 
-def describe(source: Source, path: Path, meanwhile: Callable[[], None] = carry_on) -> LockEntry:
+def describe(
+    source: Source, path: Path, meanwhile: Callable[[], None] = carry_on, *, of_texts: bool = True
+) -> LockEntry:
     """Return the entry for a source whose (first) file lies here. Reads the files, unless their sums are known;
-    ``meanwhile`` may raise to give that up.
+    ``meanwhile`` may raise to give that up. Only a model ``of_texts`` has a chat template.
     """
     parts = part_paths(path)
     places = [hub.origin(part) for part in parts] if isinstance(source, HubSource) else []
@@ -101,7 +107,7 @@ def describe(source: Source, path: Path, meanwhile: Callable[[], None] = carry_o
     ]
     today = datetime.now(UTC).date().isoformat()
     revision = places[0].revision if places and places[0] else None
-    return LockEntry(tuple(files), revision, template_sum(path), today)
+    return LockEntry(tuple(files), revision, template_sum(path) if of_texts else None, today)
 
 
 def template_sum(path: Path) -> str | None:

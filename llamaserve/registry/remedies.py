@@ -43,8 +43,8 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a model, or of its ``adapter``, that are here, the first of them at ``path``; and what models.lock
-    and models.yaml promise for them.
+    """The files of a model, or of its ``adapter`` or part, that are here, the first of them at ``path``; and what
+    models.lock and models.yaml promise for them.
     """
 
     source: Source
@@ -138,7 +138,7 @@ class Remedies:
 
     def accept(self, spec: ModelSpec, problem: str) -> Advice:
         """Advise on what is not as models.lock says, and may be meant: it is noted there anew."""
-        of_hub = [text for text in (spec.source, *(each.source for each in spec.lora)) if text.startswith("hf:")]
+        of_hub = [text for text in (spec.source, *spec.other_sources) if text.startswith("hf:")]
         more = f" (the command also fetches the newest version of {' and '.join(of_hub)})" if of_hub else ""
         return Advice(problem + more, self._call("pull", self.name, "--update"))
 

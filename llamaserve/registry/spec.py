@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from llamaserve import errors
 from llamaserve.engine.params import FlashAttention, GpuLayers, KVType, NumaStrategy, SplitMode
+from llamaserve.images.values import PARTS, Edits, Part, Sampler, Scheduler, Size
 from llamaserve.registry import fetching, sources
 
 MAX_FILE: Final = 1024 * 1024  # bytes; a list of models that is larger is a mistake
@@ -28,19 +29,25 @@ MAX_VALUES: Final = 20_000  # values after anchors are followed, so that no alia
 MAX_DEPTH: Final = 16
 SHOWN_PROBLEMS: Final = 20
 
+LEAST_SIDE: Final = 16  # pixels of a picture
+LARGEST_SIDE: Final = 4096
+MOST_STEPS: Final = 150
+MOST_GUIDANCE: Final = 100.0
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 _NAME_RULE = "a name starts with a letter or digit and goes on with letters, digits, and . _ - / :, without '..'"
 _LONGEST = 1e9  # seconds, thirty years
 _YAML = "tag:yaml.org,2002:"
 _Where = tuple[str | int, ...]
 
-Task = Literal["generation", "embedding", "rerank", "moderation", "transcription"]
+Task = Literal["generation", "embedding", "rerank", "moderation", "transcription", "image"]
 
 _CHOSEN_TASKS: Final[tuple[Task, ...]] = (
     "embedding",
     "rerank",
     "moderation",
     "transcription",
+    "image",
 )  # for which the defaults name a model
 
 
@@ -175,8 +182,8 @@ class RunOptions(BaseModel):
 
 class Defaults(RunOptions):
     """What holds for every model that does not say otherwise, the ``model`` that runs when none is named, and those
-    that answer requests for embeddings, for an order of documents, for a moderation and for a transcript that name
-    none.
+    that answer requests for embeddings, for an order of documents, for a moderation, for a transcript and for a picture
+    that name none.
     """
 
     model: str | None = None
@@ -184,6 +191,7 @@ class Defaults(RunOptions):
     rerank_model: str | None = None
     moderation_model: str | None = None
     transcription_model: str | None = None
+    image_model: str | None = None
 
 
 class AdapterSpec(BaseModel):
@@ -215,6 +223,63 @@ class Prefixes(BaseModel):
     plain: Annotated[str, Field(max_length=2000)] = ""
 
 
+class Parts(BaseModel):
+    """Where the parts of a diffusion model are that lie in files of their own: the VAE, or a small decoder in its place
+    (TAESD), or beside it to show pictures on the way, and what reads prompts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vae: str | None = None
+    taesd: str | None = None
+    clip_l: str | None = None
+    clip_g: str | None = None
+    t5xxl: str | None = None
+    llm: str | None = None
+    llm_vision: str | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_source(cls, source: str | None) -> str | None:
+        return None if source is None else _checked_source(source)
+
+    @property
+    def sources(self) -> dict[Part, str]:
+        """The parts that are named."""
+        named = ((part, getattr(self, part)) for part in PARTS)
+        return {part: source for part, source in named if source is not None}
+
+
+def _picture_size(value: object) -> object:
+    if isinstance(value, Size):
+        return value
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"should be width and height in pixels, such as 512x768, not {_shown(value)}")
+    size = Size(int(found[1]), int(found[2]))
+    if not (min(size) >= LEAST_SIDE and max(size) <= LARGEST_SIDE):
+        raise ValueError(f"should have {LEAST_SIDE} to {LARGEST_SIDE} pixels on each side, not {value}")
+    return size
+
+
+class ImageDefaults(BaseModel):
+    """How a model's pictures are made where a request does not say it, which is as its family recommends unless it is
+    said here. ``edits`` is how a picture is edited: by making parts of it anew, or by having the model look at it.
+    ``loras`` is a folder with LoRA files that prompts may name; a relative path begins at the folder of models.yaml.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)] | None = None
+    cfg_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)] | None = None
+    sampler: Sampler | None = None
+    scheduler: Scheduler | None = None
+    size: Annotated[Size, BeforeValidator(_picture_size)] | None = None
+    edits: Edits | None = None
+    loras: Path | None = None
+
+
 class ModelSpec(RunOptions):
     """One model of the list: where its weights are, what it is for and how it runs, with which LoRA adapters.
 
@@ -231,11 +296,18 @@ class ModelSpec(RunOptions):
     licence: str | None = None
     description: str | None = None
     lora: Annotated[tuple[AdapterSpec, ...], Field(max_length=32)] = ()
+    parts: Parts = Parts()
+    image: ImageDefaults = ImageDefaults()
 
     @field_validator("source")
     @classmethod
     def _is_a_source(cls, source: str) -> str:
         return _checked_source(source)
+
+    @property
+    def other_sources(self) -> tuple[str, ...]:
+        """Where its other files are: LoRA adapters, and parts of a diffusion model."""
+        return (*(adapter.source for adapter in self.lora), *self.parts.sources.values())
 
     @field_validator("sha256")
     @classmethod
@@ -288,7 +360,7 @@ class Registry:
             return self.resolve(text)
         if text.startswith(("hf:", "pypi:")):
             source = sources.parse_source(text, Path.cwd())
-        elif text.startswith(("file:", "~")) or "/" in text or text.lower().endswith(".gguf"):
+        elif text.startswith(("file:", "~")) or "/" in text or text.lower().endswith((".gguf", ".safetensors")):
             source = sources.parse_source("file:" + text.removeprefix("file:"), Path.cwd())
             fetching.fetch(source)  # downloads nothing: a file is there, or is missing
         else:
@@ -459,7 +531,12 @@ class _Document:
 
 
 _Options = TypeVar("_Options", Defaults, ModelSpec)
-_INNER: Final[Mapping[str, type[BaseModel]]] = {"lora": AdapterSpec, "prefixes": Prefixes}  # fields with fields
+_INNER: Final[Mapping[str, type[BaseModel]]] = {  # fields with fields
+    "lora": AdapterSpec,
+    "prefixes": Prefixes,
+    "parts": Parts,
+    "image": ImageDefaults,
+}
 
 
 class _Builder:

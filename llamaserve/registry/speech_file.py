@@ -6,90 +6,42 @@ loaded.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from llamaserve.engine.params import Adapter, Footprint
-from llamaserve.errors import InsufficientMemory, ModelError, ModelNotCapable
+from llamaserve.errors import InsufficientMemory, ModelNotCapable
 from llamaserve.registry.budget import is_unified
-from llamaserve.registry.gguf import GGUFHeader
 from llamaserve.registry.hardware import performance_cores
 from llamaserve.registry.load_plan import PROCESS, LoadPlan
 from llamaserve.registry.memory import Estimate, claimed
-from llamaserve.registry.model_file import FAILURE_KEPT, ModelFile
-from llamaserve.registry.spec import ModelSpec, Prefixes
-from llamaserve.registry.tasks import WORK, task_of
+from llamaserve.registry.other_file import OtherFile, refuse_adapters, refuse_text_settings
+from llamaserve.registry.spec import ModelSpec
+from llamaserve.registry.tasks import task_of
 from llamaserve.registry.whisper_file import WhisperHeader, read_whisper
 from llamaserve.registry.whisper_memory import estimate_whisper
 from llamaserve.speech.values import TranscriberParams
 from llamaserve.worker.protocol import Device
 
-logger = logging.getLogger(__name__)
 
-
-class SpeechFile(ModelFile):
+class SpeechFile(OtherFile[WhisperHeader]):
     """The file of a Whisper model with these settings; relative paths begin at ``base``."""
 
-    def __init__(self, name: str, spec: ModelSpec, base: Path) -> None:
-        super().__init__(name, spec, base)
-        self._speech: WhisperHeader | None = None
+    task = "transcription"
 
-    @property
-    def header(self) -> GGUFHeader:
-        """None of llama.cpp's. Raises ``ModelNotCapable``."""
-        raise ModelNotCapable(f"{self._name} {WORK['transcription']}; it is no model of texts")
-
-    @property
-    def known_header(self) -> GGUFHeader | None:
-        """None, since it is no file of llama.cpp's."""
-        return None
-
-    async def peek(self) -> GGUFHeader | None:
-        """See ``known_header``."""
-        return None
-
-    @property
-    def speech(self) -> WhisperHeader:
-        """What the file says of itself; read once it is needed. Raises ``ModelError``."""
-        if self._speech is None:
-            self._speech = read_whisper(self._path(self.spec.sha256))
-        return self._speech
-
-    @property
-    def known_speech(self) -> WhisperHeader | None:
-        """The same, or None when the file is missing or bad. A promised sum is not looked at."""
-        if self._speech is not None or time.monotonic() < self._unreadable_until:
-            return self._speech
-        try:
-            self._speech = read_whisper(self._path())
-        except ModelError as error:
-            logger.info("%s: %s", self._name, error.message)
-            self._unreadable_until = time.monotonic() + FAILURE_KEPT
-        return self._speech
-
-    async def read_speech(self) -> WhisperHeader:
-        """Return what the file says of itself, read in a thread if it is not known yet. Raises ``ModelError``."""
-        return self._speech if self._speech is not None else await asyncio.to_thread(lambda: self.speech)
-
-    def checked(self, adapters: Sequence[Adapter]) -> tuple[Adapter, ...]:
-        """Return no adapters. Raises ``ModelNotCapable`` when there are some."""
-        _refuse_adapters(bool(adapters))
-        return ()
+    def _read_contents(self, *, check_sum: bool) -> WhisperHeader:
+        return read_whisper(self._path(self.spec.sha256 if check_sum else None))
 
     def load_params(self) -> TranscriberParams:
         """Return how it is loaded, as far as the settings decide it."""
-        return speech_params(self.spec, self.speech, gpu=self.spec.gpu_layers not in ("none", 0))
+        return speech_params(self.spec, self.contents, gpu=self.spec.gpu_layers not in ("none", 0))
 
     def plan(self, adapters: Sequence[Adapter], budget: Footprint, devices: Sequence[Device]) -> LoadPlan:
         """Check the file, and decide how it is loaded. Raises ``ModelError`` for one that whisper.cpp must not see,
         ``ModelNotCapable`` and ``InsufficientMemory``.
         """
         self.checked(adapters)
-        self._speech = read_whisper(self._path(self.spec.sha256))  # anew, which takes no time
-        return plan_speech(self._name, self.spec, self._speech, budget, devices)
+        self._contents = self._read_contents(check_sum=True)  # anew, which takes no time
+        return plan_speech(self._name, self.spec, self._contents, budget, devices)
 
 
 def speech_params(spec: ModelSpec, header: WhisperHeader, *, gpu: bool) -> TranscriberParams:
@@ -99,8 +51,7 @@ def speech_params(spec: ModelSpec, header: WhisperHeader, *, gpu: bool) -> Trans
         raise ModelNotCapable(
             f"its file is one of whisper.cpp's, whose models do nothing but transcribe speech: {task}"
         )
-    if spec.pooling != "auto" or spec.prefixes != Prefixes():
-        raise ModelNotCapable("`pooling` and `prefixes` are for models that make embeddings: leave them out")
+    refuse_text_settings(spec)
     return TranscriberParams(
         path=str(header.path),
         threads=performance_cores() if spec.threads == "auto" else spec.threads,
@@ -115,7 +66,7 @@ def plan_speech(
     """Decide how a Whisper model is loaded, on a GPU if it fits there, and return what that takes. Raises
     ``ModelNotCapable``, and ``InsufficientMemory`` when that is more than the whole budget.
     """
-    _refuse_adapters(bool(spec.lora))
+    refuse_adapters(bool(spec.lora))
     wanted = spec.gpu_layers not in ("none", 0) and bool(devices)
     for gpu in (True, False) if wanted else (False,):
         taken = _taken(header, gpu=gpu, unified=is_unified(devices))
@@ -141,8 +92,3 @@ def _taken(header: WhisperHeader, *, gpu: bool, unified: bool) -> Footprint:
     """
     there = estimate_whisper(header, gpu)
     return there if unified else Footprint(estimate_whisper(header, False).host, there.device)
-
-
-def _refuse_adapters(given: bool) -> None:
-    if given:
-        raise ModelNotCapable("LoRA adapters are for models that generate text")

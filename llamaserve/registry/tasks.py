@@ -6,12 +6,12 @@ Knows settings and headers, and nothing of how anything is loaded.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from llamaserve.engine.params import Pooling
 from llamaserve.errors import ModelNotCapable
 from llamaserve.registry.gguf import GGUFHeader
-from llamaserve.registry.sources import is_speech, parse_source
+from llamaserve.registry.sources import Source, is_image, is_speech, parse_source
 from llamaserve.registry.spec import ModelSpec, Prefixes, Task
 
 _POOLING: Final[dict[int | None, Pooling]] = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type
@@ -26,16 +26,30 @@ WORK: Final[dict[Task, str]] = {
     "rerank": "scores documents for a query (POST /v1/rerank)",
     "moderation": "judges texts (POST /v1/moderations)",
     "transcription": "transcribes speech (POST /v1/audio/transcriptions)",
+    "image": "makes pictures (POST /v1/images/generations)",
 }
 NOT_WHISPER: Final = "its file is none of whisper.cpp's (.bin), which alone transcribe speech"
+
+
+Kind = Literal["text", "speech", "image"]
+
+
+def kind_of(spec: ModelSpec, source: Source) -> Kind:
+    """Return which library runs a model with this source: llama.cpp for text, whisper.cpp or stable-diffusion.cpp."""
+    if spec.task == "image" or (spec.task is None and is_image(source)):
+        return "image"
+    return "speech" if is_speech(source) else "text"
 
 
 def task_of(spec: ModelSpec, header: GGUFHeader | None) -> Task:
     """Return what a model is there for; without a header, as far as its settings tell."""
     if spec.task is not None:
         return spec.task
-    if is_speech(parse_source(spec.source, Path("/"))):
-        return "transcription"
+    match kind_of(spec, parse_source(spec.source, Path("/"))):
+        case "speech":
+            return "transcription"
+        case "image":
+            return "image"
     if header is None or not header.is_embedding_model:
         return "generation"
     return "rerank" if header.pooling_type == _RANK else "embedding"
@@ -60,8 +74,8 @@ def pooling_of(spec: ModelSpec, header: GGUFHeader) -> Pooling | None:
             if not header.gives_scores:
                 raise ModelNotCapable("it has no classification head, so it can't score documents")
             return "rank"
-        case "transcription":
-            raise ModelNotCapable(NOT_WHISPER)
+        case "transcription" | "image":
+            raise ModelNotCapable(NOT_WHISPER if task == "transcription" else "its file is none of a diffusion model")
         case _:
             if not header.remembers:
                 raise ModelNotCapable("it is an encoder; it can't generate text")

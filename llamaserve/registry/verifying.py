@@ -15,15 +15,18 @@ from llamaserve import errors
 from llamaserve.registry import hub, wheels
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.cache import checksum
+from llamaserve.registry.diffusion_file import read_diffusion
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.image_file import locate_parts
 from llamaserve.registry.loadable import check_loadable
 from llamaserve.registry.lock_file import LockEntry, LockFile
 from llamaserve.registry.pulling import differences, template_sum
 from llamaserve.registry.remedies import Advice, Files, Remedies
-from llamaserve.registry.sources import FileSource, Source, WheelSource, is_speech, parse_source
+from llamaserve.registry.sources import FileSource, Source, WheelSource, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry
 from llamaserve.registry.split import part_paths
+from llamaserve.registry.tasks import kind_of
 from llamaserve.registry.whisper_file import read_whisper
 
 
@@ -38,12 +41,14 @@ class Finding(msgspec.Struct, frozen=True):
 def verify_model(
     registry: Registry, name: str, spec: ModelSpec, lock: LockFile, options: tuple[str, ...] = ()
 ) -> list[Finding]:
-    """Return what is wrong with a model and its adapters. ``options`` are the words that make other commands see the
-    same models. Raises ``RegistryError`` for a damaged models.lock.
+    """Return what is wrong with a model, its adapters and its parts. ``options`` are the words that make other commands
+    see the same models. Raises ``RegistryError`` for a damaged models.lock.
     """
     base = registry.path.parent
     verification = _Verification(Remedies(registry, name, options), spec, lock)
     found = list(verification.files(registry.source(spec), spec.source, spec.sha256))
+    for part, text in spec.parts.sources.items():
+        found += verification.files(parse_source(text, base), text, None, beside=f"the part {part}")
     header = None
     if not found:
         header, fault = verification.header(registry.source(spec))
@@ -74,13 +79,15 @@ class _Verification:
     spec: ModelSpec
     lock: LockFile
 
-    def files(self, source: Source, text: str, sha256: str | None, *, adapter: bool = False) -> Iterator[Advice]:
-        """Compare the files of a source with all that was promised for them. ``text`` is what models.yaml calls it."""
+    def files(self, source: Source, text: str, sha256: str | None, *, beside: str | None = None) -> Iterator[Advice]:
+        """Compare the files of a source with all that was promised for them. ``text`` is what models.yaml calls it, and
+        ``beside`` what it is, if not the model itself.
+        """
         path, entry = locate(source), self.lock.get(text)
         if path is None:
-            yield self.remedies.absent(source, f"the LoRA adapter {text}" if adapter else "it")
+            yield self.remedies.absent(source, "it" if beside is None else f"{beside} {text}")
             return
-        files = Files(source, path, entry, sha256, adapter)
+        files = Files(source, path, entry, sha256, beside is not None)
         try:
             for what in _broken_promises(path):
                 yield self.remedies.replace(files, what)
@@ -94,20 +101,26 @@ class _Verification:
             elif isinstance(source, WheelSource) and wheels.is_outdated(source, path):
                 what = f"{path} was converted by another version of llamaserve, and would be another file now"
                 yield self.remedies.accept(self.spec, what)
-            if entry is not None and (other := _other_template(entry, path)):
+            of_texts = kind_of(self.spec, self.remedies.registry.source(self.spec)) == "text"
+            if of_texts and entry is not None and (other := _other_template(entry, path)):
                 yield self.remedies.accept(self.spec, other)
         except (errors.LlamaserveError, OSError) as error:
             yield self.remedies.mend(files, error)
 
     def header(self, source: Source) -> tuple[GGUFHeader | None, list[Advice]]:
-        """Return the header of a file that llama.cpp can load, None for one that whisper.cpp can, or what is wrong."""
+        """Return the header of a file that llama.cpp can load, None for another library's, or what is wrong."""
         path = locate(source)
         if path is None:
             return None, []
         try:
-            if is_speech(source):
-                read_whisper(path)
-                return None, []
+            match kind_of(self.spec, source):
+                case "speech":
+                    read_whisper(path)
+                    return None, []
+                case "image":
+                    base = self.remedies.registry.path.parent
+                    read_diffusion(path, locate_parts(self.remedies.name, self.spec, base))
+                    return None, []
             header = read_header(path)
             check_loadable(header)
         except errors.LlamaserveError as error:
@@ -117,7 +130,7 @@ class _Verification:
 
     def adapter(self, source: Source, text: str, model: GGUFHeader | None) -> Iterator[Advice]:
         """Compare an adapter with what was promised, and with the model if that is good."""
-        found = list(self.files(source, text, None, adapter=True))
+        found = list(self.files(source, text, None, beside="the LoRA adapter"))
         yield from found
         path = locate(source)
         if found or path is None or model is None:

@@ -28,11 +28,13 @@ from llamaserve.engine.adapters import FileDigest
 from llamaserve.engine.embedder import Embedder, Encoded, LoadedEmbedder
 from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
+from llamaserve.engine.image_generator import ImageGenerator, LoadedImageGenerator, Tell
 from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
 from llamaserve.engine.transcriber import LoadedTranscriber, Transcriber
 from llamaserve.engine.work import TextWork, Work
 from llamaserve.errors import LlamaserveError, ModelNotCapable, to_value
 from llamaserve.frames import FrameSocket
+from llamaserve.images.values import DiffusionParams
 from llamaserve.speech.values import TranscriberParams
 from llamaserve.worker.protocol import (
     Accepted,
@@ -42,6 +44,7 @@ from llamaserve.worker.protocol import (
     Embed,
     Event,
     Generate,
+    GenerateImage,
     Hello,
     LimitSpill,
     Load,
@@ -83,7 +86,7 @@ class _Texts(NamedTuple):
     encoded: list[Encoded]
 
 
-_NO_TEXTS = "this model writes down speech; it does nothing with texts"
+_NO_TEXTS = "this model does nothing with texts alone"
 
 # What reaches the engine's thread: a request whose texts are encoded and whether it was stopped meanwhile, adapters
 # whose files were read, or a command about requests.
@@ -92,6 +95,7 @@ _Job = (
     | _Texts
     | tuple[SetAdapters, dict[str, FileDigest]]
     | Transcribe
+    | GenerateImage
     | Cancel
     | Stop
     | LimitSpill
@@ -124,7 +128,7 @@ class Host:
             raise TypeError(f"the first command is {type(command).__name__}, not Load")
         before = memory_in_use()
         try:
-            engine, gpu = _loaded(command.params, self._progress_reporter())
+            engine, gpu = _loaded(command.params, self._progress_reporter(), lambda events: self._send(list(events)))
         except LlamaserveError as error:
             self._send([LoadFailed(to_value(error))])
             return
@@ -188,6 +192,8 @@ class Host:
                 _transcriber(engine).submit(request, Path(path), transcription)
                 with contextlib.suppress(OSError):  # then the API process does it in the end
                     Path(path).unlink()  # it stays open
+            case GenerateImage(request, picture):
+                _image_generator(engine).submit(request, picture)
             case Cancel(request):
                 engine.cancel(request)
             case Stop(target):
@@ -212,7 +218,7 @@ class Host:
                 if isinstance(command, Cancel | Stop):
                     self._end_requests(engine, command)
                     continue
-                if isinstance(command, Transcribe | LimitSpill | SavePrefixes):
+                if isinstance(command, Transcribe | GenerateImage | LimitSpill | SavePrefixes):
                     self._jobs.put(command)
                     continue
                 if not isinstance(engine, TextWork):
@@ -306,8 +312,11 @@ class Host:
             self._jobs.put(job(ending is not None))
 
 
-def _loaded(params: ModelParams, on_progress: _ProgressReporter) -> tuple[Work, bool]:
+def _loaded(params: ModelParams, on_progress: _ProgressReporter, tell: Tell) -> tuple[Work, bool]:
     """Load a model, and return its work and whether that is done on a GPU."""
+    if isinstance(params, DiffusionParams):
+        generator = LoadedImageGenerator(params, on_progress, tell)
+        return generator, generator.gpu
     if isinstance(params, TranscriberParams):
         transcriber = LoadedTranscriber(params, on_progress)
         return transcriber, transcriber.gpu
@@ -317,19 +326,25 @@ def _loaded(params: ModelParams, on_progress: _ProgressReporter) -> tuple[Work, 
 
 def _transcriber(engine: Work) -> Transcriber:
     if not isinstance(engine, Transcriber):
-        raise ModelNotCapable("this model works on texts; it does not write down speech")
+        raise ModelNotCapable("this model does not write down speech")
+    return engine
+
+
+def _image_generator(engine: Work) -> ImageGenerator:
+    if not isinstance(engine, ImageGenerator):
+        raise ModelNotCapable("this model makes no pictures")
     return engine
 
 
 def _generator(engine: Work) -> Engine:
     if not isinstance(engine, Engine):
-        raise ModelNotCapable("this model makes vectors of texts; it does not generate any")
+        raise ModelNotCapable("this model does not generate text")
     return engine
 
 
 def _embedder(engine: Work) -> Embedder:
     if not isinstance(engine, Embedder):
-        raise ModelNotCapable("this model is loaded to generate text; it makes no embeddings")
+        raise ModelNotCapable("this model makes no embeddings")
     return engine
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from llamaserve.engine.events import Delta, Embedded, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation
 from llamaserve.errors import EngineCrashed, Unavailable, from_value, to_value
+from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 from llamaserve.speech.values import Heard, Transcribed, Transcription
 from llamaserve.worker.child import Child
 from llamaserve.worker.protocol import (
@@ -29,6 +30,7 @@ from llamaserve.worker.protocol import (
     Embed,
     Event,
     Generate,
+    GenerateImage,
     LimitSpill,
     Load,
     LoadFailed,
@@ -72,7 +74,7 @@ class _Inbox:
     def put(self, event: Event) -> None:
         """Add an event and wake the taker."""
         self._events.append(event)
-        self._finished += isinstance(event, Finished | Transcribed)
+        self._finished += isinstance(event, Finished | Transcribed | GeneratedImage)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._look_whether_over()
@@ -203,6 +205,35 @@ class TranscriptionStream:
         self._over = True
 
 
+class ImageStream:
+    """What becomes of one picture. It must be closed, after which nothing is told of it; but the library can't stop."""
+
+    def __init__(self, worker: WorkerProcess, job: ImageGeneration) -> None:
+        self._worker = worker
+        self._request = worker.next_request()
+        self._inbox = worker.open_request(self._request, encode_command(GenerateImage(self._request, job)))
+        self._closed = False
+        self.over = asyncio.Event()  # set once the child is done with it, whether that is taken or not
+        self._inbox.when_over(1, self.over.set)
+
+    async def events(self) -> AsyncIterator[ImageStep | PartialImage | GeneratedImage]:
+        """Yield what becomes of it, in order; the last one is a ``GeneratedImage``."""
+        while True:
+            event = (await self._inbox.arrival()).popleft()
+            assert isinstance(event, ImageStep | PartialImage | GeneratedImage)
+            yield event
+            if isinstance(event, GeneratedImage):
+                return
+
+    def close(self) -> None:
+        """Take no more events. If it has not begun, it never does."""
+        if not self._closed:
+            self._closed = True
+            self._worker.close_request(self._request)
+            if not self.over.is_set():
+                self._worker.send_soon(Cancel(self._request))
+
+
 class WorkerProcess:
     """A running child with a loaded model."""
 
@@ -248,6 +279,10 @@ class WorkerProcess:
         open: should all processes be killed then, nothing of it is left. The caller closes the stream.
         """
         return TranscriptionStream(self, path, transcription)
+
+    def generate_image(self, job: ImageGeneration) -> ImageStream:
+        """Make a picture. The caller closes the stream."""
+        return ImageStream(self, job)
 
     async def embed(self, inputs: Sequence[Prompt], embedding: Embedding) -> Embedded:
         """Return the vectors of texts or token ids. Whoever gives up waiting has the rest of the work dropped."""

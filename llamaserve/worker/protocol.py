@@ -10,10 +10,11 @@ import msgspec
 from llamaserve.engine.events import Delta, Device as Device, Embedded, Failed, Finished, Occupancy, Progress
 from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams
 from llamaserve.errors import ErrorValue, InvalidRequest
+from llamaserve.images.values import DiffusionParams, GeneratedImage, ImageGeneration, ImageStep, PartialImage
 from llamaserve.speech.values import Heard, Transcribed, TranscriberParams, Transcription
 
 Prompt = str | list[int]
-ModelParams = LoadParams | TranscriberParams
+ModelParams = LoadParams | TranscriberParams | DiffusionParams
 
 
 class Load(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -57,6 +58,13 @@ class Transcribe(msgspec.Struct, frozen=True, tag=True, array_like=True):
     request: int
     path: str
     transcription: Transcription
+
+
+class GenerateImage(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Make a picture. Answered by ``ImageStep``s and ``PartialImage``s, then ``GeneratedImage``, or ``Failed``."""
+
+    request: int
+    job: ImageGeneration
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -120,6 +128,7 @@ Command = (
     | Embed
     | Rank
     | Transcribe
+    | GenerateImage
     | Cancel
     | Stop
     | Tokenize
@@ -196,7 +205,21 @@ class Saved(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 RequestEvent = (
-    Accepted | Embedded | Heard | Transcribed | Tokens | Text | Done | Saved | Progress | Delta | Finished | Failed
+    Accepted
+    | Embedded
+    | Heard
+    | Transcribed
+    | ImageStep
+    | PartialImage
+    | GeneratedImage
+    | Tokens
+    | Text
+    | Done
+    | Saved
+    | Progress
+    | Delta
+    | Finished
+    | Failed
 )
 Event = Hello | Loading | Ready | LoadFailed | Occupancy | RequestEvent
 

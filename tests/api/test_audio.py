@@ -28,8 +28,7 @@ from audio_helpers import (
 )
 from running_server import RunningServer
 
-from llamaserve.api.audio import WARNING_HEADER
-from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER
+from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 SECOND_LINE = "ask what you can do for your country"

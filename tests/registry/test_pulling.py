@@ -24,7 +24,7 @@ from llamaserve.registry.conversion import VERSION_KEY
 from llamaserve.registry.deleting import (
     Deleted,
     deletable,
-    deletable_with_adapters,
+    deletable_with_others,
     delete,
     delete_model,
     goes_with,
@@ -176,7 +176,7 @@ def test_adapters_are_fetched_with_their_model(tmp_path: Path, model_hub: Hub) -
     assert desk.verify() == []
     lora = locate(HubSource("o/r", "lora.gguf"))
     assert lora is not None
-    files = deletable_with_adapters(desk.registry, desk.registry.models["tiny"], None)
+    files = deletable_with_others(desk.registry, desk.registry.models["tiny"], None)
     assert [path.name for path in files] == ["tiny-Q4_0.gguf", "lora.gguf"]
     assert delete_model(desk.registry, desk.registry.models["tiny"], None).files == files
     assert locate(HubSource("o/r", "lora.gguf")) is None
@@ -196,7 +196,7 @@ def test_an_adapter_that_another_model_needs_stays_whatever_it_is_called_there(
     desk.pull()
     desk.pull("other")
     spec = desk.registry.models["tiny"]
-    files = deletable_with_adapters(desk.registry, spec, None)
+    files = deletable_with_others(desk.registry, spec, None)
     assert [path.name for path in files] == ["tiny-Q4_0.gguf"]
     assert delete_model(desk.registry, spec, None).files == files
     assert locate(HubSource("o/r", "lora.gguf")) is not None
@@ -208,7 +208,7 @@ def test_an_adapter_of_ones_own_is_not_deleted_with_a_model(tmp_path: Path) -> N
     for name in ("a.gguf", "own.gguf"):
         (models / name).write_bytes(OLD)
     desk = Desk(tmp_path, "  a: {source: 'file:models/a.gguf', lora: [{source: 'file:models/own.gguf'}]}\n")
-    files = deletable_with_adapters(desk.registry, desk.registry.models["a"], models)
+    files = deletable_with_others(desk.registry, desk.registry.models["a"], models)
     assert delete_model(desk.registry, desk.registry.models["a"], models).files == files == (models / "a.gguf",)
     assert (models / "own.gguf").exists()
 
@@ -545,7 +545,7 @@ def test_what_is_shown_is_what_is_deleted_in_all_versions(tmp_path: Path, model_
     desk = Desk(tmp_path, f"  a: {{source: 'hf:o/r/{file}'}}\n  b: {{source: 'hf:o/r/{file}@{COMMIT}'}}\n")
     source = two_versions(desk, model_hub, file, tiny_Q4_0_gguf=NEW)
     one, other = (desk.registry.models[name] for name in "ab")
-    files = deletable_with_adapters(desk.registry, one, None)
+    files = deletable_with_others(desk.registry, one, None)
     assert [path.read_bytes() for path in files] == [NEW, OLD]
     assert goes_with(desk.registry, other, one, files)
     assert delete_model(desk.registry, one, None) == Deleted(files, len(OLD) + len(NEW))
@@ -565,7 +565,7 @@ def test_an_adapter_of_which_another_model_needs_an_older_version_stays(tmp_path
     two_versions(
         desk, model_hub, "l.gguf", l_gguf=File(LORA.metadata() | {"general.name": "x"}, LORA.tensors()).bytes()
     )
-    files = deletable_with_adapters(desk.registry, desk.registry.models["m"], None)
+    files = deletable_with_others(desk.registry, desk.registry.models["m"], None)
     assert [path.name for path in files] == ["tiny-Q4_0.gguf"]
     assert delete_model(desk.registry, desk.registry.models["m"], None).files == files
     assert locate(HubSource("o/r", "l.gguf", revision=COMMIT)) is not None
@@ -584,7 +584,7 @@ def test_the_adapters_of_all_models_that_lie_in_a_file_go_with_it(tmp_path: Path
     )
     for name in desk.registry.models:
         desk.pull(name)
-    files = deletable_with_adapters(desk.registry, desk.registry.models[deleted], None)
+    files = deletable_with_others(desk.registry, desk.registry.models[deleted], None)
     assert sorted(path.name for path in files) == ["tiny-Q4_0.gguf", "x.gguf", "y.gguf"]
     assert delete_model(desk.registry, desk.registry.models[deleted], None).files == files
 

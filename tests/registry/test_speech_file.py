@@ -13,7 +13,7 @@ from whisper_writer import whisper_file
 
 from llamaserve.engine.params import Adapter, Footprint
 from llamaserve.errors import ChecksumMismatch, GGUFError, InsufficientMemory, ModelFileMissing, ModelNotCapable
-from llamaserve.registry import model_file, speech_file
+from llamaserve.registry import other_file, speech_file
 from llamaserve.registry.load_plan import PROCESS, LoadPlan
 from llamaserve.registry.spec import ModelSpec, Prefixes
 from llamaserve.registry.speech_file import SpeechFile, plan_speech, speech_params
@@ -59,9 +59,9 @@ def on_gpu(plan: LoadPlan) -> bool:
 def test_a_file_is_read_once_it_is_needed(path: Path) -> None:
     file = SpeechFile("ear", spec(), path.parent)
     assert file.is_here
-    assert asyncio.run(file.read_speech()) is file.speech is file.known_speech
-    assert file.speech.path == path
-    assert file.load_params() == speech_params(spec(), file.speech, gpu=True)
+    assert asyncio.run(file.read_contents()) is file.contents is file.known_contents
+    assert file.contents.path == path
+    assert file.load_params() == speech_params(spec(), file.contents, gpu=True)
 
 
 def test_it_has_no_header_of_llama_cpp(path: Path) -> None:
@@ -78,12 +78,12 @@ def test_a_file_that_cannot_be_read_is_not_tried_again_at_once(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = SpeechFile("ear", spec(), tmp_path)
-    assert file.known_speech is None
+    assert file.known_contents is None
     (tmp_path / "tiny.bin").write_bytes(path.read_bytes())
-    assert file.known_speech is None
-    now = speech_file.time.monotonic()
-    monkeypatch.setattr(speech_file.time, "monotonic", lambda: now + model_file.FAILURE_KEPT)
-    assert file.known_speech is not None
+    assert file.known_contents is None
+    now = other_file.time.monotonic()
+    monkeypatch.setattr(other_file.time, "monotonic", lambda: now + other_file.FAILURE_KEPT)
+    assert file.known_contents is not None
 
 
 @pytest.mark.parametrize(
@@ -101,21 +101,21 @@ def test_no_other_file_is_loaded(data: bytes | None, error: type[Exception], mes
     if data is not None:
         (tmp_path / "tiny.bin").write_bytes(data)
     file = SpeechFile("ear", spec(), tmp_path)
-    for use in (lambda: file.speech, file.load_params, lambda: file.plan((), ROOMY, ())):
+    for use in (lambda: file.contents, file.load_params, lambda: file.plan((), ROOMY, ())):
         with pytest.raises(error, match=message):
             use()
-    assert file.known_speech is None
+    assert file.known_contents is None
 
 
 def test_a_file_that_becomes_another_is_read_anew_before_it_is_loaded(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny.bin"
     copy.write_bytes(path.read_bytes())
     file = SpeechFile("ear", spec(), tmp_path)
-    assert file.speech.quantisation == "Q4_0"
+    assert file.contents.quantisation == "Q4_0"
     copy.write_bytes(whisper_file(n_text_layer=2).bytes())
     plan = file.plan((), ROOMY, ())
-    assert (file.speech.quantisation, file.speech.text_layers) == ("F16", 2)
-    assert plan.estimate.weights.host == file.speech.weight_bytes
+    assert (file.contents.quantisation, file.contents.text_layers) == ("F16", 2)
+    assert plan.estimate.weights.host == file.contents.weight_bytes
     copy.write_bytes(b"")
     with pytest.raises(GGUFError, match="is empty"):
         file.plan((), ROOMY, ())
@@ -128,7 +128,7 @@ def test_a_promised_sum_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch, tmp
     wrong = SpeechFile("ear", spec(sha256="f" * 64), path.parent)
     with pytest.raises(ChecksumMismatch):
         wrong.plan((), ROOMY, ())
-    assert wrong.known_speech is not None  # to list it, that is not looked at
+    assert wrong.known_contents is not None  # to list it, that is not looked at
 
 
 # ---- how it is loaded

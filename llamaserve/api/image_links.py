@@ -1,0 +1,89 @@
+"""Pictures that are kept for a while under links that nobody can guess.
+
+They lie in one file, which has no name and is gone with the process, however that ends. It is a ring: a new picture
+takes the place of the oldest ones once the file is as large as it may be.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from llamaserve.errors import Unavailable
+
+KEPT: Final = 3600.0  # seconds
+SPACE: Final = 512 * 2**20  # bytes; the largest answer takes a quarter
+
+
+class _Place(NamedTuple):
+    start: int
+    size: int
+    media_type: str
+    until: float  # moment
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+class ImageLinks:
+    """The pictures that are kept, within an ``async with`` block. To be used from any thread."""
+
+    def __init__(self, space: int = SPACE, clock: Callable[[], float] = time.monotonic) -> None:
+        """They may take so many bytes of the disk."""
+        self._space = space
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._file = tempfile.TemporaryFile(prefix="llamaserve-images-")  # noqa: SIM115
+        self._places: dict[str, _Place] = {}  # the oldest first
+        self._end = 0  # where the next one begins
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def put(self, data: bytes, media_type: str) -> str:
+        """Keep a picture, and return the last part of its link. Raises ``Unavailable`` when it can't be kept."""
+        if len(data) > self._space:
+            raise Unavailable(f"the picture has {len(data)} bytes, and links are kept for {self._space} at most")
+        name = f"{secrets.token_urlsafe(24)}.{media_type.rpartition('/')[2]}"
+        with self._lock:
+            self._forget_old()
+            start = self._end if self._end + len(data) <= self._space else 0
+            place = _Place(start, len(data), media_type, self._clock() + KEPT)
+            self._places = {
+                other: at for other, at in self._places.items() if at.end <= place.start or at.start >= place.end
+            }
+            try:
+                self._file.seek(start)
+                self._file.write(data)
+                self._file.flush()
+            except OSError as error:
+                raise Unavailable(f"the picture can't be kept in the temporary folder: {error.strerror}") from error
+            self._places[name], self._end = place, place.end
+        return name
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """Return a picture and its media type; None if it is not kept, or no longer."""
+        with self._lock:
+            self._forget_old()
+            if (place := self._places.get(name)) is None:
+                return None
+            self._file.seek(place.start)
+            return self._file.read(place.size), place.media_type
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        self._places = {name: place for name, place in self._places.items() if place.until > now}
+        if not self._places and self._end:
+            self._end = 0
+            self._file.truncate(0)

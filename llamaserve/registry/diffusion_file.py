@@ -1,0 +1,204 @@
+"""Reads what the files of a diffusion model hold: which family it is of, what it can do, and how large its weights are.
+
+A model is one file, or several: the diffusion model, and parts such as the text encoder. Files are safetensors or GGUF,
+and are checked as far as their headers tell; what stable-diffusion.cpp refuses by itself (a tensor that is missing, or
+of another shape) is left to it. Tensors get the names that the library gives them, from which part they come included.
+
+Knows no names of models, and nothing of how much memory is there.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from llamaserve.errors import GGUFError, ModelFileMissing, ModelNotCapable, SourceError
+from llamaserve.images.values import PARTS, Part
+from llamaserve.registry.diffusion_family import Family, family_of, makes_videos
+from llamaserve.registry.gguf import read_container
+from llamaserve.registry.safetensors import read_safetensors
+from llamaserve.registry.split import part_of
+
+_MODEL: Final = "model.diffusion_model."
+_WHOLE: Final = (_MODEL, "diffusion_model.", "unet.")  # how names begin in a file that may hold more than that
+_PREFIXES: Final[Mapping[Part, str]] = {
+    "vae": "vae.",
+    "taesd": "tae.",
+    "clip_l": "text_encoders.clip_l.transformer.",
+    "clip_g": "text_encoders.clip_g.transformer.",
+    "t5xxl": "text_encoders.t5xxl.transformer.",
+    "llm": "text_encoders.llm.",
+    "llm_vision": "text_encoders.llm.visual.",
+}
+_OF_UNETS: Final[Mapping[Part, str]] = {
+    "clip_l": "cond_stage_model.transformer.",
+    "clip_g": "cond_stage_model.1.transformer.",
+}
+_ENCODERS: Final = (  # how names of tensors begin that read prompts, in files of all families
+    *("cond_stage_model.", "conditioner.embedders.", "text_encoders.", "text_encoder.", "text_encoder_2."),
+    *("te.", "te1.", "te2.", "te3."),
+)
+_DECODERS: Final = ("first_stage_model.", "vae.", "tae.")
+
+# Bytes of a weight in memory, where that is another number than in the file.
+_WIDENED: Final = {"F8_E4M3": 2, "F8_E5M2": 2, "F64": 4, "I64": 4}
+_UNKNOWN: Final = frozenset({"Q1_0", "Q2_0"})  # types that this version of the library is too old for
+
+
+class Tensor(NamedTuple):
+    """A tensor: its shape with the fastest dimension last, its type, and its bytes in memory."""
+
+    shape: tuple[int, ...]
+    type: str
+    size: int
+
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DiffusionHeader:
+    """What the files of a diffusion model say of themselves. ``whole`` tells that the first may hold more than the
+    diffusion model. ``tensors`` are all, by the names that stable-diffusion.cpp gives them.
+    """
+
+    path: Path
+    parts: Mapping[Part, Path]
+    whole: bool
+    family: Family
+    tensors: Tensors
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All its files."""
+        return (self.path, *self.parts.values())
+
+    @cached_property
+    def file_size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Number of weights, those of its parts included."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @cached_property
+    def quantisation(self) -> str:
+        """The type of most weights of the diffusion model, such as ``Q8_0``."""
+        counts: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            if not name.startswith((*_ENCODERS, *_DECODERS)):
+                counts[tensor.type] += math.prod(tensor.shape)
+        return counts.most_common(1)[0][0]
+
+    @cached_property
+    def encodes(self) -> bool:
+        """Whether it can turn a picture into a latent one, without which none can be edited."""
+        prefix = "tae." if self.decodes_small else "first_stage_model."
+        others = ("vae.",) if prefix == "first_stage_model." else ("first_stage_model.", "vae.")  # SDXS's is in there
+        return any(name.startswith((prefix, *others)) and ".encoder." in f".{name}" for name in self.tensors)
+
+    @property
+    def decodes_small(self) -> bool:
+        """Whether it turns latent pictures into real ones with a small decoder (TAESD), which loses some details."""
+        return "taesd" in self.parts and "vae" not in self.parts
+
+
+def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> DiffusionHeader:
+    """Read and check the headers of a model's files.
+
+    Raises:
+        ModelFileMissing: A file is missing.
+        GGUFError: One can't be read, is of another format, cut short or damaged, or holds no diffusion model that is
+            known.
+        ModelNotCapable: A part that the model needs is in none of the files, or it makes videos.
+    """
+    parts = parts or {}
+    first = _read(path)
+    whole = any(name.startswith(_WHOLE) for name in first)
+    tensors = dict(first if whole else _prefixed(first, _MODEL))
+    alone = family_of(_shapes(tensors))  # as the library looks at it before it adds the parts
+    is_unet = alone is not None and alone.is_unet
+    for part in PARTS:
+        if part in parts:
+            prefix = _OF_UNETS.get(part, _PREFIXES[part]) if is_unet else _PREFIXES[part]
+            tensors |= _prefixed(_read(parts[part]), prefix)
+    if makes_videos(tensors):
+        raise ModelNotCapable(f"{path} makes videos; only pictures are made here")
+    if (family := family_of(_shapes(tensors))) is None:
+        raise GGUFError(
+            f"{path} holds no diffusion model that stable-diffusion.cpp knows",
+            hint="name the file of a diffusion model as its source, and those of its parts under `parts`",
+        )
+    header = DiffusionHeader(path, dict(parts), whole, family, tensors)
+    for lacking in _lacking(header):
+        raise ModelNotCapable(f"{path} is a {family.name} model, and {lacking}")
+    return header
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _lacking(header: DiffusionHeader) -> Iterator[str]:
+    """Yield what is missing."""
+    inside = any(name.startswith(_ENCODERS) for name in header.tensors)
+    for group in header.family.encoders:
+        named = any(part in header.parts for part in group)
+        if not (named or (header.whole and inside)):
+            yield f"its text encoder is missing: name it under `parts`, as {' or '.join(group)}"
+    if header.family.decodes and not any(name.startswith(_DECODERS) for name in header.tensors):
+        yield "its decoder is missing: name it under `parts`, as vae or taesd"
+
+
+def _prefixed(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """Return tensors under the names that they have as part of a model."""
+    return {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise GGUFError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelFileMissing(f"{path} does not exist", hint="fetch it with `llamaserve pull <model>`") from error
+    except (OSError, ValueError) as error:
+        raise GGUFError(f"{path} cannot be read: {error}") from error
+    tensors = dict(_from_gguf(path) if magic == b"GGUF" else _from_safetensors(path))
+    if not tensors:
+        raise GGUFError(f"{path} holds no weights")
+    return tensors
+
+
+def _from_gguf(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if (part := part_of(path.name)) is not None and part.count > 1:
+        raise GGUFError(f"{path} is one of {part.count} files, which stable-diffusion.cpp can't put together")
+    for tensor in read_container(path).tensors:
+        if tensor.type_name in _UNKNOWN:
+            raise GGUFError(f"{path} has weights of the type {tensor.type_name}, which stable-diffusion.cpp lacks")
+        yield tensor.name, Tensor(tensor.shape[::-1], tensor.type_name, tensor.size)
+
+
+def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        tensors = read_safetensors(path).tensors
+    except SourceError as error:
+        raise GGUFError(f"{path} is no GGUF file, and {error.message}") from error
+    for name, tensor in tensors.items():
+        elements = math.prod(tensor.shape)
+        yield name, Tensor(tensor.shape, tensor.dtype, elements * _WIDENED.get(tensor.dtype, 0) or tensor.size)

@@ -1,0 +1,184 @@
+"""The files of a diffusion model: what they say of themselves, and how it is loaded by the model's settings.
+
+The same for stable-diffusion.cpp's files as ``model_file`` is for llama.cpp's. Knows nothing of processes, or of
+whether it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaserve.engine.params import Adapter, Footprint
+from llamaserve.errors import (
+    GGUFError,
+    InsufficientMemory,
+    InvalidRequest,
+    ModelError,
+    ModelFileMissing,
+    ModelNotCapable,
+    SourceError,
+)
+from llamaserve.images.values import DiffusionParams, Edits, Part, Sampler, Scheduler, Size
+from llamaserve.registry.budget import is_unified
+from llamaserve.registry.diffusion_file import DiffusionHeader, read_diffusion
+from llamaserve.registry.diffusion_memory import estimate_diffusion
+from llamaserve.registry.fetching import locate
+from llamaserve.registry.hardware import performance_cores
+from llamaserve.registry.load_plan import PROCESS, LoadPlan
+from llamaserve.registry.memory import Estimate, claimed
+from llamaserve.registry.other_file import OtherFile, refuse_adapters, refuse_text_settings
+from llamaserve.registry.safetensors import read_safetensors
+from llamaserve.registry.sources import parse_source
+from llamaserve.registry.spec import ModelSpec
+from llamaserve.registry.tasks import task_of
+from llamaserve.worker.protocol import Device
+
+_LORA: Final = ".safetensors"
+_LORA_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,199}")
+
+
+class ImageFile(OtherFile[DiffusionHeader]):
+    """The files of a diffusion model with these settings; relative paths begin at ``base``."""
+
+    task = "image"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of them are on this machine."""
+        try:
+            locate_parts(self._name, self.spec, self._base)
+        except ModelError:
+            return False
+        return super().is_here
+
+    def _read_contents(self, *, check_sum: bool) -> DiffusionHeader:
+        path = self._path(self.spec.sha256 if check_sum else None)
+        return read_diffusion(path, locate_parts(self._name, self.spec, self._base))
+
+    def load_params(self) -> DiffusionParams:
+        """Return how it is loaded."""
+        return image_params(self.spec, self.contents)
+
+    def plan(self, adapters: Sequence[Adapter], budget: Footprint, devices: Sequence[Device]) -> LoadPlan:
+        """Check the files, and decide how it is loaded. Raises ``ModelError`` for files that stable-diffusion.cpp must
+        not see, ``ModelNotCapable`` and ``InsufficientMemory``.
+        """
+        self.checked(adapters)
+        self._contents = self._read_contents(check_sum=True)  # anew, which takes a tenth of a second
+        return plan_images(self._name, self.spec, self._contents, budget, devices)
+
+    def lora(self, name: str) -> Path:
+        """Return the LoRA of this name, which a prompt has named. Raises ``InvalidRequest`` when there is none, and
+        ``ModelError`` when its file is bad.
+        """
+        folder = self.spec.image.loras
+        path = None if folder is None else self._base / folder / (name.removesuffix(_LORA) + _LORA)
+        if path is None or not _LORA_NAME.fullmatch(name) or not path.is_file():
+            where = "models.yaml names no folder with some" if folder is None else f"there is none in {folder}"
+            raise InvalidRequest(f"{self._name} has no LoRA called {name[:100]!r}: {where}", param="prompt")
+        try:
+            read_safetensors(path)
+        except SourceError as error:
+            raise GGUFError(error.message) from error
+        return path
+
+
+def locate_parts(name: str, spec: ModelSpec, base: Path) -> dict[Part, Path]:
+    """Return where the parts of a diffusion model are; relative paths begin at ``base``. Raises ``ModelFileMissing``
+    when one is not here.
+    """
+    found: dict[Part, Path] = {}
+    for part, source in spec.parts.sources.items():
+        path = locate(parse_source(source, base))
+        if path is None:
+            raise ModelFileMissing(
+                f"the part {part} of {name} is not on this machine: {source}", hint=f"llamaserve pull {name}"
+            )
+        found[part] = path
+    return found
+
+
+def image_params(spec: ModelSpec, header: DiffusionHeader) -> DiffusionParams:
+    """Return how a diffusion model is loaded. Raises ``ModelNotCapable`` when it can't do what its settings say."""
+    task = task_of(spec, None)
+    if task != "image":
+        raise ModelNotCapable(f"its file is one of a diffusion model, which does nothing but make pictures: {task}")
+    refuse_text_settings(spec)
+    if spec.image.edits == "reference" and not header.family.looks:
+        raise ModelNotCapable(f"{header.family.name} models can't look at pictures: `edits` must be repaint")
+    return DiffusionParams(
+        path=str(header.path),
+        whole=header.whole,
+        parts={part: str(path) for part, path in header.parts.items()},
+        encodes=header.encodes,
+        small_decoder="taesd" in header.parts or header.decodes_small,
+        threads=performance_cores() if spec.threads == "auto" else spec.threads,
+    )
+
+
+def footprint(
+    header: DiffusionHeader, size: Size, devices: Sequence[Device], *, references: Sequence[Size] = ()
+) -> Footprint:
+    """Return what a model takes while it makes a picture of a size, from some others. These are GPUs that llama.cpp can
+    use, and only the child learns whether the other library can, too: so both must have room for it, but where they use
+    the main memory.
+    """
+    host = estimate_diffusion(header, size, references)
+    if not devices:
+        return Footprint(host)
+    return Footprint(0, host) if is_unified(devices) else Footprint(host, host)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a model's pictures are made where nobody says otherwise."""
+
+    size: Size
+    steps: int
+    cfg_scale: float
+    guidance: float
+    sampler: Sampler
+    scheduler: Scheduler | None
+    edits: Edits
+
+    @classmethod
+    def of(cls, spec: ModelSpec, header: DiffusionHeader) -> ImageSettings:
+        """Return a model's: as models.yaml says, or else as its family's makers recommend."""
+        own, family = spec.image, header.family
+        return cls(
+            size=own.size or family.size,
+            steps=family.steps if own.steps is None else own.steps,
+            cfg_scale=family.cfg_scale if own.cfg_scale is None else own.cfg_scale,
+            guidance=family.guidance if own.guidance is None else own.guidance,
+            sampler=own.sampler or family.sampler,
+            scheduler=own.scheduler,
+            edits=own.edits or family.edits,
+        )
+
+
+def plan_images(
+    name: str, spec: ModelSpec, header: DiffusionHeader, budget: Footprint, devices: Sequence[Device]
+) -> LoadPlan:
+    """Decide how a diffusion model is loaded, and return what it takes with pictures of its usual size. Raises
+    ``ModelNotCapable``, and ``InsufficientMemory`` when that is more than the whole budget.
+    """
+    refuse_adapters(bool(spec.lora))
+    params = image_params(spec, header)
+    taken = footprint(header, ImageSettings.of(spec, header).size, devices)
+    need = claimed(taken, unified=is_unified(devices)) + PROCESS
+    if not need.fits(budget):
+        raise insufficient(name, need, budget)
+    weights = Footprint(0, header.weight_bytes) if taken.device else Footprint(header.weight_bytes)
+    return LoadPlan(params, Estimate(weights, Footprint(), taken - weights, 0, Footprint()), need, PROCESS, 0)
+
+
+def insufficient(name: str, need: Footprint, budget: Footprint, what: str = "") -> InsufficientMemory:
+    """Return the error for what is more than the whole budget."""
+    return InsufficientMemory(
+        f"{name} needs {need.host / 1e6:.0f} MB of memory{what}, and models may use {budget.host / 1e6:.0f} MB",
+        hint="choose a smaller model, or give models more with --memory",
+    )
