@@ -2,6 +2,7 @@
 # make test    install and run the tests
 # make lint    check style and types
 # make format  put the code into the project's style
+# make images  install what pictures need; this compiles stable-diffusion.cpp
 # make bench   measure speed, about forty minutes:  make bench ARGS=--quick
 # make models  list the models there are
 # make clean   remove the virtual environment and caches
@@ -17,7 +18,7 @@ given = $(if $(filter command line,$(origin $(1))),$($(1)))
 
 export WHEELS
 
-.PHONY: run models install test lint format bench clean
+.PHONY: run models install images test lint format bench clean
 
 run: install
 	@$(BIN)/llamaserve run $(if $(call given,MODEL),"$(MODEL)") $(addprefix --port ,$(call given,PORT)) \
@@ -29,9 +30,12 @@ models: install
 install:
 	@$(PYTHON) scripts/install.py fast speech
 
+images:
+	@$(PYTHON) scripts/install.py fast speech images
+
 .PHONY: install-dev
 install-dev:
-	@$(PYTHON) scripts/install.py fast speech dev
+	@$(PYTHON) scripts/install.py fast speech images dev
 
 test: install-dev
 	$(BIN)/pytest

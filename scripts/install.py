@@ -5,7 +5,7 @@ on. From the environment: ``WHEELS`` takes ready-made binaries from llama-cpp-py
 (cpu, metal, cu124, vulkan, ...), and ``CMAKE_ARGS`` are passed to the compilation (``-DGGML_CUDA=on``).
 
 What speech needs is taken from wheels only. Where these can't be had, all else is installed, and each later call tries
-again to get them.
+again to get them. What images need has to be compiled, and is installed only where it is asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,7 +32,10 @@ STAMP = VENV / "llamaserve-install.json"
 BINDING = "llama-cpp-python"
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
 METAL = "-DGGML_METAL=on"
+BACKENDS = ("METAL", "CUDA", "VULKAN", "OPENCL", "SYCL")
 SPEECH = "speech"  # the extra that may be left out
+IMAGES = "images"  # the one that is compiled, too
+IMAGE_BINDING = "stable-diffusion-cpp-python"
 IMPATIENT = ("--retries", "0")  # pip's options where what is wanted may wait for another day
 HEARTBEAT = 20  # seconds
 
@@ -71,6 +75,12 @@ def binding_options(wheels: str, arguments: str) -> list[str]:
     if arguments:  # pip would reuse a wheel that was compiled with other arguments
         return ["--no-binary", BINDING, "--no-cache-dir"]
     return []
+
+
+def image_arguments(arguments: str) -> str:
+    """Return what stable-diffusion.cpp is compiled with, given what llama.cpp is: it has other names for backends."""
+    words = {"GGML_HIP": "SD_HIPBLAS"} | {f"GGML_{name}": f"SD_{name}" for name in BACKENDS}
+    return re.sub(r"-D(GGML_\w+)", lambda found: f"-D{words.get(found[1].upper(), found[1])}", arguments)
 
 
 def fingerprint(extras: Sequence[str], wheels: str, arguments: str) -> dict[str, str]:
@@ -149,12 +159,12 @@ def run_or_stop(command: Sequence[str], environment: Mapping[str, str]) -> None:
         raise SystemExit(f"error: the installation failed (pip's exit status {code}); its last lines above say why")
 
 
-def speech_packages() -> list[str]:
-    """Return the packages that speech needs, as pip takes them."""
+def packages_of(extra: str) -> list[str]:
+    """Return the packages of an extra, as pip takes them."""
     import tomllib  # here, since a Python that is too old for it still has to be told so
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    return list(project["optional-dependencies"][SPEECH])
+    return list(project["optional-dependencies"][extra])
 
 
 def add_speech(pip: Sequence[str], packages: Sequence[str]) -> bool:
@@ -170,8 +180,17 @@ def add_speech(pip: Sequence[str], packages: Sequence[str]) -> bool:
     return False
 
 
+def add_images(pip: Sequence[str], packages: Sequence[str], arguments: str) -> None:
+    """Install what images need, compiled with other ``arguments`` than the last time if these are others."""
+    check_compiler("")
+    say("installing what images need; stable-diffusion.cpp is compiled, which takes 2 to 15 minutes the first time")
+    options = ["--no-binary", IMAGE_BINDING, "--no-cache-dir"] if arguments else []
+    environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
+    run_or_stop([*pip, "install", *options, *packages], environment)
+
+
 def install_all_else(pip: Sequence[str], wanted: Mapping[str, str]) -> None:
-    """Install llamaserve without what speech needs, and note what this install depends on."""
+    """Install llamaserve without what speech and images need, and note what this install depends on."""
     wheels, arguments = wanted["wheels"], wanted["cmake_args"]
     check_compiler(wheels)
     replace = is_other_binding(wanted)
@@ -179,7 +198,7 @@ def install_all_else(pip: Sequence[str], wanted: Mapping[str, str]) -> None:
     if not wheels:
         say("installing; the first time llama.cpp is compiled, which takes 3 to 15 minutes (later installs reuse it)")
     if replace:
-        run_or_stop([*pip, "uninstall", "--yes", BINDING], os.environ)
+        run_or_stop([*pip, "uninstall", "--yes", BINDING, IMAGE_BINDING], os.environ)
     STAMP.unlink(missing_ok=True)  # from here on, until the end, nothing is ready
     environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
     project = ["--editable", f"{ROOT}[{wanted['extras']}]"]
@@ -198,22 +217,34 @@ def main(extras: Sequence[str]) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script also has to run where the package can't
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
     wheels, arguments = wanted_binding(os.environ, platform.system(), platform.machine())
-    wanted = fingerprint(extras, wheels, arguments)
+    extras = [*extras, *(extras_of(last_install()) & {IMAGES})]  # who has it wants it in the version of today, too
+    wanted = fingerprint(sorted({*extras}), wheels, arguments)
     if is_ready(wanted):
         return
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    all_else = fingerprint([extra for extra in extras if extra != SPEECH], wheels, arguments)
+    all_else = fingerprint([extra for extra in extras if extra not in (SPEECH, IMAGES)], wheels, arguments)
+    again: Sequence[str] = ()
     if is_ready(all_else):
-        say("what speech needs is not there yet; installing it")
-        pip += IMPATIENT
+        again = IMPATIENT
     else:
         install_all_else(pip, all_else)
-    if SPEECH in extras:
-        if not add_speech(pip, speech_packages()):
+    missing = extras_of(wanted) - extras_of(last_install())
+    if IMAGES in missing:
+        add_images(pip, packages_of(IMAGES), image_arguments(arguments))
+        note(wanted, IMAGES)
+    if SPEECH in missing:
+        if again:
+            say("what speech needs is not there yet; installing it")
+        if not add_speech([*pip, *again], packages_of(SPEECH)):
             return
-        have = extras_of(last_install()) | {SPEECH}
-        STAMP.write_text(json.dumps({**wanted, "extras": ",".join(sorted(have))}))
+        note(wanted, SPEECH)
     say("installed")
+
+
+def note(wanted: Mapping[str, str], extra: str) -> None:
+    """Note that an extra is there, too."""
+    have = extras_of(last_install()) | {extra}
+    STAMP.write_text(json.dumps({**wanted, "extras": ",".join(sorted(have))}))
 
 
 if __name__ == "__main__":

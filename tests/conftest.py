@@ -12,6 +12,7 @@ import hypothesis.configuration
 import openai
 import pytest
 from running_server import RunningServer
+from tiny_diffusion import image_entry, write_loras, write_model
 
 from llamaserve.engine.params import LoadParams
 from llamaserve.registry.fetching import fetch
@@ -77,6 +78,32 @@ def speech_server(speech_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         "aliases: {whisper-1: whisper-tiny.en, tiny.en: whisper-tiny.en}\n"
     )
     with RunningServer("serve", "whisper-tiny.en", "--models-file", str(models)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The files of a small diffusion model of random weights: the model with its text encoder, and its decoder."""
+    pytest.importorskip("stable_diffusion_cpp", reason="it is installed by `make images`")
+    return write_model(tmp_path_factory.mktemp("diffusion"))
+
+
+@pytest.fixture(scope="session")
+def image_server(
+    starter_model: Path, image_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """A real server with the small diffusion model, loaded, and the starter model. It has a folder for LoRAs."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "loras").mkdir()
+    models = folder / "models.yaml"
+    models.write_text(
+        "defaults: {image_model: tiny, context: 1024, parallel: 4}\nmodels:\n"
+        f"  tiny: {image_entry(image_model, 'steps: 2, size: 64x64, loras: loras')}\n"
+        f"  smollm2-135m: {{source: 'file:{starter_model}'}}\n"
+        "aliases: {dall-e-2: tiny}\n"
+    )
+    write_loras(folder / "loras")
+    with RunningServer("serve", "tiny", "--models-file", str(models)) as running:
         yield running
 
 

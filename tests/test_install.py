@@ -173,6 +173,54 @@ def test_what_speech_needs_is_tried_again_without_all_else(
     assert len(commands) == 4  # nothing is left to do, and what else is there is not forgotten
 
 
+def test_images_are_compiled_where_they_are_asked_for(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install.main(["fast", "speech", "images"])
+    everything, images, speech = commands
+    assert everything.endswith("[fast]")
+    assert " install pillow>=" in images
+    assert " stable-diffusion-cpp-python==" in images
+    assert " av>=" in speech
+    install.main(["fast", "speech"])
+    install.main(["fast", "images"])
+    assert len(commands) == 3  # nothing is left to do
+    install.STAMP.write_text(json.dumps(json.loads(install.STAMP.read_text()) | {"project": "an older one"}))
+    install.main(["fast", "speech"])
+    assert [command.split(" install ")[1].split(" ")[0] for command in commands[3:]] == [
+        "--editable",
+        "pillow>=11",
+        "--only-binary",
+    ]
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    install.main(["fast", "speech"])
+    assert " uninstall --yes llama-cpp-python stable-diffusion-cpp-python" in commands[6]
+    assert " --no-binary stable-diffusion-cpp-python --no-cache-dir pillow>=" in commands[8]
+
+
+def test_images_that_cannot_be_compiled_are_an_error(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILING", "stable-diffusion")
+    with pytest.raises(SystemExit, match="exit status 1"):
+        install.main(["fast", "images"])
+    assert install.is_ready(install.fingerprint(["fast"], "", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", ""),
+        ("-DGGML_METAL=on", "-DSD_METAL=on"),
+        ("-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=89", "-DSD_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=89"),
+        ("-DGGML_VULKAN=1 -DGGML_NATIVE=OFF", "-DSD_VULKAN=1 -DGGML_NATIVE=OFF"),
+        ("-DGGML_HIP=ON", "-DSD_HIPBLAS=ON"),
+    ],
+)
+def test_both_libraries_are_compiled_for_the_same_gpu(install: ModuleType, arguments: str, expected: str) -> None:
+    assert install.image_arguments(arguments) == expected
+
+
 def test_what_all_else_needs_is_not_tried_twice(
     install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,23 @@ def write_model(folder: Path, *, width: int = HEAD, encoder: bool = True, seed: 
     return model, decoder
 
 
+def image_entry(files: tuple[Path, Path], settings: str) -> str:
+    """Return what models.yaml says of a model in two files, with settings of its pictures."""
+    model, decoder = files
+    return f"{{source: 'file:{model}', task: image, parts: {{taesd: 'file:{decoder}'}}, image: {{{settings}}}}}"
+
+
+def write_loras(folder: Path, width: int = HEAD) -> None:
+    """Write a LoRA that changes much, and a file that is none."""
+    name, rank = "diffusion_model.double_blocks.0.img_mlp.2", 4
+    shapes: Shapes = {
+        f"{name}.lora_down.weight": (rank, MLP * width),
+        f"{name}.lora_up.weight": (width, rank),
+    }
+    write_safetensors(folder / "style.safetensors", shapes, seed=3)
+    (folder / "broken.safetensors").write_bytes(b"nothing of the kind")
+
+
 def write_safetensors(path: Path, shapes: Shapes, seed: int = 1) -> None:
     """Write a file of random weights in F16."""
     place, header = 0, {}

@@ -28,6 +28,7 @@ from llamaserve.registry.image_file import ImageFile, ImageSettings
 from llamaserve.registry.spec import LEAST_SIDE
 
 _LOOKED_AT: Final = 1024 * 1024  # pixels of a picture that a model looks at; it sees no more
+_SMALL: Final = 512 * 512  # pixels that a picture may keep, whatever the model was made for
 _REPAINTED, _CHANGED = 1.0, 0.75  # strength with a mask and without one, if nobody names another one
 _OTHER_SHAPE: Final = 0.02  # by how much shapes may differ before it is told
 
@@ -36,7 +37,7 @@ async def order_with_uploads(
     reader: PictureReader, folder: Path, body: VariationRequest, file: ImageFile, contents: DiffusionHeader
 ) -> Order:
     """Return what a request asks of a model, with the pixels of its uploads in a folder. If it does not say which size
-    it wants, that is the picture's, unless that is larger than what the model was made for.
+    it wants, that is the picture's, unless that is much larger than what the model was made for.
 
     Raises ``InvalidRequest`` for files that are no pictures, a mask of another size than the picture, and as ``order``
     does.
@@ -51,7 +52,7 @@ async def order_with_uploads(
     sources = [await _copied(each, folder / f"picture-{number}") for number, each in enumerate(body.image)]
     with _blamed_on("image"):
         sizes = [await reader.look(source) for source in sources]
-    made = order(body, file, contents, size=_shrunk(sizes[0], usual.size.pixels))
+    made = order(body, file, contents, size=_shrunk(sizes[0], max(usual.size.pixels, _SMALL)))
     first, warnings, idle = made.first, made.warnings, made.idle
     if masks or not looks:
         with _blamed_on("image"):

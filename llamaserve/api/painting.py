@@ -121,28 +121,20 @@ class Painting:
             self._end_current()
 
     async def _turn(self, stack: contextlib.AsyncExitStack) -> tuple[ServedModel, Use]:
-        """Wait until no other picture is made at the model, and return it with a hold on it; the one that has replaced
-        it meanwhile, if there is one. The ``stack`` gives both back.
+        """Wait until no other picture is made at the model, and return it with a hold on it, loaded; the one that has
+        replaced it meanwhile, if there is one. The ``stack`` gives both back.
         """
-        model = self._model
         while True:
-            await model.turn.acquire()
-            use = model.use()
-            try:
+            async with contextlib.AsyncExitStack() as turn:
+                await turn.enter_async_context(self._model.turn())
+                use = self._model.use()
+                turn.callback(use.leave)
                 await use.worker()
-            except BaseException:
-                use.leave()
-                model.turn.release()
-                raise
-            if use.model is model:
-                stack.callback(model.turn.release)
-                stack.callback(use.leave)
-                return model, use
-            successor = use.model
-            use.leave()
-            model.turn.release()
-            assert successor is not None
-            model = self._model = successor
+                if use.model is self._model:
+                    await stack.enter_async_context(turn.pop_all())
+                    return self._model, use
+                assert use.model is not None
+                self._model = use.model
 
     async def _in_time(self, stream: ImageStream) -> AsyncIterator[ImageStep | PartialImage | GeneratedImage]:
         events = stream.events()
@@ -185,7 +177,7 @@ class Painting:
         assert self.order is not None
         which = f"picture {number + 1} of {self.order.count}, " if self.order.count > 1 else ""
         if self._waits:
-            return which + "queued" if self._model.turn.locked() else phase_of(self._model, None, str)
+            return which + "queued" if self._model.taken else phase_of(self._model, None, str)
         return which + (f"step {step.step} of {step.steps}" if step is not None else "reading the prompt")
 
     async def _order(self, file: ImageFile, contents: DiffusionHeader) -> Order:

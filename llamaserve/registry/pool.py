@@ -110,7 +110,10 @@ class ModelPool:
         """How busy all models are together."""
         workers = [model.live_worker for model in self._facilities.alive]
         each = [worker.occupancy for worker in workers if worker is not None]
-        return Occupancy(sum(o.running for o in each), sum(o.waiting for o in each), sum(o.cells for o in each))
+        queued = sum(model.queued for model in self._facilities.alive)
+        return Occupancy(
+            sum(o.running for o in each), sum(o.waiting for o in each) + queued, sum(o.cells for o in each)
+        )
 
     @property
     def budget(self) -> Footprint:

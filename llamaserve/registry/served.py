@@ -149,7 +149,8 @@ class ServedModel:
         self.defaults: dict[str, Any] = {}  # request fields that hold where a request does not name them
         self.file = _FILES[kind_of(spec, parse_source(spec.source, base))](name, spec, base)
         self.admission = Admission(self._parallel(spec), spec.queue)
-        self.turn = asyncio.Lock()  # for pictures, of which one is made at a time; those who came first are first
+        self.queued = 0  # those who wait for their turn
+        self._turn = asyncio.Lock()
         self.embedding_admission = TextAdmission(MAX_EMBEDDING_REQUESTS, MAX_EMBEDDING_TEXT)
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
@@ -379,6 +380,24 @@ class ServedModel:
             raise
         finally:
             self.detach(attached=True)
+
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has a turn."""
+        return self._turn.locked()
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until nobody else has a turn, and have one within a ``with`` block; those who came first are first."""
+        self.queued += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self.queued -= 1
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @contextlib.asynccontextmanager
     async def more_room(self, taken: Callable[[Sequence[Device]], Footprint]) -> AsyncIterator[None]:

@@ -1,0 +1,280 @@
+"""Pictures beside other pictures, chats and models: clients that leave, crashes, turns, memory and time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from api_helpers import LIMIT, events
+from image_helpers import GENERATIONS, LONG, edit, file_of, generate, made, opened, photo, streaming
+from model_helpers import Listener, loaded
+from running_server import RunningServer, wait_until
+from tiny_diffusion import image_entry
+
+SOON = 2.0  # seconds within which a picture that nobody waits for must end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("load")
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *entries: str, defaults: str = "", **environment: str) -> Iterator[RunningServer]:
+    """A server with models, the first of which is loaded; streams that wait say so five times a second."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    models = folder / "models.yaml"
+    settings = f"image_model: tiny, context: 1024, parallel: 4{defaults}"
+    models.write_text(f"defaults: {{{settings}}}\nmodels:\n" + "".join(f"  {entry}\n" for entry in entries))
+    with RunningServer(
+        *("serve", entries[0].partition(":")[0], "--models-file", str(models)),
+        environment={"LLAMASERVE_HEARTBEAT": "0.2", "TMPDIR": str(folder / "tmp"), **environment},
+    ) as running:
+        yield running
+
+
+def tiny(image_model: tuple[Path, Path], more: str = "", settings: str = "steps: 1, size: 64x64") -> str:
+    return f"tiny: {image_entry(image_model, settings)[:-1]}{more}}}"
+
+
+def chat(starter_model: Path, more: str = "") -> str:
+    return f"starter: {{source: 'file:{starter_model}'{more}}}"
+
+
+@pytest.fixture(scope="module")
+def shared(image_model: tuple[Path, Path], starter_model: Path, folder: Path) -> Iterator[RunningServer]:
+    with serving(folder, tiny(image_model), chat(starter_model)) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared: RunningServer, folder: Path) -> Iterator[RunningServer]:
+    """A server that has nothing to do, and nothing in its temporary folder; nor has it after the test."""
+    yield shared
+    wait_until(lambda: shared.running == 0, SOON)
+    wait_until(lambda: list((folder / "tmp").iterdir()) == [], SOON)
+
+
+# ---- clients that leave
+
+
+@contextlib.contextmanager
+def waiting(server: RunningServer, **fields: object) -> Iterator[None]:
+    """Ask for a picture without a stream, and hang up at the end of the block."""
+    request = httpx.Request("POST", server.url + GENERATIONS, json={"prompt": "a lighthouse", **fields})
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(request.read())}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head.encode() + request.content)
+        yield
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_the_work_and_the_next_one_is_answered(server: RunningServer, stream: bool) -> None:
+    before = server.worker_pid()
+    with streaming(server, **LONG) if stream else waiting(server, **LONG):
+        wait_until(lambda: server.running == 1)
+        time.sleep(0.5)
+    left = time.monotonic()
+    wait_until(lambda: not psutil.pid_exists(before), SOON)
+    assert made(generate(server)).shape == (64, 64, 3)
+    assert time.monotonic() - left < 2 * SOON
+    assert server.worker_pid() != before
+    assert server.get("/v1/internal/health")["models"]["tiny"] == "loaded"
+
+
+def test_a_picture_that_is_nearly_done_costs_no_new_load(server: RunningServer) -> None:
+    generate(server)
+    before = server.worker_pid()
+    with waiting(server):
+        wait_until(lambda: server.running == 1)
+    generate(server)
+    assert server.worker_pid() == before
+
+
+def test_who_waits_is_not_hurt_by_one_that_leaves(server: RunningServer) -> None:
+    with ThreadPoolExecutor(2) as clients, Listener(server) as listener:
+        with streaming(server, **LONG):
+            wait_until(lambda: server.running == 1)
+            waiters = [clients.submit(generate, server, n=2) for _ in range(2)]
+            wait_until(lambda: server.running == 3)
+        assert [len(each.result().json()["data"]) for each in waiters] == [2, 2]
+        assert listener.of("unloaded", "tiny")[-1]["data"]["reason"] == "cancelled"
+        assert listener.of("crashed", "tiny") == []
+
+
+def test_one_that_leaves_the_queue_hurts_nobody(server: RunningServer) -> None:
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(generate, server, size="256x256")
+        wait_until(lambda: server.running == 1)
+        before = server.worker_pid()
+        with waiting(server):
+            wait_until(lambda: server.running == 2)
+        wait_until(lambda: server.running == 1, SOON)
+        assert first.result().status_code == 200
+        assert server.worker_pid() == before
+
+
+# ---- turns
+
+
+def test_requests_take_turns_picture_by_picture(server: RunningServer) -> None:
+    with ThreadPoolExecutor(2) as clients:
+        many: Future[httpx.Response] = clients.submit(generate, server, n=10, size="128x128")
+        wait_until(lambda: server.running == 1)
+        start = time.monotonic()
+        assert generate(server).status_code == 200
+        assert not many.done()
+        one = time.monotonic() - start
+        assert len(many.result().json()["data"]) == 10
+        assert one < time.monotonic() - start
+
+
+def test_a_stream_that_waits_says_so(server: RunningServer) -> None:
+    with (
+        streaming(server, **LONG),
+        httpx.stream("POST", server.url + GENERATIONS, json={"prompt": "a", "stream": True}, timeout=LIMIT) as second,
+    ):
+        comments = (line for line in second.iter_lines() if line.startswith(":"))
+        assert next(comments) == ": queued"
+
+
+def test_a_stream_that_is_under_way_says_how_far_it_is(server: RunningServer) -> None:
+    with streaming(server, **LONG, n=2) as stream:
+        comments = (line for line in stream.iter_lines() if line.startswith(":"))
+        assert re.fullmatch(r": picture 1 of 2, (reading the prompt|step \d of 8)", next(comments))
+
+
+def test_more_than_may_wait_are_refused(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model, ", queue: 1")) as server:
+        with streaming(server, **LONG), ThreadPoolExecutor(1) as clients:
+            wait_until(lambda: server.running == 1)
+            second = clients.submit(generate, server)
+            wait_until(lambda: server.running == 2)
+            third = generate(server)
+            assert (third.status_code, third.json()["error"]["code"]) == (429, "queue_full")
+            assert int(third.headers["retry-after"]) > 0
+        assert second.result().status_code == 200
+
+
+def test_a_time_limit_ends_the_work(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model, ", time_limit: 2")) as server:
+        response = generate(server, **LONG)
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "time_limit_exceeded")
+        assert generate(server).status_code == 200
+
+
+def test_a_model_that_is_not_kept_is_loaded_once_for_all_pictures_of_a_request(
+    image_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with serving(tmp_path, tiny(image_model, ", keep_alive: 0")) as server, Listener(server) as listener:
+        wait_until(lambda: loaded(server) == [])
+        assert len(generate(server, n=3).json()["data"]) == 3
+        listener.wait("unloaded", "tiny")
+        assert len(listener.of("loaded", "tiny")) == 1
+        assert generate(server, keep_alive=60).status_code == 200
+        time.sleep(0.3)
+        assert loaded(server) == ["tiny"]
+
+
+# ---- crashes and memory
+
+
+def test_a_crash_fails_the_request_and_nothing_else(server: RunningServer) -> None:
+    generate(server)
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(generate, server, **LONG)
+        wait_until(lambda: server.running == 1)
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        response = asked.result()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_crashed")
+    assert generate(server).status_code == 200
+
+
+def test_a_crash_in_a_stream_is_told_in_it(server: RunningServer) -> None:
+    generate(server)
+    with streaming(server, **LONG) as stream:
+        told = events(stream.iter_lines())
+        assert next(told)["type"] == "image_generation.progress"
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        rest = list(told)
+    assert rest[-1] == "[DONE]"
+    assert rest[-2]["error"]["code"] == "engine_crashed"
+    server.post("/v1/internal/model/load", {"model_name": "tiny"})  # so that no crash counts
+
+
+def test_pictures_leave_no_memory_taken(server: RunningServer) -> None:
+    def resident() -> int:
+        processes = [psutil.Process(pid) for pid in (server.process.pid, server.worker_pid())]
+        return sum(process.memory_info().rss for process in processes)
+
+    for number in range(20):
+        generate(server, seed=number, output_format="webp" if number % 2 else "png")
+    before = resident()
+    for number in range(20):
+        assert len(generate(server, seed=number, n=4).json()["data"]) == 4
+    assert resident() - before < 8e6  # 0.1 MB a picture
+
+
+def test_uploads_leave_nothing_behind(server: RunningServer, folder: Path) -> None:
+    for _ in range(3):
+        assert edit(server, files={"image": photo()}, steps=1).status_code == 200
+    with waiting(server, **LONG):
+        wait_until(lambda: server.running == 1)
+    assert edit(server, files={"image": photo()}, steps=1).status_code == 200
+
+
+# ---- beside chats
+
+
+def test_chats_are_answered_while_a_picture_is_made(server: RunningServer) -> None:
+    say = {"model": "starter", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16}
+    assert server.post("/v1/chat/completions", say).status_code == 200
+    with streaming(server, **LONG):
+        wait_until(lambda: server.running == 1)
+        for _ in range(3):
+            assert server.post("/v1/chat/completions", say).json()["usage"]["completion_tokens"] > 0
+        assert server.running == 1
+
+
+def test_models_make_room_for_each_other(image_model: tuple[Path, Path], starter_model: Path, tmp_path: Path) -> None:
+    entries = tiny(image_model), chat(starter_model)
+    with serving(tmp_path, *entries, LLAMASERVE_MEMORY="420MB") as server, Listener(server) as listener:
+        say = {"model": "starter", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+        for _ in range(2):
+            assert opened(file_of(generate(server).json()["data"][0])).size == (64, 64)
+            assert loaded(server) == ["tiny"]
+            assert server.post("/v1/chat/completions", say).status_code == 200
+            assert loaded(server) == ["starter"]
+        assert {event["data"]["reason"] for event in listener.of("unloaded")} == {"evicted"}
+
+
+def test_a_picture_that_does_not_fit_is_refused_before_it_is_begun(
+    image_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with serving(tmp_path, tiny(image_model), LLAMASERVE_MEMORY="420MB") as server:
+        response = generate(server, size="2048x2048")
+        assert (response.status_code, response.json()["error"]["code"]) == (507, "insufficient_memory")
+        assert generate(server).status_code == 200
+
+
+def test_the_server_ends_while_a_picture_is_made(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model)) as server, streaming(server, **LONG) as stream:
+        told = events(stream.iter_lines())
+        next(told)
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 8
+        rest = list(told)
+        assert rest[-2]["error"]["code"] == "unavailable"
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -1,0 +1,130 @@
+"""Families of diffusion models: by which tensors each is told, and what its pictures are like."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from diffusion_tensors import CLIP, EDITORS, MODEL, TRANSFORMERS, UNETS, VIDEOS, Known, named, prefixed, unet
+from hypothesis import given, strategies as st
+
+from llamaserve.images.values import PARTS, SCHEDULERS, Edits, Size
+from llamaserve.registry import diffusion_family
+from llamaserve.registry.diffusion_family import SD1, SD2, SDXL, SDXS, Family, family_of, makes_videos
+from llamaserve.registry.spec import LARGEST_SIDE, ImageDefaults
+
+FAMILIES = [value for value in vars(diffusion_family).values() if isinstance(value, Family)]
+
+
+# ---- which one it is
+
+
+@pytest.mark.parametrize("known", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_a_transformer_is_told_by_its_tensors_in_any_order(known: Known) -> None:
+    shapes = prefixed(known.shapes) | {f"{MODEL}final_layer.linear.weight": (4, 2), "vae.decoder.x": (1,)}
+    assert family_of(shapes) == known.family
+    assert family_of(dict(reversed(shapes.items()))) == known.family
+    assert not makes_videos(shapes)
+
+
+@pytest.mark.parametrize("known", UNETS.values(), ids=UNETS)
+def test_a_u_net_is_told_by_its_blocks_and_its_encoder(known: Known) -> None:
+    assert family_of(known.shapes) == known.family
+    assert known.family.is_unet
+    assert not makes_videos(known.shapes)
+
+
+@pytest.mark.parametrize("known", EDITORS.values(), ids=EDITORS)
+def test_a_u_net_that_sees_eight_channels_looks_at_pictures(known: Known) -> None:
+    assert family_of(known.shapes) == replace(known.family, looks=True, edits="reference")
+
+
+@pytest.mark.parametrize(
+    ("table", "width", "family"),
+    [
+        ("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight", 768, SD1),
+        ("cond_stage_model.model.token_embedding.weight", 1024, SD2),
+        ("conditioner.embedders.0.model.token_embedding.weight", 1024, SD2),
+        ("conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight", 768, SD1),
+        ("te.text_model.embeddings.token_embedding.weight", 768, SD1),
+        ("text_model.embeddings.token_embedding.weight", 1024, SD2),
+    ],
+)
+def test_the_table_of_tokens_may_have_several_names(table: str, width: int, family: Family) -> None:
+    shapes = {name: shape for name, shape in unet(768).items() if name != CLIP}
+    assert family_of({**shapes, table: (4, width)}) == family
+    assert family_of({**shapes, table: (4, width + 1)}) is None
+    assert family_of({**shapes, table: ()}) is None
+    assert family_of(shapes) is None
+
+
+@pytest.mark.parametrize("second", ["conditioner.embedders.1.x", "cond_stage_model.1.x", "te.1.x"])
+def test_a_u_net_with_two_encoders_is_one_of_sdxl(second: str) -> None:
+    blocks = {f"{MODEL}input_blocks.0.0.weight": (4, 4, 3, 3)}
+    assert family_of({**blocks, second: (1,)}) == SDXL
+    assert family_of({second: (1,)}) is None
+
+
+def test_the_names_of_diffusers_tell_too() -> None:
+    shapes = {
+        "unet.down_blocks.0.x": (1,),
+        "unet.conv_in.weight": (4, 4, 3, 3),
+        CLIP.replace("cond_stage_model.transformer", "te"): (4, 768),
+    }
+    assert family_of(shapes) == SDXS
+    for more in ("unet.mid_block.resnets.1.x", "unet.up_blocks.2.attentions.1.x"):
+        assert family_of(shapes | {more: (1,)}) == SD1
+    edited = shapes | {"unet.conv_in.weight": (4, 8, 3, 3), "unet.up_blocks.2.attentions.1.x": (1,)}
+    assert family_of(edited) == replace(SD1, looks=True, edits="reference")
+
+
+def test_what_is_no_diffusion_model_has_no_family() -> None:
+    others = (
+        {},
+        named("decoder.conv_in.weight", "encoder.conv_in.weight"),
+        {"text_model.embeddings.token_embedding.weight": (49408, 1280)},
+        {"model.embed_tokens.weight": (151_936, 768)},
+        named("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"),
+        named("double_blocks.0.img_attn.qkv.weight"),
+        named(f"{MODEL}single_blocks.47.linear1.weight"),
+    )
+    assert [family_of(shapes) for shapes in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("shapes", VIDEOS.values(), ids=VIDEOS)
+def test_models_of_moving_pictures_are_told(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert makes_videos(prefixed(shapes))
+    assert not makes_videos(shapes)
+
+
+# ---- what its pictures are like
+
+
+@given(st.sampled_from(FAMILIES), st.integers(1, LARGEST_SIDE), st.integers(1, LARGEST_SIDE))
+def test_a_canvas_is_the_smallest_that_holds_a_picture(family: Family, width: int, height: int) -> None:
+    for side, wanted in zip(family.canvas(Size(width, height)), (width, height), strict=True):
+        assert side % family.multiple == 0
+        assert side - family.multiple < max(wanted, 64) <= side
+
+
+def test_what_a_family_says_could_stand_in_models_yaml() -> None:
+    for family in FAMILIES:
+        fields = ("steps", "cfg_scale", "guidance", "sampler", "edits")
+        own = {name: getattr(family, name) for name in fields}
+        said = ImageDefaults.model_validate(own | {"size": str(family.size)})
+        assert {name: getattr(said, name) for name in fields} == own
+        assert said.size == family.size == family.canvas(family.size)
+        assert family.unaligned <= set(SCHEDULERS)
+        assert {part for group in family.encoders for part in group} <= set(PARTS) - {"vae", "taesd", "llm_vision"}
+
+
+def test_families_have_names_of_their_own_and_edit_by_looking_only_if_they_can() -> None:
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES) == 17
+    assert {family.edits for family in FAMILIES} == set(get_args(Edits))
+    assert all(family.looks for family in FAMILIES if family.edits == "reference")
+    assert [family.name for family in FAMILIES if family.is_unet] == [
+        *("Stable Diffusion 1", "Stable Diffusion 2", "SDXS", "SDXS 0.9", "Stable Diffusion XL")
+    ]
+    assert [family.name for family in FAMILIES if not family.decodes] == ["Chroma Radiance"]
+    assert {(family.is_unet, family.sampler) for family in FAMILIES} == {(True, "euler_a"), (False, "euler")}
