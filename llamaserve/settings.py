@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
     max_upload: int = Field(
-        100 * MEBIBYTE, gt=0, description="Largest request body with a file in it, such as an audio, in bytes."
+        100 * MEBIBYTE, gt=0, description="Largest request body with files in it, such as an audio, in bytes."
     )
     max_audio: float = Field(
         4 * 3600,

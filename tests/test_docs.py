@@ -15,20 +15,23 @@ from fastapi.routing import APIRoute
 from local_hub import Hub, running_hub, settings_for
 from lora_files import random_lora, shapes_of
 from running_server import RunningServer, wait_until
+from tiny_diffusion import image_entry
 
 from llamaserve import cli
 from llamaserve.api.audio import AudioRequest
 from llamaserve.api.chat_options import ChatRequest
 from llamaserve.api.fields import names_of
+from llamaserve.api.image_fields import EditRequest
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.presets import Presets
 from llamaserve.app import _RESOURCES, create_app
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.engine.params import STAGES, Footprint
 from llamaserve.errors import LlamaserveError, _tree
+from llamaserve.images.values import PARTS, SAMPLERS, SCHEDULERS
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.pool import ModelPool
-from llamaserve.registry.spec import Defaults, load_registry
+from llamaserve.registry.spec import Defaults, ImageDefaults, load_registry
 from llamaserve.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,11 +62,21 @@ def run(
     return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, cwd=folder)
 
 
+def _draw(folder: Path) -> None:
+    """Write the pictures that examples send."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (96, 64), "steelblue").save(folder / "room.png")
+    mask = image.new("RGBA", (96, 64), "black")
+    mask.paste((0, 0, 0, 0), (48, 0, 96, 64))
+    mask.save(folder / "mask.png")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that examples send."""
     folder = tmp_path_factory.mktemp("files")
     shutil.copy(SPEECH, folder / "speech.flac")
+    _draw(folder)
     return folder
 
 
@@ -73,19 +86,22 @@ def whole_server(
     embedding_model: Path,
     speech_model: Path,
     multilingual_speech_model: Path,
+    image_model: tuple[Path, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningServer]:
     """A server with all starter models."""
     models = tmp_path_factory.mktemp("whole") / "models.yaml"
     minilm = "all-minilm-l6-v2"
     models.write_text(
-        f"defaults: {{context: 2048, parallel: 4, embedding_model: {minilm}, moderation_model: {minilm}}}\n"
+        f"defaults: {{context: 2048, parallel: 4, embedding_model: {minilm}, moderation_model: {minilm}, "
+        "image_model: sd-turbo}\n"
         f"models:\n  smollm2-135m: {{source: 'file:{starter_model}'}}\n"
         f"  {minilm}: {{source: 'file:{embedding_model}'}}\n"
         f"  whisper-tiny.en: {{source: 'file:{speech_model}'}}\n"
         f"  whisper-base: {{source: 'file:{multilingual_speech_model}'}}\n"
+        f"  sd-turbo: {image_entry(image_model, 'steps: 1, size: 64x64')}\n"
         f"aliases: {{starter: smollm2-135m, text-embedding-3-small: {minilm}, text-embedding-ada-002: {minilm}, "
-        "whisper-1: whisper-tiny.en, base: whisper-base}\n"
+        "whisper-1: whisper-tiny.en, base: whisper-base, dall-e-2: sd-turbo}\n"
     )
     with RunningServer("serve", "smollm2-135m", "--models-file", str(models)) as running:
         yield running
@@ -190,6 +206,15 @@ def test_every_field_of_a_chat_is_documented_with_its_names() -> None:
 def test_every_field_of_a_transcription_is_documented() -> None:
     text = (ROOT / "docs" / "api.md").read_text().partition("## POST /v1/audio/transcriptions")[2].partition("\n## ")[0]
     assert {name for name in AudioRequest.model_fields if f"`{name}" not in text} == set()
+
+
+def test_every_field_of_a_picture_is_documented() -> None:
+    api = (ROOT / "docs" / "api.md").read_text()
+    text = api.partition("## POST /v1/images/generations")[2].partition("## GET /v1/images/files")[0]
+    assert {name for name in EditRequest.model_fields if f"`{name}" not in text} == set()
+    how = (ROOT / "docs" / "images.md").read_text()
+    assert {name for name in (*SAMPLERS, *SCHEDULERS) if f"`{name}`" not in how} == set()
+    assert {name for name in (*PARTS, *ImageDefaults.model_fields) if f"`{name}`" not in how} == set()
 
 
 def test_every_instruction_template_is_documented() -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
     *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_output"),
-    *("doctor", "serving", "app", "api", "chat", "moderation", "registry", "worker", "engine", "speech"),
+    *("doctor", "serving", "app", "api", "chat", "moderation", "registry", "worker", "engine", "speech", "images"),
 ]
 SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
 
@@ -91,6 +91,16 @@ def test_ffmpeg_is_loaded_in_the_decoding_process_alone() -> None:
     assert users == {"speech.audio_main"}
 
 
+def test_stable_diffusion_cpp_is_loaded_in_one_module() -> None:
+    assert loading("stable_diffusion_cpp") == {"images.diffusion"}
+
+
+def test_pillow_decodes_in_the_reading_process_alone() -> None:
+    assert loading("PIL") == {"images.encoding", "images.pictures_main"}
+    users = {module for module, path in modules().items() if "llamaserve.images.pictures_main" in imported(path)}
+    assert users == set()
+
+
 def imported(path: Path) -> set[str]:
     """Return the modules that a module imports, and those it imports from."""
     return {each for name in imports(path) for each in (name, name.rpartition(".")[0])}
@@ -103,7 +113,8 @@ def test_the_engine_knows_nothing_of_the_web() -> None:
 
 
 def test_the_api_process_loads_neither_llama_cpp_nor_numpy_nor_jinja() -> None:
-    heavy = ("llama_cpp", "_pywhispercpp", "av", "numpy", "jinja2", "huggingface_hub", "llguidance", "gguf")
+    heavy = ("llama_cpp", "_pywhispercpp", "av", "stable_diffusion_cpp", "PIL", "numpy", "jinja2", "huggingface_hub")
+    heavy += ("llguidance", "gguf")
     check = f"import sys, llamaserve.cli, llamaserve.serving; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

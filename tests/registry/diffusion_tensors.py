@@ -141,6 +141,13 @@ def prefixed(shapes: Shapes, prefix: str = MODEL) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+CHECKPOINT: Final[Shapes] = {  # a FLUX.2 klein with all its parts
+    **prefixed(TRANSFORMERS["klein"].shapes),
+    **prefixed(PARTS["llm"], "text_encoders.llm."),
+    **prefixed(DECODER, "first_stage_model."),
+}
+
+
 def write_zeros(path: Path, shapes: Shapes, dtype: str = "F16") -> Path:
     """Write a safetensors file, and return where it is."""
     zeros = {name: (dtype, shape, bytes(math.prod(shape) * BYTES[dtype])) for name, shape in shapes.items()}

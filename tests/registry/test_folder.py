@@ -8,14 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from diffusion_tensors import CHECKPOINT, DECODER, PARTS, TRANSFORMERS, UNETS, VIDEOS, Shapes, prefixed, write_zeros
 from gguf_splitter import split_gguf
-from gguf_writer import File, tiny_llama
+from gguf_writer import File, Tensor, tiny_llama
 from hypothesis import given, strategies as st
 from whisper_writer import whisper_file
 
 from llamaserve import errors
 from llamaserve.registry import folder as folder_module
-from llamaserve.registry.folder import FoundModel, find, is_something_else, named, natural, resolve, scan, stamp
+from llamaserve.registry.folder import (
+    FoundModel,
+    find,
+    is_something_else,
+    named,
+    natural,
+    resolve,
+    scan,
+    stamp,
+    without_ending,
+)
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.spec import load_registry
 
@@ -89,9 +100,75 @@ def test_whisper_files_are_models_too(tmp_path: Path) -> None:
     assert (model.name, model.size, model.source) == ("ggml-tiny.bin", len(SPEECH), f"file:{tmp_path}/ggml-tiny.bin")
 
 
+def test_whole_diffusion_models_are_models_too(tmp_path: Path) -> None:
+    fill(tmp_path, {"b/flux2.SafeTensors": MODEL, "sd/v1.safetensors": MODEL})
+    write_zeros(tmp_path / "b/flux2.SafeTensors", CHECKPOINT)
+    write_zeros(tmp_path / "sd/v1.safetensors", UNETS["SD1"].shapes | prefixed(DECODER, "first_stage_model."))
+    assert {model.name: model.error for model in scan(tmp_path)} == {
+        "b/flux2.SafeTensors": None,
+        "sd/v1.safetensors": None,
+    }
+    assert not any(is_something_else(model.path) for model in scan(tmp_path))
+    model = named(tmp_path, "sd/v1")
+    assert model is not None
+    path = tmp_path / "sd/v1.safetensors"
+    assert (model.path, model.size, model.source) == (path, path.stat().st_size, f"file:{path}")
+    assert find(tmp_path, "sd") == model
+    assert without_ending("sd/v1.safetensors") == "sd/v1"
+
+
+def test_other_safetensors_files_are_left_out(tmp_path: Path) -> None:
+    others: dict[str, Shapes] = {
+        "vae": PARTS["vae"],
+        "clip_l": PARTS["clip_l"],
+        "llm": PARTS["llm"],
+        "lora": {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": (2, 2)},
+        "without parts": TRANSFORMERS["klein"].shapes,
+        "without a decoder": {name: shape for name, shape in CHECKPOINT.items() if "first_stage" not in name},
+        "without an encoder": {name: shape for name, shape in CHECKPOINT.items() if "text" not in name},
+        "video": CHECKPOINT | prefixed(VIDEOS["Wan 2.x"]),
+    }
+    for name, shapes in others.items():
+        write_zeros(tmp_path / f"{name}.safetensors", shapes)
+    whole = write_zeros(tmp_path / "whole.safetensors", CHECKPOINT).read_bytes()
+    fill(tmp_path, {"cut.safetensors": whole[:-1], "empty.safetensors": b"", "gguf.safetensors": MODEL})
+    assert names(tmp_path) == ["whole.safetensors"]
+    assert is_something_else(tmp_path / "vae.safetensors")
+    assert is_something_else(tmp_path / "cut.safetensors")
+
+
+def test_a_gguf_file_of_a_diffusion_model_is_left_out_or_is_to_be_listed(tmp_path: Path) -> None:
+    telling = [Tensor(name, (4,)) for name in CHECKPOINT]
+    unfinished = [Tensor(name, (4,)) for name in CHECKPOINT if "first_stage" not in name]
+    fill(
+        tmp_path,
+        {
+            "named.gguf": File({"general.architecture": "flux"}, telling).bytes(),
+            "nameless.gguf": File({}, telling).bytes(),
+            "unfinished.gguf": File({}, unfinished).bytes(),
+        },
+    )
+    found = {model.name: model.error or "" for model in scan(tmp_path)}
+    assert found.keys() == {"nameless.gguf", "unfinished.gguf"}
+    assert found["nameless.gguf"] == "it is a diffusion model; list it in models.yaml with `task: image`"
+    assert "general.architecture" in found["unfinished.gguf"]
+
+
+def test_a_diffusion_model_that_changes_is_looked_at_again(tmp_path: Path) -> None:
+    path = write_zeros(tmp_path / "m.safetensors", PARTS["vae"])
+    before = stamp(tmp_path)
+    assert names(tmp_path) == []
+    write_zeros(path, CHECKPOINT)
+    assert names(tmp_path) == ["m.safetensors"]
+    assert stamp(tmp_path) != before
+    path.unlink()
+    assert stamp(tmp_path) == ()
+
+
 def test_of_two_files_of_one_name_the_gguf_file_is_meant(tmp_path: Path) -> None:
     fill(tmp_path, {"m.bin": SPEECH, "m.gguf": MODEL})
-    for name, meant in (("m", "m.gguf"), ("m.bin", "m.bin")):
+    write_zeros(tmp_path / "m.safetensors", CHECKPOINT)
+    for name, meant in (("m", "m.gguf"), ("m.bin", "m.bin"), ("m.safetensors", "m.safetensors")):
         model = named(tmp_path, name)
         assert model is not None
         assert model.name == meant

@@ -25,6 +25,7 @@ from gguf_writer import (
     Q8_0,
     STRING,
     UINT8,
+    UINT16,
     UINT64,
     Array,
     File,
@@ -38,7 +39,7 @@ from gguf_writer import (
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from llamaserve.errors import GGUFError, LlamaserveError, ModelFileMissing
-from llamaserve.registry.gguf import GGUFArray, GGUFHeader, ValueType, read_header
+from llamaserve.registry.gguf import GGUFArray, GGUFHeader, ValueType, read_container, read_header
 from llamaserve.registry.loadable import check_loadable
 
 Write = Callable[[bytes], Path]
@@ -433,6 +434,45 @@ def test_huge_sparse_file_is_refused_quickly(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 20
 
 
+# ---- files of which nobody knows what they are for
+
+
+def test_a_container_needs_no_architecture(write: Write) -> None:
+    path = write(File({}, [Tensor("a", (32, 2), Q4_0)]).bytes())
+    header = read_container(path)
+    assert (header.architecture, header.split_count, header.file_size) == ("", 1, path.stat().st_size)
+    assert [(tensor.name, tensor.shape, tensor.size) for tensor in header.tensors] == [("a", (32, 2), 36)]
+    assert "general.architecture" in refused(path)
+
+
+def test_a_container_may_be_any_part_and_is_read_alone(write: Write) -> None:
+    split = {"split.no": Value(UINT16, 1), "split.count": Value(UINT16, 3)}
+    path = write(File(MINIMAL | split, [Tensor("a", (4,))]).bytes())
+    assert read_container(path).paths == (path,)
+    refused(path)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 127])
+def test_names_in_a_container_may_be_longer_than_in_a_model_of_texts(write: Write, length: int) -> None:
+    path = write(File(MINIMAL, [Tensor("x" * length, (4,))]).bytes())
+    assert [len(tensor.name) for tensor in read_container(path).tensors] == [length]
+    if length <= 63:
+        assert read_header(path).tensors == read_container(path).tensors
+    else:
+        assert f"a tensor's name has {length} bytes" in refused(path)
+
+
+def test_a_container_is_checked_like_any_other_file(write: Write, tmp_path: Path) -> None:
+    for damaged in (b"", b"GGUF", SMALL[:-1], File({}, [Tensor("x" * 128, (4,))]).bytes(), b"junk" * 10):
+        path = write(damaged)
+        with pytest.raises(GGUFError, match=r"model\.gguf"):
+            read_container(path)
+    with pytest.raises(ModelFileMissing):
+        read_container(tmp_path / "absent.gguf")
+    with pytest.raises(GGUFError, match="a directory"):
+        read_container(tmp_path)
+
+
 SMALL = File(
     MINIMAL
     | {
@@ -462,6 +502,7 @@ def test_any_damage_is_an_error_of_ours(write: Write, length: int, flips: list[t
     tracemalloc.start()
     try:
         with contextlib.suppress(LlamaserveError):
+            read_container(path)
             header = read_header(path)
             assert len(header.bos_token) + len(header.quantisation) < 1000
             header.tokens()

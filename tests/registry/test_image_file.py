@@ -352,7 +352,7 @@ def test_a_lora_that_is_damaged_is_an_error_of_its_file(find: Find) -> None:
 
 
 @given(st.text(max_size=20) | st.text("/.\\~ab-", max_size=12))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_found_lies_in_the_folder(find: Find, name: str) -> None:
     try:
         path = find(name)
@@ -362,9 +362,7 @@ def test_whatever_is_found_lies_in_the_folder(find: Find, name: str) -> None:
 
 
 def test_without_a_folder_there_are_no_loras(folder: Path) -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"^brush has no LoRA called 'ink': models\.yaml names no folder with some$"
-    ):
+    with pytest.raises(InvalidRequest, match=r"^brush has no LoRA called 'ink': models\.yaml names no folder"):
         ImageFile("brush", spec(), folder).lora("ink")
 
 

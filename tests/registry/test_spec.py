@@ -10,12 +10,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from llamaserve import errors
+from llamaserve.images.values import SAMPLERS, SCHEDULERS, Size
 from llamaserve.registry import sources
 from llamaserve.registry.spec import (
     MAX_FILE,
     SHOWN_PROBLEMS,
     Defaults,
+    ImageDefaults,
     ModelSpec,
+    Parts,
     Prefixes,
     Registry,
     RunOptions,
@@ -187,7 +190,10 @@ def test_a_wrong_file_is_told_with_its_line(folder: Path, text: str | bytes, sai
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("task: chat", "task: should be 'generation', 'embedding', 'rerank', 'moderation' or 'transcription', not"),
+        (
+            "task: chat",
+            "task: should be 'generation', 'embedding', 'rerank', 'moderation', 'transcription' or 'image', not 'chat'",
+        ),
         ("pooling: max", "pooling: should be 'auto', 'mean', 'cls' or 'last', not 'max'"),
         ("pooling: none", "pooling: should be 'auto', 'mean', 'cls' or 'last', not 'none'"),
         ("pooling: [mean]", "pooling: should be 'auto', 'mean', 'cls' or 'last', not ['mean']"),
@@ -203,6 +209,15 @@ def test_a_wrong_file_is_told_with_its_line(folder: Path, text: str | bytes, sai
         ("lora: [{source: 'file:a',\n      scale: lots}]", "lora.0.scale: should be a valid number"),
         ("lora: [{source: 'file:a',\n      nmae: b}]", "lora.0.nmae: unknown field; did you mean name?"),
         ("lora: [{source: 'file:a',\n      name: 'a b'}]", "lora.0.name: a name starts with a letter or digit"),
+        ("parts: file:vae.safetensors", "parts: should be a valid dictionary"),
+        ("parts:\n      vea: file:a", "parts.vea: unknown field; did you mean vae?"),
+        ("parts:\n      zzz: file:a", "parts.zzz: unknown field; known: vae, taesd, clip_l, clip_g, t5xxl, llm,"),
+        ("parts:\n      vae: vae.safetensors", "parts.vae: 'vae.safetensors' names no source; accepted are file:PATH"),
+        ("parts:\n      llm: hf:o/r/../a.gguf", "parts.llm: 'hf:o/r/../a.gguf' names no source; accepted are"),
+        ("parts:\n      clip_l: 5", "parts.clip_l: should be a valid string, not 5"),
+        ("parts:\n      t5xxl: [file:a]", "parts.t5xxl: should be a valid string, not ['file:a']"),
+        ("image: 512x512", "image: should be a valid dictionary"),
+        ("image:", "image: should be a valid dictionary"),
     ],
 )
 def test_a_wrong_field_of_a_field_is_told_with_its_own_line(folder: Path, text: str, said: str) -> None:
@@ -231,7 +246,92 @@ def test_a_model_says_what_it_is_for_and_what_it_wants_before_a_text(folder: Pat
     assert (two.task, two.pooling, two.prefixes) == (None, "cls", Prefixes(query="query: "))
 
 
-@pytest.mark.parametrize("task", ["embedding", "rerank", "moderation", "transcription"])
+NO_SIZE = "should be width and height in pixels, such as 512x768, not "
+NO_SIDE = "should have 16 to 4096 pixels on each side, not "
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("stpes", "4", "unknown field; did you mean steps?"),
+        ("zzz", "4", "unknown field; known: steps, cfg_scale, guidance, sampler, scheduler, size, edits, loras"),
+        ("steps", "0", "should be greater than or equal to 1, not 0"),
+        ("steps", "151", "should be less than or equal to 150, not 151"),
+        ("steps", "'4'", "should be a valid integer, not '4'"),
+        ("steps", "4.5", "should be a valid integer, not 4.5"),
+        ("cfg_scale", "-1", "should be greater than or equal to 0, not -1"),
+        ("cfg_scale", "101", "should be less than or equal to 100, not 101"),
+        ("cfg_scale", ".nan", "should be less than or equal to 100, not nan"),
+        ("guidance", ".inf", "should be less than or equal to 100, not inf"),
+        ("guidance", "much", "should be a valid number"),
+        ("sampler", "Euler", "should be 'euler', 'euler_a', 'heun',"),
+        ("sampler", "[euler]", "should be 'euler', 'euler_a', 'heun',"),
+        ("scheduler", "normal", "should be 'discrete', 'karras',"),
+        ("size", "512", NO_SIZE + "512"),
+        ("size", "[512, 512]", NO_SIZE + "[512, 512]"),
+        ("size", "512X512", NO_SIZE + "'512X512'"),
+        ("size", "'512x512 '", NO_SIZE + "'512x512 '"),
+        ("size", "512x100000", NO_SIZE + "'512x100000'"),
+        ("size", "0x512", NO_SIZE + "1298"),  # what YAML takes it for
+        ("size", "'0x512'", NO_SIDE + "0x512"),
+        ("size", "15x512", NO_SIDE + "15x512"),
+        ("size", "512x4097", NO_SIDE + "512x4097"),
+        ("edits", "inpaint", "should be 'repaint' or 'reference', not 'inpaint'"),
+        ("edits", "[]", "should be 'repaint' or 'reference', not []"),
+        ("loras", "5", "Input is not a valid path"),
+    ],
+)
+def test_a_wrong_setting_for_pictures_is_told_with_its_line(folder: Path, field: str, value: str, said: str) -> None:
+    text = f"models:\n  a:\n    source: hf:o/r\n    image:\n      {field}: {value}\n"
+    assert refusal(folder, text).startswith(f"models.yaml:5: models.a.image.{field}: {said}")
+
+
+def test_every_mistake_about_pictures_is_told(folder: Path) -> None:
+    text = "models:\n  a:\n    source: hf:o/r\n    parts: {vae: x}\n    image:\n      steps: 0\n      size: 1x1\n"
+    text += "      step: 1\n"
+    assert [line.split(": ")[:2] for line in refusal(folder, text).splitlines()] == [
+        ["models.yaml:4", "models.a.parts.vae"],
+        ["models.yaml:6", "models.a.image.steps"],
+        ["models.yaml:7", "models.a.image.size"],
+        ["models.yaml:8", "models.a.image.step"],
+    ]
+
+
+def test_a_model_says_of_what_it_is_put_together_and_how_its_pictures_are_made(folder: Path) -> None:
+    text = """\
+models:
+  a:
+    source: hf:o/r/a.safetensors
+    lora: [{source: 'file:style.gguf'}]
+    parts: {llm: 'hf:o/s/b.gguf@main', vae: 'file:c.safetensors', taesd: null}
+    image: {steps: 4, cfg_scale: 1, guidance: 3.5, sampler: dpm++2m, scheduler: karras, size: 512x768, edits: repaint}
+  b: {source: 'hf:o/r', image: {size: 4096x16, loras: ../loras}}
+"""
+    one, two = load(folder, text).models.values()
+    assert one.parts.sources == {"vae": "file:c.safetensors", "llm": "hf:o/s/b.gguf@main"}
+    assert one.other_sources == ("file:style.gguf", "file:c.safetensors", "hf:o/s/b.gguf@main")
+    assert one.image == ImageDefaults(
+        steps=4,
+        cfg_scale=1.0,
+        guidance=3.5,
+        sampler="dpm++2m",
+        scheduler="karras",
+        size=Size(512, 768),
+        edits="repaint",
+    )
+    assert (two.parts, two.parts.sources, two.other_sources) == (Parts(), {}, ())
+    assert two.image == ImageDefaults(size=Size(4096, 16), loras=Path("../loras"))
+    assert load(folder, "models: {a: {source: 'hf:o/r'}}").models["a"].image == ImageDefaults()
+
+
+@pytest.mark.parametrize("field", ["sampler", "scheduler"])
+def test_every_sampler_and_scheduler_can_be_named(folder: Path, field: str) -> None:
+    for name in SAMPLERS if field == "sampler" else SCHEDULERS:
+        image = load(folder, f"models: {{a: {{source: 'hf:o/r', image: {{{field}: {name}}}}}}}").models["a"].image
+        assert getattr(image, field) == name
+
+
+@pytest.mark.parametrize("task", ["embedding", "rerank", "moderation", "transcription", "image"])
 def test_the_defaults_name_a_model_for_each_task_by_name_or_alias(folder: Path, task: str) -> None:
     models = "models: {a: {source: 'hf:o/r'}}\naliases: {b: a}"
     for name in ("a", "b"):
@@ -248,7 +348,10 @@ def test_the_defaults_name_a_model_for_each_task_by_name_or_alias(folder: Path, 
 
 
 def test_what_one_model_is_for_is_no_default(folder: Path) -> None:
-    text = "defaults:\n  task: embedding\n  pooling: mean\n  prefixes: {query: a}\n  generation_model: a\n"
+    text = (
+        "defaults:\n  task: embedding\n  pooling: mean\n  prefixes: {query: a}\n  generation_model: a\n"
+        "  parts: {vae: 'file:a'}\n  image: {steps: 4}\n"
+    )
     lines = refusal(folder, text).splitlines()
     assert [line.split(": ")[:3] for line in lines] == [
         [f"models.yaml:{number}", f"defaults.{field}", found]
@@ -261,6 +364,8 @@ def test_what_one_model_is_for_is_no_default(folder: Path) -> None:
                     "generation_model",
                     "unknown field; did you mean moderation_model or rerank_model or transcription_model?",
                 ),
+                ("parts", "unknown field; known"),
+                ("image", "unknown field; did you mean image_model?"),
             ),
             2,
         )

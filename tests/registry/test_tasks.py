@@ -11,8 +11,9 @@ from gguf_writer import STRING, Array, tiny_llama
 
 from llamaserve.errors import ModelNotCapable
 from llamaserve.registry.gguf import GGUFHeader, read_header
+from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Task
-from llamaserve.registry.tasks import GENERATING, WORK, pooling_of, task_of
+from llamaserve.registry.tasks import GENERATING, WORK, kind_of, pooling_of, task_of
 
 MEAN, CLS, LAST, RANK = 1, 2, 3, 4  # llama_pooling_type
 
@@ -59,6 +60,31 @@ def test_the_file_decides_where_the_settings_say_nothing(tmp_path: Path) -> None
 def test_files_for_whisper_cpp_are_for_speech_without_a_look_at_them(source: str, task: Task) -> None:
     assert task_of(ModelSpec(source=source), None) == task
     assert task_of(ModelSpec(source=source, task="rerank"), None) == "rerank"  # which loading it will refuse
+
+
+@pytest.mark.parametrize(
+    ("source", "task"),
+    [
+        ("file:~/flux2.safetensors", "image"),
+        ("file:models/SD.SafeTensors", "image"),
+        ("hf:o/r/v1-5.safetensors@main", "image"),
+        ("pypi:a==1/a/model.safetensors:F16", "generation"),  # of which a GGUF file is made
+        ("hf:o/r/flux2.gguf", "generation"),
+        ("file:safetensors.gguf", "generation"),
+        ("file:x.safetensors.bin", "transcription"),
+    ],
+)
+def test_files_that_only_stable_diffusion_cpp_takes_are_for_images(source: str, task: Task) -> None:
+    assert task_of(ModelSpec(source=source), None) == task
+    kinds = {"image": "image", "transcription": "speech", "generation": "text"}
+    assert kind_of(ModelSpec(source=source), parse_source(source, Path("/"))) == kinds[task]
+
+
+@pytest.mark.parametrize("source", ["file:a.gguf", "file:a.safetensors", "file:a.bin", "hf:o/r:Q8_0", "file:a"])
+def test_a_file_of_any_name_is_for_images_if_the_settings_say_so(source: str) -> None:
+    parsed = parse_source(source, Path("/"))
+    assert kind_of(ModelSpec(source=source, task="image"), parsed) == "image"
+    assert kind_of(ModelSpec(source=source, task="generation"), parsed) != "image"
 
 
 @pytest.mark.parametrize("task", get_args(Task))
@@ -126,3 +152,5 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
                 pooling_of(spec(**idle), header)
     with pytest.raises(ModelNotCapable, match=r"none of whisper.cpp's \(.bin\), which alone transcribe speech"):
         pooling_of(spec(task="transcription"), decoder(tmp_path))
+    with pytest.raises(ModelNotCapable, match="its file is none of a diffusion model"):
+        pooling_of(spec(task="image"), decoder(tmp_path))
