@@ -22,8 +22,10 @@ from local_hub import COMMIT, Hub, running_hub, settings_for
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
 from running_server import wait_until
+from tiny_diffusion import write_model, write_safetensors
 from whisper_writer import whisper_file
 
+from llamaserve.registry.diffusion_file import read_diffusion
 from llamaserve.registry.whisper_file import read_whisper
 
 MODEL, NEWER = tiny_llama(), tiny_llama(general__name="newer")
@@ -380,6 +382,117 @@ def test_show_says_why_a_whisper_model_cannot_do_what_its_settings_say(desk: Des
         assert facts["memory"] is None
     tasks = {each["model"]: each["task"] for each in desk.json("models")["models"]}
     assert tasks == {"english": "transcription", "chatty": "generation", "styled": "transcription"}
+
+
+IMAGES = """\
+models:
+  brush: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:tiny-taef2.safetensors'}, image: {size: 256x128}}
+  chatty: {source: 'file:tiny-flux2.safetensors', task: generation, parts: {taesd: 'file:tiny-taef2.safetensors'}}
+  bare: {source: 'file:tiny-flux2.safetensors'}
+  half: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:none.safetensors'}}
+"""
+
+
+def test_a_diffusion_model_in_several_files_is_a_model_for_all_commands(desk: Desk) -> None:
+    paths = write_model(desk.folder)
+    (desk.folder / "models.yaml").write_text(IMAGES)
+    listed = {each["model"]: (each["task"], each["here"]) for each in desk.json("models")["models"]}
+    assert listed == {
+        "brush": ("image", True),
+        "chatty": ("generation", True),
+        "bare": ("image", True),
+        "half": ("image", False),
+    }
+    answer = desk("show", "brush")
+    for label, value in {
+        "task": "image",
+        "here": "yes",
+        "taesd": "file:tiny-taef2.safetensors",
+        "architecture": "FLUX.2 klein",
+        "quantisation": "F16",
+        "pictures": "256x128, 4 steps, guidance 1",
+        "edits": "pictures",
+    }.items():
+        assert re.search(rf"^{label} +{re.escape(value)} *$", answer, re.MULTILINE)
+    facts = desk.json("show", "brush")
+    header = read_diffusion(paths[0], {"taesd": paths[1]})
+    assert (facts["header"], facts["speech"], facts["problem"], facts["template_abilities"]) == (None, None, None, None)
+    assert facts["image"] == {
+        "family": "FLUX.2 klein",
+        "parameters": header.parameter_count,
+        "quantisation": "F16",
+        "size": "256x128",
+        "steps": 4,
+        "cfg_scale": 1.0,
+        "edits": True,
+    }
+    assert (facts["files"], facts["size"]) == ([str(path) for path in paths], header.file_size)
+    assert facts["parts"] == {"taesd": "file:tiny-taef2.safetensors"}
+    assert facts["memory"]["weights"] == header.weight_bytes
+    assert facts["memory"]["total"] == facts["memory"]["weights"] + facts["memory"]["compute"]
+    assert desk("verify", "brush") == "brush: good\n"
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    answer = desk("verify", "brush", status=1)
+    assert "tiny-taef2.safetensors is no GGUF file, and tiny-taef2.safetensors is no good safetensors file" in answer
+
+
+def test_show_says_why_a_diffusion_model_cannot_do_what_its_settings_say(desk: Desk) -> None:
+    write_model(desk.folder, encoder=False)
+    (desk.folder / "models.yaml").write_text(IMAGES)
+    assert re.search("^edits +nothing: its files have no encoder for pictures *$", desk("show", "brush"), re.MULTILINE)
+    chatty, bare, half = (desk.json("show", name) for name in ("chatty", "bare", "half"))
+    assert (chatty["image"], chatty["memory"], chatty["task"]) == (None, None, "generation")
+    assert "tiny-flux2.safetensors is not a GGUF file" in chatty["problem"]
+    assert "is a FLUX.2 klein model, and its decoder is missing" in bare["problem"]
+    assert half["problem"] == "the part taesd of half is not on this machine: file:none.safetensors"
+    assert (half["here"], half["image"], half["memory"]) == (False, None, None)
+    assert f"the part taesd file:none.safetensors is not on this machine: there is no file {desk.folder}/none" in desk(
+        "verify", "half", status=1
+    )
+
+
+def test_parts_are_fetched_and_deleted_with_their_model(desk: Desk) -> None:
+    model, decoder = write_model(desk.folder)
+    desk.hub.files |= {path.name: path.read_bytes() for path in (model, decoder)}
+    model.unlink()
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        "  own: {source: 'hf:o/r/tiny-flux2.safetensors', parts: {taesd: 'file:tiny-taef2.safetensors'}}\n"
+        "  brush: {source: 'hf:o/r/tiny-flux2.safetensors@main', parts: {taesd: 'hf:o/r/tiny-taef2.safetensors'}}\n"
+    )
+    assert "hf:o/r/tiny-flux2.safetensors" in desk("pull", "brush")
+    locked = json.loads((desk.folder / "models.lock").read_text())["sources"]
+    assert [*locked] == ["hf:o/r/tiny-flux2.safetensors@main", "hf:o/r/tiny-taef2.safetensors"]
+    assert [each["here"] for each in desk.json("models")["models"]] == [True, True]
+    assert desk("verify", "brush") == "brush: good\n"
+    answer = desk("rm", "--yes", "brush")
+    assert "brush: 2 files" in answer
+    assert "(also the file of own)" in answer
+    assert "brush: deleted 2 files" in answer
+    assert not list((desk.folder / "hf").rglob("*.safetensors"))
+    assert decoder.exists()
+
+
+def test_a_whole_diffusion_model_of_the_folder_is_a_model_and_others_are_none(desk: Desk) -> None:
+    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), "te.x": (2,), "vae.decoder.x": (2, 3)}
+    write_safetensors(desk.folder / "models/sub/sd3.safetensors", whole)
+    write_safetensors(desk.folder / "models/vae.safetensors", {"decoder.x": (2, 3)})
+    lines = {line.split()[0]: line.split()[1:] for line in desk("models").splitlines() if line.strip()}
+    assert lines["sub/sd3.safetensors"][0] == "yes"
+    assert lines["sub/sd3.safetensors"][-1] == "image"
+    assert "vae.safetensors" not in lines
+    assert desk.json("show", "sub/sd3")["image"] == {
+        "family": "Stable Diffusion 3",
+        "parameters": 12,
+        "quantisation": "F16",
+        "size": "1024x1024",
+        "steps": 28,
+        "cfg_scale": 4.5,
+        "edits": False,
+    }
+    assert desk("verify", "sub/sd3") == "sub/sd3: good\n"
+    assert "sub/sd3.safetensors: deleted 1 file" in desk("rm", "--yes", "sub/sd3")
+    assert not (desk.folder / "models/sub/sd3.safetensors").exists()
 
 
 def test_a_damaged_lock_is_told_with_its_line(desk: Desk) -> None:

@@ -14,13 +14,17 @@ from gguf_writer import tiny_llama, tiny_llama_tensors
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
 from rich.console import Console
+from tiny_diffusion import write_model
 from whisper_writer import whisper_file
 
 from llamaserve import cli_plan
 from llamaserve.engine.events import Device
 from llamaserve.engine.params import Footprint
+from llamaserve.errors import InsufficientMemory
+from llamaserve.registry.diffusion_file import read_diffusion
+from llamaserve.registry.load_plan import PROCESS
 from llamaserve.registry.remedies import Remedies
-from llamaserve.registry.spec import ModelSpec, load_registry
+from llamaserve.registry.spec import ModelSpec, Parts, load_registry
 
 MODELS = """\
 models:
@@ -134,6 +138,53 @@ def test_models_for_speech_are_planned_without_a_context(folder: Path) -> None:
     (row,) = (line.split() for line in plan(folder, "ear").splitlines() if line.startswith("ear "))
     assert (row[-1], len(row)) == ("-", 14)
     assert "\near needs " in plan(folder, "ear", "--memory", "50MB", status=1)
+
+
+def test_models_for_images_are_planned_with_all_their_parts(folder: Path) -> None:
+    model, decoder = write_model(folder)
+    header = read_diffusion(model, {"taesd": decoder})
+    parts = f"parts: {{taesd: 'file:{decoder.name}'}}"
+    (folder / "models.yaml").write_text(
+        "models:\n"
+        f"  brush: {{source: 'file:{model.name}', {parts}}}\n"
+        f"  small: {{source: 'file:{model.name}', {parts}, image: {{size: 64x64}}}}\n"
+        f"  told: {{source: 'file:{model.name}', {parts}, task: image}}\n"
+        f"  ears: {{source: 'file:{model.name}', {parts}, task: image, pooling: mean}}\n"
+        f"  styled: {{source: 'file:{model.name}', {parts}, lora: [{{source: 'file:style.gguf'}}]}}\n"
+        f"  bare: {{source: 'file:{model.name}'}}\n"
+        "  blind: {source: 'file:tiny.gguf', task: image}\n"
+        f"  half: {{source: 'file:{model.name}', parts: {{taesd: 'file:none.safetensors'}}}}\n"
+    )
+    answer = as_json(folder, *(["brush", "small", "told", "ears", "styled", "bare", "blind", "half"]), status=1)
+    brush, small, told, *others = answer["models"]
+    assert brush == told | {"name": "brush"}
+    assert (brush["context"], brush["gpu_layers"], brush["cache"]) == (None, None, 0)
+    assert brush["weights"] == small["weights"] == header.weight_bytes
+    assert small["compute"] < brush["compute"]
+    assert brush["need"] == {"host": brush["weights"] + brush["compute"] + brush["process"], "gpu": 0}
+    assert answer["together"] == ["brush", "small", "told"]
+    messages = {each["name"]: each["error"]["message"] for each in others}
+    assert messages["ears"].startswith("`pooling` and `prefixes` are for models that make embeddings")
+    assert messages["styled"] == "LoRA adapters are for models that generate text"
+    assert "is a FLUX.2 klein model, and its decoder is missing" in messages["bare"]
+    assert "tiny.gguf holds no diffusion model that stable-diffusion.cpp knows" in messages["blind"]
+    assert messages["half"] == "the part taesd of half is not on this machine: file:none.safetensors"
+    lines = plan(folder, "brush", "bare", status=1).splitlines()
+    (row,) = (line.split() for line in lines if line.startswith("brush "))
+    assert (row[-1], len(row)) == ("-", 14)
+    assert any(line.startswith("bare: ") for line in lines)
+    assert "\nbrush needs " in plan(folder, "brush", "--memory", "50MB", status=1)
+
+
+def test_a_model_for_images_needs_room_in_both_memories_where_there_is_a_gpu(folder: Path) -> None:
+    model, decoder = write_model(folder)
+    registry, gpu = load_registry(folder / "models.yaml"), Device("CUDA0", "a card", 1 << 34, 1 << 34)
+    spec = ModelSpec(source=f"file:{model.name}", parts=Parts(taesd=f"file:{decoder.name}"))
+    planned = cli_plan._plan(Remedies(registry, "brush"), spec, Footprint(1 << 40, 1 << 40), [gpu])
+    assert planned.plan is not None
+    assert planned.plan.need == Footprint(planned.plan.need.device) + Footprint(0, planned.plan.need.device) + PROCESS
+    small = cli_plan._plan(Remedies(registry, "brush"), spec, Footprint(1 << 40, 1 << 20), [gpu])
+    assert isinstance(small.error, InsufficientMemory)
 
 
 def test_a_model_for_speech_is_on_a_gpu_without_layers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ from llamaserve.registry.spec import LARGEST_SIDE, LEAST_SIDE, MOST_GUIDANCE, MO
 MOST_IMAGES: Final = 10  # of one request,
 MOST_FILES: Final = 16  # that may be made from so many
 MOST_PIXELS: Final = 2048 * 2048
-MOST_PROMPT: Final = 8192  # bytes; encoders take time and memory for the square of it
+MOST_PROMPT: Final = 4096  # bytes; language models take time and memory for the square of it
+MOST_BREAKS: Final = 16
 MOST_LORAS: Final = 8
 
 _NO_GUIDANCE: Final = 1.0
@@ -82,6 +83,8 @@ def _prompt(text: str) -> str:
         raise ValueError("must not contain the character U+0000")
     if (size := len(text.encode())) > MOST_PROMPT:
         raise ValueError(f"has {size} bytes in UTF-8; {MOST_PROMPT} are the most")
+    if (count := text.count("BREAK")) > MOST_BREAKS:
+        raise ValueError(f"has the word BREAK {count} times; {MOST_BREAKS} are the most, since each begins a new part")
     for found in _WEIGHT.finditer(text, text.find("(")) if "(" in text else ():
         if not _is_weight(found[1]):
             raise ValueError(
@@ -281,7 +284,7 @@ def order(body: ImageFields, file: ImageFile, contents: DiffusionHeader, *, size
         sampler=sampler,
         scheduler=scheduler,
         loras=loras,
-        tiled=is_tiled(contents, canvas),
+        tiled=is_tiled(canvas),
         partial_images=body.partial_images if body.stream else 0,
         format=body.output_format,
         quality=_quality(body),

@@ -30,9 +30,10 @@ from llamaserve.api.image_uploads import order_with_uploads
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import ModelNotCapable, NotSupported, TimeLimitExceeded
-from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage, Size
+from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 from llamaserve.registry.admission import Place
 from llamaserve.registry.diffusion_file import DiffusionHeader
+from llamaserve.registry.diffusion_memory import PictureWork
 from llamaserve.registry.image_file import ImageFile, footprint
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.worker.process import ImageStream
@@ -108,10 +109,9 @@ class Painting:
             if self._deadline is None and (limit := model.spec.time_limit) is not None:
                 self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
             if isinstance(model.file, ImageFile):
-                contents = await model.file.read_contents()
-                looked_at = [Size(each.width, each.height) for each in job.references]
-                room = model.more_room(lambda gpus: footprint(contents, job.canvas, gpus, references=looked_at))
-                await stack.enter_async_context(room)
+                spec, contents = model.file.spec, await model.file.read_contents()
+                work = PictureWork.of(job)
+                await stack.enter_async_context(model.more_room(lambda gpus: footprint(spec, contents, gpus, work)))
             stream = worker.generate_image(job)
             self._current = _Current(model, stream, stack.pop_all())
         try:

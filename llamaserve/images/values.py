@@ -75,6 +75,7 @@ class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     parts: dict[Part, str]
     encodes: bool
     small_decoder: bool
+    flash_attention: bool
     threads: int
 
 

@@ -38,6 +38,8 @@ class Family:
     edits: Edits = "repaint"
     looks: bool = False  # whether it can look at other pictures
     decodes: bool = True  # whether it needs a VAE
+    small_decoder: bool = False  # whether its decoder is one of those that lose details
+    odd_heads: bool = False  # whether its attention has eight heads, whose sizes suit no fast kernel
     unaligned: frozenset[Scheduler] = frozenset({"ays"})  # schedulers that do not know the family
 
     @property
@@ -66,10 +68,10 @@ _CLIP: Final[_Encoders] = (("clip_l",),)
 _CLIPS: Final[_Encoders] = (("clip_l",), ("clip_g",))
 _LLM: Final[_Encoders] = (("llm",),)
 
-SD1: Final = Family("Stable Diffusion 1", _CLIP, 512, _UNET, cfg_scale=7.0, unaligned=frozenset())
+SD1: Final = Family("Stable Diffusion 1", _CLIP, 512, _UNET, cfg_scale=7.0, odd_heads=True, unaligned=frozenset())
 SD2: Final = Family("Stable Diffusion 2", _CLIP, 512, _UNET, cfg_scale=7.0)
-SDXS: Final = replace(SD1, name="SDXS", steps=1, cfg_scale=1.0)
-SDXS2: Final = replace(SD2, name="SDXS 0.9", steps=1, cfg_scale=1.0)
+SDXS: Final = replace(SD1, name="SDXS", steps=1, cfg_scale=1.0, small_decoder=True)
+SDXS2: Final = replace(SD2, name="SDXS 0.9", steps=1, cfg_scale=1.0, small_decoder=True)
 SDXL: Final = Family("Stable Diffusion XL", _CLIPS, 1024, _UNET, cfg_scale=7.0, unaligned=frozenset())
 SD3: Final = Family("Stable Diffusion 3", (("clip_l", "clip_g", "t5xxl"),), 1024, steps=28, cfg_scale=4.5)
 FLUX: Final = Family("FLUX.1", (("clip_l",), ("t5xxl",)), 1024, guided=True, looks=True)

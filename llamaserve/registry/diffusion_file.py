@@ -46,13 +46,17 @@ _ENCODERS: Final = (  # how names of tensors begin that read prompts, in files o
 )
 _DECODERS: Final = ("first_stage_model.", "vae.", "tae.")
 
-# Bytes of a weight in memory, where that is another number than in the file.
-_WIDENED: Final = {"F8_E4M3": 2, "F8_E5M2": 2, "F64": 4, "I64": 4}
+# How the library keeps weights: plain numbers as F32, convolutions as F16, matrices mostly as they are in the file.
+_FLOAT, _HALF = 4, 2  # bytes
+_CONVERTED: Final = {"F8_E4M3": _HALF, "F8_E5M2": _HALF, "F64": _FLOAT, "I64": _FLOAT}
+_TABLES: Final = ("token_embd.weight", "embed_tokens.weight", "token_embedding.weight", "shared.weight")
+_TABLE_TYPES: Final = frozenset({"F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"})  # in which a table can be looked up
+_NOT_LOADED: Final = ("text_encoders.llm.output.", "text_encoders.llm.lm_head.", "model_ema.", "first_stage_model.bn.")
 _UNKNOWN: Final = frozenset({"Q1_0", "Q2_0"})  # types that this version of the library is too old for
 
 
 class Tensor(NamedTuple):
-    """A tensor: its shape with the fastest dimension last, its type, and its bytes in memory."""
+    """A tensor: its shape with the fastest dimension last, its type, and the bytes of it in the file."""
 
     shape: tuple[int, ...]
     type: str
@@ -91,8 +95,11 @@ class DiffusionHeader:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in memory."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        """Bytes of all weights that are loaded, in memory."""
+        replaced = ("first_stage_model.", "vae.") if "taesd" in self.parts and "vae" not in self.parts else ()
+        left_out = (*_NOT_LOADED, *replaced)
+        loaded = (each for each in self.tensors.items() if not each[0].startswith(left_out))
+        return sum(_size_in_memory(name, tensor) for name, tensor in loaded)
 
     @cached_property
     def quantisation(self) -> str:
@@ -106,14 +113,14 @@ class DiffusionHeader:
     @cached_property
     def encodes(self) -> bool:
         """Whether it can turn a picture into a latent one, without which none can be edited."""
-        prefix = "tae." if self.decodes_small else "first_stage_model."
-        others = ("vae.",) if prefix == "first_stage_model." else ("first_stage_model.", "vae.")  # SDXS's is in there
-        return any(name.startswith((prefix, *others)) and ".encoder." in f".{name}" for name in self.tensors)
+        small = "taesd" in self.parts and "vae" not in self.parts
+        prefixes = ("tae.",) if small else ("first_stage_model.", "vae.")
+        return any(name.startswith(prefixes) and ".encoder." in name for name in self.tensors)
 
     @property
     def decodes_small(self) -> bool:
         """Whether it turns latent pictures into real ones with a small decoder (TAESD), which loses some details."""
-        return "taesd" in self.parts and "vae" not in self.parts
+        return self.family.small_decoder or ("taesd" in self.parts and "vae" not in self.parts)
 
 
 def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> DiffusionHeader:
@@ -200,5 +207,14 @@ def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     except SourceError as error:
         raise GGUFError(f"{path} is no GGUF file, and {error.message}") from error
     for name, tensor in tensors.items():
-        elements = math.prod(tensor.shape)
-        yield name, Tensor(tensor.shape, tensor.dtype, elements * _WIDENED.get(tensor.dtype, 0) or tensor.size)
+        yield name, Tensor(tensor.shape, tensor.dtype, tensor.size)
+
+
+def _size_in_memory(name: str, tensor: Tensor) -> int:
+    """Return the bytes of a tensor once it is loaded."""
+    elements = math.prod(tensor.shape)
+    if len(tensor.shape) < 2 or (name.endswith(_TABLES) and tensor.type not in _TABLE_TYPES):
+        return elements * _FLOAT
+    if len(tensor.shape) > 2:
+        return elements * _HALF
+    return elements * _CONVERTED[tensor.type] if tensor.type in _CONVERTED else tensor.size

@@ -25,7 +25,7 @@ from llamaserve.errors import (
 from llamaserve.images.values import DiffusionParams, Edits, Part, Sampler, Scheduler, Size
 from llamaserve.registry.budget import is_unified
 from llamaserve.registry.diffusion_file import DiffusionHeader, read_diffusion
-from llamaserve.registry.diffusion_memory import estimate_diffusion
+from llamaserve.registry.diffusion_memory import PictureWork, estimate_diffusion, flash_attention
 from llamaserve.registry.fetching import locate
 from llamaserve.registry.hardware import performance_cores
 from llamaserve.registry.load_plan import PROCESS, LoadPlan
@@ -116,18 +116,21 @@ def image_params(spec: ModelSpec, header: DiffusionHeader) -> DiffusionParams:
         parts={part: str(path) for part, path in header.parts.items()},
         encodes=header.encodes,
         small_decoder="taesd" in header.parts or header.decodes_small,
+        flash_attention=flash_attention(header, ImageSettings.of(spec, header).size),
         threads=performance_cores() if spec.threads == "auto" else spec.threads,
     )
 
 
 def footprint(
-    header: DiffusionHeader, size: Size, devices: Sequence[Device], *, references: Sequence[Size] = ()
+    spec: ModelSpec, header: DiffusionHeader, devices: Sequence[Device], work: PictureWork | None = None
 ) -> Footprint:
-    """Return what a model takes while it makes a picture of a size, from some others. These are GPUs that llama.cpp can
-    use, and only the child learns whether the other library can, too: so both must have room for it, but where they use
-    the main memory.
+    """Return what a model takes while it makes a picture, one of the usual size unless it is another ``work``. These
+    are GPUs that llama.cpp can use, and only the child learns whether the other library can, too: so both must have
+    room for it, but where they use the main memory.
     """
-    host = estimate_diffusion(header, size, references)
+    usual = ImageSettings.of(spec, header).size
+    work = work or PictureWork(header.family.canvas(usual))
+    host = estimate_diffusion(header, work, flash=flash_attention(header, usual))
     if not devices:
         return Footprint(host)
     return Footprint(0, host) if is_unified(devices) else Footprint(host, host)
@@ -168,7 +171,7 @@ def plan_images(
     """
     refuse_adapters(bool(spec.lora))
     params = image_params(spec, header)
-    taken = footprint(header, ImageSettings.of(spec, header).size, devices)
+    taken = footprint(spec, header, devices)
     need = claimed(taken, unified=is_unified(devices)) + PROCESS
     if not need.fits(budget):
         raise insufficient(name, need, budget)

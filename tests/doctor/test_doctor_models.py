@@ -14,6 +14,7 @@ from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT
 from lora_files import random_lora, shapes_of
 from rank_model import RankModel
+from tiny_diffusion import write_model, write_safetensors
 from whisper_writer import whisper_file
 
 from llamaserve.doctor import models as examined
@@ -379,3 +380,110 @@ def test_packages_for_speech_are_missed_where_a_model_needs_them(listed: Write, 
     assert well.level is Level.OK
     (tmp_path / "folder/ggml.bin").write_bytes(EAR)
     assert said(plain) == [problem]
+
+
+# ---- images
+
+BRUSH = "source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:tiny-taef2.safetensors'}"
+
+
+def test_a_diffusion_model_in_several_files_is_well(listed: Write, tmp_path: Path) -> None:
+    model, decoder = write_model(tmp_path)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    path = listed(f"models: {{brush: {{{BRUSH}, sha256: {digest}}}}}")
+    for found in (findings(path), findings(path, "brush")):
+        assert not bad(found)
+    said = [finding.message for finding in about(findings(path), "brush")]
+    assert said[:2] == [
+        "FLUX.2 klein, F16, 0.0 GB: the files are whole and can be loaded",
+        "its checksum is that of models.yaml",
+    ]
+    assert said[2].startswith("it takes ")
+    assert len(said) == 3
+    decoder.unlink()
+    assert not about(findings(path), "brush")  # so it is not here
+
+
+def test_a_whole_diffusion_model_of_the_folder_is_well(listed: Write, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), "te.x": (2,), "vae.decoder.x": (2, 3)}
+    write_safetensors(tmp_path / "folder/sd3.safetensors", whole)
+    write_safetensors(tmp_path / "folder/vae.safetensors", {"decoder.x": (2, 3)})
+    found = findings(listed("models: {}"), folder=tmp_path / "folder")
+    assert not bad(found)
+    first, second = about(found, "sd3.safetensors")
+    assert first.message == "Stable Diffusion 3, F16, 0.0 GB: the files are whole and can be loaded"
+    assert second.message.startswith("it takes ")
+    assert "vae.safetensors" not in {finding.subject for finding in found}
+
+
+def test_each_part_that_is_missing_is_a_problem(listed: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "cache_root", lambda: tmp_path / "hub")
+    write_model(tmp_path)
+    parts = "parts: {taesd: 'file:none.safetensors', llm: 'hf:o/r/llm.safetensors'}"
+    path = listed(f"models: {{brush: {{source: 'file:tiny-flux2.safetensors', {parts}}}}}")
+    one, two = bad(findings(path, "brush"))
+    assert one.message.startswith("the part taesd file:none.safetensors is not on this machine: there is no file")
+    assert one.fix == f"${{EDITOR:-nano}} '{path}'"
+    assert two.message == "the part llm hf:o/r/llm.safetensors is not on this machine"
+    assert two.fix == f"llamaserve pull brush --models-file '{path}'"
+    assert {each.level for each in (one, two)} == {Level.PROBLEM}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"", "has 0 bytes"), (b"PK\x03\x04" + bytes(99), "is no GGUF file"), (tiny_llama(), "no diffusion model that")],
+)
+def test_a_diffusion_model_that_cannot_be_loaded_is_a_problem(
+    listed: Write, tmp_path: Path, data: bytes, message: str
+) -> None:
+    model, _ = write_model(tmp_path)
+    model.write_bytes(data)
+    (problem,) = bad(findings(listed(f"models: {{brush: {{{BRUSH}}}}}")))
+    assert message in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, f"ls -l {model}")
+
+
+def test_a_diffusion_model_that_does_not_fit_or_cannot_do_what_its_settings_say(listed: Write, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    tiny(tmp_path / "tiny.gguf")
+    path = listed(f"models: {{brush: {{{BRUSH}}}}}")
+    (warning,) = bad(findings(path, memory="1MB"))
+    assert (warning.level, warning.fix) == (Level.WARNING, f"${{EDITOR:-nano}} '{path}'")
+    assert "brush needs " in warning.message
+    path = listed(
+        "models:\n"
+        f"  ears: {{{BRUSH}, pooling: mean}}\n"
+        f"  styled: {{{BRUSH}, lora: [{{source: 'file:style.gguf'}}]}}\n"
+        "  pixels: {source: 'file:tiny.gguf', task: generation, pooling: mean}\n"
+    )
+    wrong = bad(findings(path))
+    assert [(each.level, each.subject) for each in wrong] == [
+        (Level.PROBLEM, name) for name in ("ears", "styled", "pixels")
+    ]
+    assert {each.fix for each in wrong} == {f"${{EDITOR:-nano}} '{path}'"}
+
+
+def test_packages_for_images_are_missed_where_a_model_needs_them(listed: Write, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    tiny(tmp_path / "tiny.gguf")
+    needed = f"  brush: {{{BRUSH}}}\n"
+    plain = "models:\n  tiny: {source: 'file:tiny.gguf'}\n  far: {source: 'hf:o/r/far.safetensors'}\n"
+    usual = "defaults: {image_model: far}\n"
+
+    def said(text: str, *named: str, lacking: str = "nothing-of-this-name>=1") -> list[Finding]:
+        case = case_of(described(tmp_path / "root"), Settings(models_file=listed(text), memory="1TB"), *named)
+        prefix = Path("/opt/venv")
+        wanting = Needing(prefix / "bin/python", prefix, Path("/usr"), None, ("llamaserve",), True, (), (lacking,))
+        return about(models(replace(case, installation=wanting), lambda: Build(False, "CPU : AVX = 1 |", [])), "images")
+
+    assert said(plain) == []
+    (note,) = said(usual + plain)
+    (problem,) = said(plain + needed)
+    assert said(usual + plain + needed) == said(plain, "far") == [problem]
+    assert said(usual + plain + needed, "tiny") == []
+    assert (note.level, problem.level) == (Level.NOTE, Level.PROBLEM)
+    assert note.message == problem.message == "they can't be made: nothing-of-this-name is not installed"
+    assert note.fix == problem.fix == "/opt/venv/bin/python -m pip install 'nothing-of-this-name>=1'"
+    (well,) = said(plain + needed, lacking="msgspec")
+    assert (well.level, well.message) == (Level.OK, "the packages that make them are here, in fitting versions")

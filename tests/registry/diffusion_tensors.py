@@ -123,6 +123,7 @@ UNETS: Final[Mapping[str, Known]] = {
     "SD1 tiny": Known(unet(768, middle=False), families.SD1, "SD 1.x Tiny UNet"),
     "SDXS": Known(unet(768, middle=False, last=False), families.SDXS, "SDXS (512-DS)"),
     "SD2": Known(unet(1024), families.SD2, "SD 2.x"),
+    "SD2 of other keys": Known(unet(1024, keys=1024), families.SD2, "SD 2.x"),
     "SD2 inpaint": Known(unet(1024, channels=9), families.SD2, "SD 2.x Inpaint"),
     "SD2 tiny": Known(unet(1024, middle=False), families.SD2, "SD 2.x Tiny UNet"),
     "SDXS 0.9": Known(unet(1024, middle=False, keys=1024), families.SDXS2, "SDXS (09)"),

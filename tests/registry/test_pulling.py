@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from diffusion_tensors import CHECKPOINT, PARTS, TRANSFORMERS, write_parts, write_zeros
 from gguf_splitter import split_gguf
 from gguf_writer import File, tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub
@@ -180,6 +181,128 @@ def test_adapters_are_fetched_with_their_model(tmp_path: Path, model_hub: Hub) -
     assert [path.name for path in files] == ["tiny-Q4_0.gguf", "lora.gguf"]
     assert delete_model(desk.registry, desk.registry.models["tiny"], None).files == files
     assert locate(HubSource("o/r", "lora.gguf")) is None
+
+
+def image_hub(folder: Path, model_hub: Hub) -> dict[str, bytes]:
+    """Put the files of diffusion models into the hub: a whole one, and one in parts."""
+    files = {"whole": CHECKPOINT, "flux2": TRANSFORMERS["klein"].shapes, "vae": PARTS["vae"], "llm": PARTS["llm"]}
+    for name, shapes in files.items():
+        model_hub.files[f"{name}.safetensors"] = write_zeros(folder / "x", shapes).read_bytes()
+    return model_hub.files
+
+
+IN_PARTS = "source: 'hf:o/r/flux2.safetensors', parts: {vae: 'hf:o/r/vae.safetensors', llm: 'hf:o/r/llm.safetensors'}"
+
+
+def test_a_diffusion_model_is_fetched_with_its_parts_and_all_are_noted(tmp_path: Path, model_hub: Hub) -> None:
+    files = image_hub(tmp_path, model_hub)
+    desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n  b: {{source: 'hf:o/r/whole.safetensors'}}\n")
+    assert desk.pull("a") == files["flux2.safetensors"]
+    entries = desk.lock.entries()
+    assert [*entries] == [f"hf:o/r/{name}.safetensors" for name in ("flux2", "llm", "vae")]
+    for text, entry in entries.items():
+        data = files[text.rpartition("/")[2]]
+        (file,) = entry.files
+        assert (file.size, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (entry.revision, entry.template) == (COMMIT, None)
+    assert desk.verify("a") == []
+    assert desk.pull("b") == files["whole.safetensors"]
+    assert desk.verify("b") == []
+
+
+def test_parts_are_fetched_as_they_were_noted_and_an_update_moves_them_on(tmp_path: Path, model_hub: Hub) -> None:
+    old = image_hub(tmp_path, model_hub)["vae.safetensors"]
+    desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n")
+    desk.pull("a")
+    new = write_zeros(tmp_path / "x", PARTS["vae"] | {"more": (2, 2)}).read_bytes()
+    commit = model_hub.publish(vae_safetensors=new)
+    vae = HubSource("o/r", "vae.safetensors")
+    for update, data, revision in ((False, old, COMMIT), (True, new, commit)):
+        desk.pull("a", update=update)
+        path, entry = locate(vae), desk.lock.get(str(vae))
+        assert path is not None
+        assert entry is not None
+        assert (path.read_bytes(), entry.revision) == (data, revision)
+    assert desk.verify("a") == []
+
+
+def test_a_part_of_another_sum_than_noted_is_refused(tmp_path: Path, model_hub: Hub) -> None:
+    image_hub(tmp_path, model_hub)
+    desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n")
+    desk.pull("a")
+    path = locate(HubSource("o/r", "vae.safetensors"))
+    assert path is not None
+    path.resolve().write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(errors.ChecksumMismatch, match=r"vae\.safetensors has the SHA-256"):
+        desk.pull("a")
+
+
+def test_a_part_that_the_hub_does_not_have_is_told(tmp_path: Path, model_hub: Hub) -> None:
+    image_hub(tmp_path, model_hub)
+    desk = Desk(tmp_path, "  a: {source: 'hf:o/r/flux2.safetensors', parts: {vae: 'hf:o/r/none.safetensors'}}\n")
+    with pytest.raises(errors.SourceError, match=r"none\.safetensors"):
+        desk.pull("a")
+    assert [*desk.lock.entries()] == ["hf:o/r/flux2.safetensors"]
+
+
+def test_files_of_ones_own_that_are_parts_are_noted_only_when_that_is_asked_for(tmp_path: Path) -> None:
+    write_zeros(tmp_path / "flux2.gguf", TRANSFORMERS["klein"].shapes)
+    parts = write_parts(tmp_path, TRANSFORMERS["klein"].family)
+    listed = ", ".join(f"{part}: 'file:{path.name}'" for part, path in parts.items())
+    desk = Desk(tmp_path, f"  a: {{source: 'file:flux2.gguf', task: image, parts: {{{listed}}}}}\n")
+    desk.pull("a", record_files=False)
+    assert desk.lock.entries() == {}
+    desk.pull("a")
+    assert [*desk.lock.entries()] == ["file:flux2.gguf", "file:llm.safetensors", "file:vae.safetensors"]
+    parts["llm"].unlink()
+    with pytest.raises(errors.ModelFileMissing, match=r"there is no file .*/llm\.safetensors"):
+        desk.pull("a")
+
+
+def test_parts_are_deleted_with_their_model(tmp_path: Path, model_hub: Hub) -> None:
+    image_hub(tmp_path, model_hub)
+    desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n")
+    desk.pull("a")
+    spec = desk.registry.models["a"]
+    files = deletable_with_others(desk.registry, spec, None)
+    assert [path.name for path in files] == ["flux2.safetensors", "vae.safetensors", "llm.safetensors"]
+    assert delete_model(desk.registry, spec, None) == Deleted(
+        files, sum(len(model_hub.files[path.name]) for path in files)
+    )
+    for name in ("flux2", "vae", "llm"):
+        assert locate(HubSource("o/r", f"{name}.safetensors")) is None
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "source: 'hf:o/r/whole.safetensors', parts: {vae: 'hf:o/r/vae.safetensors'}",
+        "source: 'hf:o/r/whole.safetensors', parts: {taesd: 'hf:o/r/vae.safetensors@main'}",
+        "source: 'hf:o/r/vae.safetensors'",
+        "source: 'hf:o/r/whole.safetensors', lora: [{source: 'hf:o/r/vae.safetensors'}]",
+    ],
+)
+def test_a_part_that_another_model_needs_stays_whatever_for(tmp_path: Path, model_hub: Hub, needs: str) -> None:
+    image_hub(tmp_path, model_hub)
+    desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n  other: {{{needs}}}\n")
+    desk.pull("a")
+    desk.pull("other")
+    spec = desk.registry.models["a"]
+    files = deletable_with_others(desk.registry, spec, None)
+    assert [path.name for path in files] == ["flux2.safetensors", "llm.safetensors"]
+    assert delete_model(desk.registry, spec, None).files == files
+    assert locate(HubSource("o/r", "vae.safetensors")) is not None
+
+
+def test_a_part_of_ones_own_is_not_deleted_with_a_model(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    write_zeros(models / "flux2.safetensors", TRANSFORMERS["klein"].shapes)
+    write_zeros(models / "vae.safetensors", PARTS["vae"])
+    listed = "source: 'file:models/flux2.safetensors', parts: {vae: 'file:models/vae.safetensors'}"
+    desk = Desk(tmp_path, f"  a: {{{listed}}}\n")
+    assert delete_model(desk.registry, desk.registry.models["a"], models).files == (models / "flux2.safetensors",)
+    assert (models / "vae.safetensors").exists()
 
 
 @pytest.mark.parametrize("other", ["hf:o/r/lora.gguf", "hf:o/r/lora.gguf@main", "hf:o/r:LORA"])

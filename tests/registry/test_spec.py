@@ -573,6 +573,7 @@ def test_the_shipped_defaults_are_the_programs_defaults() -> None:
         embedding_model=embedder,
         moderation_model=embedder,
         transcription_model="whisper-tiny.en",
+        image_model="sd-turbo",
     )
 
 

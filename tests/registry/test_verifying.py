@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from diffusion_tensors import CHECKPOINT, PARTS, TRANSFORMERS, write_zeros
 from gguf_writer import tiny_llama, tiny_llama_tensors
 from local_hub import COMMIT, Hub
 from lora_files import random_lora, shapes_of
@@ -210,5 +211,89 @@ def test_a_damaged_whisper_model_is_fetched_again_and_one_as_promised_is_not(tmp
     desk.pull("bad")
     (finding,) = desk.verify("bad")
     assert "n_text_layer is 99" in finding.problem
+    assert "the file is not damaged: it is as models.lock promises" in finding.problem
+    assert finding.fix == desk.edit
+
+
+# ---- images
+
+
+def image_files(folder: Path) -> None:
+    write_zeros(folder / "flux2.safetensors", TRANSFORMERS["klein"].shapes)
+    for part in ("llm", "vae"):
+        write_zeros(folder / f"{part}.safetensors", PARTS[part])
+
+
+OWN = "source: 'file:flux2.safetensors', parts: {vae: 'file:vae.safetensors', llm: 'file:llm.safetensors'}"
+OF_HUB = "source: 'hf:o/r/flux2.safetensors', parts: {vae: 'hf:o/r/vae.safetensors', llm: 'file:llm.safetensors'}"
+
+
+def test_a_diffusion_model_is_read_with_its_parts(tmp_path: Path) -> None:
+    image_files(tmp_path)
+    desk = Desk(tmp_path, f"a: {{{OWN}}}, whole: {{source: 'file:w.gguf', task: image}}")
+    write_zeros(tmp_path / "w.gguf", CHECKPOINT)
+    assert desk.verify("a") == desk.verify("whole") == []
+    (tmp_path / "w.gguf").write_bytes(b"junk" * 10)
+    (finding,) = desk.verify("whole")
+    assert "w.gguf is no GGUF file, and" in finding.problem
+    assert finding.fix == f"ls -l {tmp_path}/w.gguf"
+
+
+def test_every_part_that_is_missing_is_told(tmp_path: Path) -> None:
+    image_files(tmp_path)
+    desk = Desk(tmp_path, f"a: {{{OWN}}}")
+    for part in ("vae", "llm"):
+        (tmp_path / f"{part}.safetensors").unlink()
+    absent = "the part {0} file:{0}.safetensors is not on this machine: there is no file {1}/{0}.safetensors"
+    found = desk.verify("a")
+    assert [finding.problem.split(";")[0] for finding in found] == [
+        absent.format(part, tmp_path) for part in ("vae", "llm")
+    ]
+    assert {finding.fix for finding in found} == {desk.edit}
+
+
+def test_a_part_of_ones_own_of_another_sum_is_accepted(tmp_path: Path) -> None:
+    image_files(tmp_path)
+    desk = Desk(tmp_path, f"a: {{{OWN}}}")
+    desk.pull("a")
+    assert desk.verify("a") == []
+    write_zeros(tmp_path / "vae.safetensors", PARTS["vae"] | {"x": (2, 2)})
+    (finding,) = desk.verify("a")
+    assert f"{tmp_path}/vae.safetensors has " in finding.problem
+    assert finding.fix == "llamaserve pull a --update --models-file 'my models.yaml'"
+    desk.lock.path.unlink()
+    assert desk.verify("a") == []
+
+
+def test_a_damaged_part_is_fetched_again_and_the_model_stays(tmp_path: Path, model_hub: Hub) -> None:
+    image_files(tmp_path)
+    model_hub.files |= {
+        f"{name}.safetensors": (tmp_path / f"{name}.safetensors").read_bytes() for name in ("flux2", "vae")
+    }
+    desk = Desk(tmp_path, f"a: {{{OF_HUB}}}")
+    (finding, other) = desk.verify("a")
+    assert (finding.problem, other.problem) == (
+        "it is not on this machine",
+        "the part vae hf:o/r/vae.safetensors is not on this machine",
+    )
+    assert finding.fix == other.fix == "llamaserve pull a --models-file 'my models.yaml'"
+    desk.pull("a")
+    assert desk.verify("a") == []
+    path = locate(HubSource("o/r", "vae.safetensors", revision=COMMIT))
+    assert path is not None
+    path.resolve().write_bytes(path.read_bytes()[:-1] + b"x")
+    again = "llamaserve rm --yes hf:o/r/vae.safetensors {0} && llamaserve pull a {0}"
+    found = desk.verify("a")
+    assert {finding.fix for finding in found} == {again.format("--models-file 'my models.yaml'")}
+    assert "and the hub promised" in found[0].problem
+
+
+def test_a_diffusion_model_that_lacks_a_part_is_no_damaged_one(tmp_path: Path, model_hub: Hub) -> None:
+    image_files(tmp_path)
+    model_hub.files["flux2.safetensors"] = (tmp_path / "flux2.safetensors").read_bytes()
+    desk = Desk(tmp_path, "a: {source: 'hf:o/r/flux2.safetensors', parts: {vae: 'file:vae.safetensors'}}")
+    desk.pull("a")
+    (finding,) = desk.verify("a")
+    assert "is a FLUX.2 klein model, and its text encoder is missing: name it under `parts`, as llm" in finding.problem
     assert "the file is not damaged: it is as models.lock promises" in finding.problem
     assert finding.fix == desk.edit
