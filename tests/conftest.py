@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_sessionfinish() -> None:
-    """Close what llama_cpp opens when it is imported and never closes, which would be warned of after the last line."""
-    utils = sys.modules.get("llama_cpp._utils")
-    for name in ("outnull_file", "errnull_file"):
-        if utils is not None:
-            getattr(utils, name).close()
+    """Close what bindings open when they are imported and never close, which would be warned of after the last line."""
+    for module in ("llama_cpp._utils", "stable_diffusion_cpp._utils"):
+        for name in ("outnull_file", "errnull_file"):
+            if (utils := sys.modules.get(module)) is not None:
+                getattr(utils, name).close()
     _hypothesis_home.cleanup()
 
 

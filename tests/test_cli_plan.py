@@ -155,7 +155,8 @@ def test_models_for_images_are_planned_with_all_their_parts(folder: Path) -> Non
         "  blind: {source: 'file:tiny.gguf', task: image}\n"
         f"  half: {{source: 'file:{model.name}', parts: {{taesd: 'file:none.safetensors'}}}}\n"
     )
-    answer = as_json(folder, *(["brush", "small", "told", "ears", "styled", "bare", "blind", "half"]), status=1)
+    names = ("brush", "small", "told", "ears", "styled", "bare", "blind", "half")
+    answer = as_json(folder, *names, "--memory", "1TB", status=1)
     brush, small, told, *others = answer["models"]
     assert brush == told | {"name": "brush"}
     assert (brush["context"], brush["gpu_layers"], brush["cache"]) == (None, None, 0)

@@ -39,6 +39,7 @@ _SAMPLING, _SAMPLED = "generating image: ", "sampling completed"  # what the log
 _ON_GPU: Final = re.compile(r"params memory size = .*VRAM (?!0\.00MB)")
 _NOTHING, _PROJECTION, _SMALL_DECODER = 0, 1, 2  # preview_t
 _AT_RUNTIME: Final = 2  # lora_apply_mode_t; else rounding errors would be left in the weights
+_MOST_STEPS: Final = 200  # to leave some out of
 _OVERLAP: Final = 0.5  # of the tiles in which a large picture is decoded
 
 
@@ -128,7 +129,7 @@ class Diffusion:
         kept: list[Any] = []
         if inputs.init is not None:
             native.init_image = self._image(inputs.init, job.canvas, kept)
-            native.strength = job.strength
+            sample.sample_steps, native.strength = shortened(job.steps, job.strength)
         if inputs.mask is not None:
             native.mask_image = self._image(inputs.mask, job.canvas, kept)
         if inputs.references:
@@ -161,6 +162,20 @@ def partial_steps(count: int, steps: int) -> set[int]:
     many steps.
     """
     return {math.ceil(steps * number / (count + 1)) for number in range(1, count + 1)}
+
+
+def shortened(steps: int, strength: float) -> tuple[int, float]:
+    """Return how many steps to ask for, and with which strength, so that as many as are wanted are made of the last
+    part of them; the first part, in which all becomes new, is left out.
+
+    The library would make fewer steps, and with few of them begin with the first whatever the strength is; then nothing
+    is left of the picture.
+    """
+    if strength >= 1:
+        return steps, 1.0
+    total = min(max(math.ceil(steps / strength) if strength else _MOST_STEPS, steps + 1), max(_MOST_STEPS, steps + 1))
+    made = max(1, min(steps, round(total * strength)))
+    return total, (made - 0.5) / total  # of which it takes the whole part, and adds one
 
 
 class _Call:

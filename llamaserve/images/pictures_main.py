@@ -50,13 +50,13 @@ def answer(payload: bytes) -> tuple[bytes, bool]:
 
 
 def _done(job: PictureJob) -> Size:
-    image = _opened(job.source)
-    try:
-        if isinstance(job, Look):
-            return _turned(image)
-        _render(image, job)
-    except _DAMAGED as error:
-        raise InvalidRequest(f"the picture is damaged: {str(error)[:200] or type(error).__name__}") from error
+    with _opened(job.source) as image:
+        try:
+            if isinstance(job, Look):
+                return _turned(image)
+            _render(image, job)
+        except _DAMAGED as error:
+            raise InvalidRequest(f"the picture is damaged: {str(error)[:200] or type(error).__name__}") from error
     return job.size
 
 
@@ -69,12 +69,19 @@ def _opened(source: str) -> Image.Image:
         raise InvalidRequest(f"the file is no picture that can be read: {kinds} and {FORMATS[-1]} can") from error
     except _DAMAGED as error:
         raise InvalidRequest(f"the picture can't be read: {str(error)[:200] or type(error).__name__}") from error
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise InvalidRequest(f"the picture has {width}x{height} pixels; {MOST_PIXELS:,} are the most")
-    if not 1 / SLIMMEST <= width / height <= SLIMMEST:
-        raise InvalidRequest(f"the picture is too slim: {width}x{height}; {SLIMMEST} to 1 is the most")
+    try:
+        _check(Size(*image.size))
+    except BaseException:
+        image.close()
+        raise
     return image
+
+
+def _check(size: Size) -> None:
+    if size.pixels > MOST_PIXELS:
+        raise InvalidRequest(f"the picture has {size} pixels; {MOST_PIXELS:,} are the most")
+    if not 1 / SLIMMEST <= size.width / size.height <= SLIMMEST:
+        raise InvalidRequest(f"the picture is too slim: {size}; {SLIMMEST} to 1 is the most")
 
 
 def _turned(image: Image.Image) -> Size:

@@ -82,9 +82,10 @@ def refused(path: Path, parts: Mapping[Part, Path] | None = None) -> str:
 def test_a_model_in_two_files_is_described(tmp_path: Path) -> None:
     model, decoder = write_model(tmp_path)
     header = read_diffusion(model, {"taesd": decoder})
-    count = sum(math.prod(shape) for shape in (diffusion_shapes() | text_shapes() | decoder_shapes()).values())
+    shapes = [*(diffusion_shapes() | text_shapes() | decoder_shapes()).values()]
+    count, plain = (sum(math.prod(shape) for shape in some) for some in (shapes, [s for s in shapes if len(s) == 1]))
     assert (header.family, header.whole, header.path, header.parts) == (KLEIN, True, model, {"taesd": decoder})
-    assert (header.parameter_count, header.weight_bytes, header.quantisation) == (count, 2 * count, "F16")
+    assert (header.parameter_count, header.weight_bytes, header.quantisation) == (count, 2 * count + 2 * plain, "F16")
     assert (header.paths, header.file_size) == (
         (model, decoder),
         model.stat().st_size + decoder.stat().st_size,
@@ -150,17 +151,49 @@ def test_a_gguf_file_is_described_as_a_safetensors_file_is(tmp_path: Path) -> No
     assert header.tensors[MODEL + LIN] == ((3, 64), "Q4_0", 6 * 18)
     assert header.parameter_count == 3 * 64 + 7 + 32 * 5 + 8 + 8
     assert header.weight_bytes == 6 * 18 + 7 * 4 + 5 * 34 + 16 * 4
+    write_zeros(vae, {"decoder.conv_in.weight": (4, 2, 3, 3)}, "F32")
+    assert read_diffusion(model, {"llm": llm, "vae": vae}).weight_bytes == 6 * 18 + 7 * 4 + 5 * 34 + 72 * 2
     assert header.file_size == sum(path.stat().st_size for path in (model, llm, vae))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"),
-    [("F32", 4), ("F16", 2), ("BF16", 2), ("F8_E4M3", 2), ("F8_E5M2", 2), ("F64", 4), ("I32", 4), ("I64", 4)],
+    ("dtype", "size", "table"),
+    [
+        ("F32", 4, 4),
+        ("F16", 2, 2),
+        ("BF16", 2, 4),
+        ("F8_E4M3", 2, 4),
+        ("F8_E5M2", 2, 4),
+        ("F64", 4, 4),
+        ("I32", 4, 4),
+        ("I64", 4, 4),
+    ],
 )
-def test_weights_are_counted_as_they_are_in_memory(tmp_path: Path, dtype: str, size: int) -> None:
-    header = whole(tmp_path, CHECKPOINT, dtype)
-    assert (header.quantisation, header.parameter_count) == (dtype, 3 * 4 * 2 + 4 * 8 + 4 * 2)
-    assert header.weight_bytes == size * header.parameter_count
+def test_weights_are_counted_as_they_are_in_memory(tmp_path: Path, dtype: str, size: int, table: int) -> None:
+    shapes = {f"{MODEL}{LIN}": (6, 4), "text_encoders.llm.model.embed_tokens.weight": (4, 8), "vae.decoder.x": (4, 2)}
+    header = whole(tmp_path, shapes, dtype)
+    assert (header.quantisation, header.parameter_count) == (dtype, 6 * 4 + 4 * 8 + 4 * 2)
+    assert header.weight_bytes == size * (6 * 4 + 4 * 2) + table * 4 * 8
+    more = {f"{MODEL}img_in.bias": (5,), "vae.decoder.conv_in.weight": (2, 2, 3, 3), f"{MODEL}x": ()}
+    assert whole(tmp_path, shapes | more, dtype).weight_bytes == header.weight_bytes + 5 * 4 + 36 * 2 + 4
+
+
+def test_weights_that_are_not_loaded_take_no_memory(tmp_path: Path) -> None:
+    weights = whole(tmp_path).weight_bytes
+    idle = (
+        "text_encoders.llm.lm_head.weight",
+        "text_encoders.llm.output.weight",
+        "model_ema.x",
+        "first_stage_model.bn.x",
+    )
+    more = whole(tmp_path, CHECKPOINT | dict.fromkeys(idle, (3, 3)))
+    assert (more.weight_bytes, more.parameter_count) == (weights, whole(tmp_path).parameter_count + 4 * 9)
+    small = write_zeros(tmp_path / "taesd", {"decoder.x": (2, 2)})
+    decoder = 2 * sum(math.prod(shape) for shape in DECODER.values())
+    assert read_diffusion(tmp_path / "model.safetensors", {"taesd": small}).weight_bytes == weights - decoder + 8
+    vae = write_zeros(tmp_path / "vae", DECODER)
+    both = read_diffusion(tmp_path / "model.safetensors", {"taesd": small, "vae": vae})
+    assert both.weight_bytes == weights + decoder + 8
 
 
 def test_what_most_weights_of_the_diffusion_model_have_is_the_quantisation(tmp_path: Path) -> None:
@@ -174,7 +207,7 @@ def test_what_most_weights_of_the_diffusion_model_have_is_the_quantisation(tmp_p
     path.write_bytes(write_safetensors(zeros, __metadata__={"format": "pt"}))
     header = read_diffusion(path)
     assert (header.quantisation, header.parameter_count) == ("F8_E4M3", 1699)
-    assert header.weight_bytes == 200 + 396 + 2000 + 1000
+    assert header.weight_bytes == 200 + 4 * 1599
 
 
 @pytest.mark.parametrize(
@@ -424,6 +457,7 @@ class Library:
             parts={part: str(each) for part, each in (parts or {}).items()},
             encodes=False,
             small_decoder=False,
+            flash_attention=True,
             threads=1,
         )
         assert self._process.stdin is not None

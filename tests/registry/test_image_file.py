@@ -28,6 +28,7 @@ from llamaserve.images.values import DiffusionParams, Size
 from llamaserve.registry import image_file, other_file
 from llamaserve.registry.diffusion_family import KLEIN
 from llamaserve.registry.diffusion_file import DiffusionHeader, read_diffusion
+from llamaserve.registry.diffusion_memory import PictureWork
 from llamaserve.registry.image_file import ImageFile, ImageSettings, footprint, image_params, locate_parts, plan_images
 from llamaserve.registry.load_plan import PROCESS, LoadPlan
 from llamaserve.registry.memory import claimed
@@ -186,6 +187,7 @@ def test_the_settings_say_how_it_is_loaded(header: DiffusionHeader, monkeypatch:
         parts={"taesd": str(header.parts["taesd"])},
         encodes=True,
         small_decoder=True,
+        flash_attention=True,
         threads=6,
     )
     assert planned(header).params == planned(header, task="image").params == own
@@ -208,7 +210,7 @@ def test_pictures_on_the_way_are_decoded_quickly_where_there_is_a_small_decoder(
 
 
 def test_what_a_plan_needs_is_what_it_takes_and_its_process(header: DiffusionHeader) -> None:
-    plan, taken = planned(header), footprint(header, KLEIN.size, ())
+    plan, taken = planned(header), footprint(spec(), header, ())
     assert plan.need == taken + PROCESS
     assert (plan.fixed, plan.spill) == (PROCESS, 0)
     assert plan.estimate.total == plan.estimate.certain + plan.estimate.compute == taken
@@ -224,7 +226,7 @@ def test_what_a_plan_needs_is_what_it_takes_and_its_process(header: DiffusionHea
 def test_larger_pictures_take_more_memory(header: DiffusionHeader) -> None:
     small, usual = (planned(header, image={"size": size}).need for size in ("256x256", "1024x1024"))
     assert small.host < usual.host == planned(header).need.host
-    assert usual == footprint(header, Size(1024, 1024), ()) + PROCESS
+    assert usual == footprint(spec(), header, (), PictureWork(Size(1024, 1024))) + PROCESS
 
 
 def test_a_gpu_must_have_room_for_it_like_the_main_memory(header: DiffusionHeader) -> None:
@@ -237,7 +239,7 @@ def test_a_gpu_must_have_room_for_it_like_the_main_memory(header: DiffusionHeade
 
 
 def test_a_gpu_that_uses_the_main_memory_takes_no_more_of_it(header: DiffusionHeader) -> None:
-    taken = footprint(header, KLEIN.size, (SHARED,))
+    taken = footprint(spec(), header, (SHARED,))
     assert taken == Footprint(0, planned(header).need.host - PROCESS.host)
     assert planned(header, ROOMY, SHARED).need == claimed(taken, unified=True) + PROCESS
 
