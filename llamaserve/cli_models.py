@@ -43,7 +43,7 @@ from llamaserve.registry.inventory import fetched, is_here, models_here
 from llamaserve.registry.lock_file import LockFile, pinned
 from llamaserve.registry.pulling import pull as pull_model
 from llamaserve.registry.remedies import Remedies, command
-from llamaserve.registry.sources import FileSource
+from llamaserve.registry.sources import FileSource, Source, parse_source
 from llamaserve.registry.spec import ModelSpec, Registry, Task
 from llamaserve.registry.tasks import kind_of, task_of
 from llamaserve.registry.verifying import Finding, verify_model
@@ -118,7 +118,7 @@ def show(
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in _rows(facts, abilities, remedies.fetch(registry.source(spec))):
+    for label, value in _rows(facts, abilities, remedies.fetch(_first_absent(registry, spec))):
         table.add_row(label, escape(value))
     out.print(table)
 
@@ -325,6 +325,13 @@ def _abilities(header: GGUFHeader | None) -> list[str] | None:
 
 def _plain(facts: ModelFacts) -> dict[str, object]:
     return {field: getattr(facts, field) for field in facts.__struct_fields__}
+
+
+def _first_absent(registry: Registry, spec: ModelSpec) -> Source:
+    """Return where the first file of a model is that is not here; its own where all are."""
+    parts = (parse_source(text, registry.path.parent) for text in spec.parts.sources.values())
+    own = registry.source(spec)
+    return next((source for source in (own, *parts) if locate(source) is None), own)
 
 
 def _rows(facts: ModelFacts, abilities: list[str] | None, fetch: str) -> Iterator[tuple[str, str]]:

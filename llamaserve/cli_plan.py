@@ -101,7 +101,10 @@ def _plan(remedies: Remedies, spec: ModelSpec, budget: Footprint, devices: Seque
             case "speech":
                 plan = plan_speech(remedies.name, spec, read_whisper(path), budget, devices)
             case "image":
-                parts = locate_parts(remedies.name, spec, remedies.registry.path.parent)
+                base = remedies.registry.path.parent
+                for part, text in spec.parts.sources.items():
+                    remedies.require(parse_source(text, base), f"the part {part} {text} of {remedies.name}")
+                parts = locate_parts(remedies.name, spec, base)
                 plan = plan_images(remedies.name, spec, read_diffusion(path, parts), budget, devices)
             case "text":
                 plan = _plan_for_texts(remedies, spec, path, budget, devices)

@@ -58,13 +58,13 @@ class ImageLinks:
         name = f"{secrets.token_urlsafe(24)}.{media_type.rpartition('/')[2]}"
         with self._lock:
             self._forget_old()
-            start = self._end if self._end + len(data) <= self._space else 0
-            place = _Place(start, len(data), media_type, self._clock() + KEPT)
-            self._places = {
-                other: at for other, at in self._places.items() if at.end <= place.start or at.start >= place.end
-            }
+            if self._end + len(data) > self._space:
+                self._forget(self._end, self._space)
+                self._end = 0
+            place = _Place(self._end, len(data), media_type, self._clock() + KEPT)
+            self._forget(place.start, place.end)
             try:
-                self._file.seek(start)
+                self._file.seek(place.start)
                 self._file.write(data)
                 self._file.flush()
             except OSError as error:
@@ -80,6 +80,10 @@ class ImageLinks:
                 return None
             self._file.seek(place.start)
             return self._file.read(place.size), place.media_type
+
+    def _forget(self, start: int, end: int) -> None:
+        """Forget what lies between two places."""
+        self._places = {name: at for name, at in self._places.items() if at.end <= start or at.start >= end}
 
     def _forget_old(self) -> None:
         now = self._clock()

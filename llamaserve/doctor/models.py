@@ -32,7 +32,7 @@ from llamaserve.errors import InsufficientMemory, LlamaserveError, ModelNotFound
 from llamaserve.registry import folder, wheels
 from llamaserve.registry.budget import is_unified, memory_budget
 from llamaserve.registry.cache import known_checksum
-from llamaserve.registry.diffusion_file import read_diffusion
+from llamaserve.registry.diffusion_file import read_diffusion, read_weights
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.image_file import locate_parts, plan_images
@@ -178,7 +178,7 @@ def _model(
         case "speech":
             yield from _for_speech(case, remedies, model, files, devices)
         case "image":
-            yield from _for_images(case, remedies, model, files, devices)
+            yield from _for_images(case, remedies, model, files, locked, devices)
         case "text":
             yield from _for_texts(case, remedies, model, files, locked, devices)
 
@@ -217,21 +217,35 @@ def _for_speech(case: Case, remedies: Remedies, model: _Model, files: Files, dev
     yield _fit(case, remedies, model.spec, partial(plan_speech, model.name, model.spec, header), devices())
 
 
-def _for_images(case: Case, remedies: Remedies, model: _Model, files: Files, devices: _Devices) -> Iterator[Finding]:
+def _for_images(
+    case: Case,
+    remedies: Remedies,
+    model: _Model,
+    files: Files,
+    locked: Mapping[str, LockEntry],
+    devices: _Devices,
+) -> Iterator[Finding]:
     """Examine a model for stable-diffusion.cpp whose first file is here."""
     base = remedies.registry.path.parent
-    absent = False
+    all_files = [files]
     for part, text in model.spec.parts.sources.items():
         source = parse_source(text, base)
-        if locate(source) is None:
-            absent = True
+        if (path := locate(source)) is None:
             yield problem(remedies.name, *remedies.absent(source, f"the part {part} {text}"))
-    if absent:
+        else:
+            all_files.append(Files(source, path, locked.get(text), adapter=True))
+    if len(all_files) <= len(model.spec.parts.sources):
         return
+    for each in all_files:
+        try:
+            read_weights(each.path)
+        except LlamaserveError as error:
+            yield _broken(case, remedies, each, error)
+            return
     try:
         header = read_diffusion(files.path, locate_parts(remedies.name, model.spec, base))
     except LlamaserveError as error:
-        yield _broken(case, remedies, files, error)
+        yield problem(remedies.name, *remedies.unfit(files.source, error))
         return
     kind = f"{header.family.name}, {header.quantisation}, {gigabytes(header.file_size)}"
     yield ok(model.name, f"{kind}: the files are whole and can be loaded")

@@ -23,8 +23,8 @@ class Family:
     """What models of a family have in common. Sizes are multiples of ``multiple`` pixels, and ``side`` is the one of a
     square that it was trained for. ``steps``, ``cfg_scale`` and ``guidance`` are what its makers recommend.
 
-    ``encoders`` are the parts that read the prompt, one of each group of which must be there; of the ``optional`` ones
-    none need be. A picture is edited by making parts of it anew (``repaint``), or by looking at it as a ``reference``.
+    ``encoders`` are the parts that read the prompt, one of each group of which must be there. A picture is edited by
+    making parts of it anew (``repaint``), or by looking at it as a ``reference``.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Family:
     edits: Edits = "repaint"
     looks: bool = False  # whether it can look at other pictures
     decodes: bool = True  # whether it needs a VAE
+    steered: bool = False  # whether it needs pictures that steer it, such as edges or depths
     small_decoder: bool = False  # whether its decoder is one of those that lose details
     odd_heads: bool = False  # whether its attention has eight heads, whose sizes suit no fast kernel
     unaligned: frozenset[Scheduler] = frozenset({"ays"})  # schedulers that do not know the family
@@ -76,6 +77,7 @@ SDXL: Final = Family("Stable Diffusion XL", _CLIPS, 1024, _UNET, cfg_scale=7.0, 
 SD3: Final = Family("Stable Diffusion 3", (("clip_l", "clip_g", "t5xxl"),), 1024, steps=28, cfg_scale=4.5)
 FLUX: Final = Family("FLUX.1", (("clip_l",), ("t5xxl",)), 1024, guided=True, looks=True)
 SCHNELL: Final = replace(FLUX, name="FLUX.1 schnell", steps=4, guided=False)
+CONTROLLED: Final = replace(FLUX, name="FLUX.1 Control", steered=True)
 CHROMA: Final = Family("Chroma", (("t5xxl",),), 1024, steps=26, cfg_scale=4.0)
 RADIANCE: Final = replace(CHROMA, name="Chroma Radiance", multiple=16, decodes=False)
 OVIS: Final = Family("Ovis Image", _LLM, 1024, cfg_scale=5.0)
@@ -110,7 +112,8 @@ _TOKENS: Final = (  # the table of tokens of the only, or first, encoder of a pr
 )
 _SD1_WIDTH, _SD2_WIDTH = 768, 1024
 _INPUTS: Final = (f"{_MODEL}input_blocks.0.0.weight", "unet.conv_in.weight")
-_EDITED: Final = 8  # channels of what a model sees that was trained to edit pictures
+_EDITING, _REPAINTING = 8, 9  # channels of what a U-Net sees that was trained to edit pictures, or parts of them
+_CONTROLLED: Final = ((128,), (196,))  # numbers of what a FLUX.1 sees that is steered by other pictures
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -129,11 +132,7 @@ def family_of(shapes: Shapes) -> Family | None:
             return family
     if _has(shapes, f"{_MODEL}double_stream_modulation_img.lin.weight"):
         return FLUX2 if _has(shapes, "single_blocks.47.linear1.weight") else KLEIN
-    if _has(shapes, f"{_MODEL}double_blocks."):
-        return _flux(shapes)
-    unet = _unet(shapes)
-    channels = next((shapes[name][1] for name in _INPUTS if len(shapes.get(name, ())) > 1), 0)
-    return replace(unet, looks=True, edits="reference") if unet is not None and channels == _EDITED else unet
+    return _flux(shapes) if _has(shapes, f"{_MODEL}double_blocks.") else _unet(shapes)
 
 
 def _has(shapes: Shapes, part: str) -> bool:
@@ -141,6 +140,8 @@ def _has(shapes: Shapes, part: str) -> bool:
 
 
 def _flux(shapes: Shapes) -> Family:
+    if shapes.get(f"{_MODEL}img_in.weight", ())[-1:] in _CONTROLLED:
+        return CONTROLLED
     if _has(shapes, "distilled_guidance_layer.in_proj.weight"):
         return CHROMA
     return FLUX if _has(shapes, "guidance_in.in_layer.weight") else SCHNELL
@@ -148,14 +149,22 @@ def _flux(shapes: Shapes) -> Family:
 
 def _unet(shapes: Shapes) -> Family | None:
     unet = _has(shapes, f"{_MODEL}input_blocks.") or _has(shapes, "unet.down_blocks.")
+    channels = next((shapes[name][1] for name in _INPUTS if len(shapes.get(name, ())) > 1), 0)
     if unet and any(_has(shapes, part) for part in ("conditioner.embedders.1", "cond_stage_model.1", "te.1")):
-        return SDXL
+        return _looking(SDXL) if channels == _EDITING else SDXL
     width = next((shapes[name][-1] for name in _TOKENS if shapes.get(name)), 0)
     middle = _has(shapes, f"{_MODEL}middle_block.1.") or _has(shapes, "unet.mid_block.resnets.1.")
     last = _has(shapes, f"{_MODEL}output_blocks.7.1") or _has(shapes, "unet.up_blocks.2.attentions.1")
     if width == _SD1_WIDTH:
-        return SD1 if middle or last else SDXS
+        if channels == _EDITING:
+            return _looking(SD1)
+        return SD1 if channels == _REPAINTING or middle or last else SDXS
     if width == _SD2_WIDTH:
         keys = shapes.get(f"{_MODEL}output_blocks.7.1.transformer_blocks.0.attn1.to_k.weight", ())
-        return SDXS2 if not middle and keys and keys[-1] == _SD2_WIDTH else SD2
+        small = channels != _REPAINTING and not middle and keys[-1:] == (_SD2_WIDTH,)
+        return SDXS2 if small else SD2
     return None
+
+
+def _looking(family: Family) -> Family:
+    return replace(family, looks=True, edits="reference")

@@ -26,7 +26,7 @@ from llamaserve.registry.safetensors import read_safetensors
 from llamaserve.registry.split import part_of
 
 _MODEL: Final = "model.diffusion_model."
-_WHOLE: Final = (_MODEL, "diffusion_model.", "unet.")  # how names begin in a file that may hold more than that
+_WHOLE: Final = (_MODEL, "unet.")  # how names begin in a file that may hold more than that
 _PREFIXES: Final[Mapping[Part, str]] = {
     "vae": "vae.",
     "taesd": "tae.",
@@ -40,11 +40,17 @@ _OF_UNETS: Final[Mapping[Part, str]] = {
     "clip_l": "cond_stage_model.transformer.",
     "clip_g": "cond_stage_model.1.transformer.",
 }
-_ENCODERS: Final = (  # how names of tensors begin that read prompts, in files of all families
-    *("cond_stage_model.", "conditioner.embedders.", "text_encoders.", "text_encoder.", "text_encoder_2."),
-    *("te.", "te1.", "te2.", "te3."),
+_ENCODERS: Final = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")  # what reads prompts
+_DECODERS: Final = ("first_stage_model.", "vae.")
+_BEGINNINGS: Final = (  # of names, and what the library makes of them; longer ones first
+    ("diffusion_model.", _MODEL),
+    ("text_encoder.2.", "cond_stage_model.1.transformer."),
+    ("text_encoder.", "cond_stage_model.transformer."),
+    ("te1.", "cond_stage_model.transformer."),
+    ("te2.", "cond_stage_model.1.transformer."),
+    ("te3.", "text_encoders.t5xxl.transformer."),
+    ("te.", "cond_stage_model.transformer."),
 )
-_DECODERS: Final = ("first_stage_model.", "vae.", "tae.")
 
 # How the library keeps weights: plain numbers as F32, convolutions as F16, matrices mostly as they are in the file.
 _FLOAT, _HALF = 4, 2  # bytes
@@ -106,7 +112,7 @@ class DiffusionHeader:
         """The type of most weights of the diffusion model, such as ``Q8_0``."""
         counts: Counter[str] = Counter()
         for name, tensor in self.tensors.items():
-            if not name.startswith((*_ENCODERS, *_DECODERS)):
+            if not name.startswith((*_ENCODERS, *_DECODERS, "tae.")):
                 counts[tensor.type] += math.prod(tensor.shape)
         return counts.most_common(1)[0][0]
 
@@ -133,7 +139,7 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
         ModelNotCapable: A part that the model needs is in none of the files, or it makes videos.
     """
     parts = parts or {}
-    first = _read(path)
+    first = {_renamed(name): tensor for name, tensor in read_weights(path).items()}
     whole = any(name.startswith(_WHOLE) for name in first)
     tensors = dict(first if whole else _prefixed(first, _MODEL))
     alone = family_of(_shapes(tensors))  # as the library looks at it before it adds the parts
@@ -141,32 +147,52 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
     for part in PARTS:
         if part in parts:
             prefix = _OF_UNETS.get(part, _PREFIXES[part]) if is_unet else _PREFIXES[part]
-            tensors |= _prefixed(_read(parts[part]), prefix)
+            tensors |= _prefixed(read_weights(parts[part]), prefix)
     if makes_videos(tensors):
         raise ModelNotCapable(f"{path} makes videos; only pictures are made here")
     if (family := family_of(_shapes(tensors))) is None:
-        raise GGUFError(
-            f"{path} holds no diffusion model that stable-diffusion.cpp knows",
-            hint="name the file of a diffusion model as its source, and those of its parts under `parts`",
-        )
+        raise _unknown(path, first)
+    if family.steered:
+        raise ModelNotCapable(f"{path} is a {family.name} model, which needs pictures to steer it; that is not offered")
     header = DiffusionHeader(path, dict(parts), whole, family, tensors)
-    for lacking in _lacking(header):
+    for lacking in _lacking(header, any(name.startswith(_ENCODERS) for name in first)):
         raise ModelNotCapable(f"{path} is a {family.name} model, and {lacking}")
     return header
+
+
+def _unknown(path: Path, first: Tensors) -> GGUFError:
+    """Return the error for a file that is of no family."""
+    if any(name.startswith(f"{_MODEL}input_blocks.") for name in first):
+        return GGUFError(
+            f"{path} holds a U-Net without its text encoder, and stable-diffusion.cpp takes these in one file only",
+            hint="fetch a file of this model that has all its parts",
+        )
+    return GGUFError(
+        f"{path} holds no diffusion model that stable-diffusion.cpp knows",
+        hint="name the file of a diffusion model as its source, and those of its parts under `parts`",
+    )
+
+
+def _renamed(name: str) -> str:
+    """Return the name that the library gives a tensor whose name begins otherwise."""
+    for beginning, other in _BEGINNINGS:
+        if name.startswith(beginning):
+            return other + name.removeprefix(beginning)
+    return name
 
 
 def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _lacking(header: DiffusionHeader) -> Iterator[str]:
-    """Yield what is missing."""
-    inside = any(name.startswith(_ENCODERS) for name in header.tensors)
+def _lacking(header: DiffusionHeader, inside: bool) -> Iterator[str]:
+    """Yield what is missing; ``inside`` tells that the first file holds text encoders."""
     for group in header.family.encoders:
-        named = any(part in header.parts for part in group)
-        if not (named or (header.whole and inside)):
+        if not (inside or any(part in header.parts for part in group)):
             yield f"its text encoder is missing: name it under `parts`, as {' or '.join(group)}"
-    if header.family.decodes and not any(name.startswith(_DECODERS) for name in header.tensors):
+    if header.family.decodes and not (
+        "taesd" in header.parts or any(name.startswith(_DECODERS) for name in header.tensors)
+    ):
         yield "its decoder is missing: name it under `parts`, as vae or taesd"
 
 
@@ -175,8 +201,8 @@ def _prefixed(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     return {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, whatever they are for. Raises as ``read_diffusion`` does for a damaged one."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise GGUFError(f"{path} is no regular file")

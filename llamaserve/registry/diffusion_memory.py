@@ -122,7 +122,7 @@ def _language_model(shapes: _Shapes) -> tuple[int, int, int, int] | None:
     keys; None where there is none. Files of llama.cpp have other names for tensors.
     """
     for layer, names in _LANGUAGE_MODELS:
-        found = [_shape(shapes, f"text_encoders.llm.{layer}{name}.weight") for name in names]
+        found = [_matrix(shapes, f"text_encoders.llm.{layer}{name}.weight") for name in names]
         if all(found):
             queries, keys, gate = found
             return gate[1], gate[0], queries[0], keys[0]
@@ -148,7 +148,7 @@ def _unet(header: DiffusionHeader, shapes: _Shapes, work: PictureWork, *, flash:
     """Return the bytes for a step of a U-Net: its convolutions, or attention on one of its levels without flash
     attention.
     """
-    channels = (_shape(shapes, "input_blocks.0.0.weight", "unet.conv_in.weight") or (320,))[0]
+    channels = _channels(shapes, "input_blocks.0.0.weight", "unet.conv_in.weight") or 320
     blocks = 2 if any("middle_block." in name or "mid_block." in name for name in shapes) else 1
     places = work.canvas.pixels // _LATENT**2
     text = _CHUNK * (work.breaks + 1 + math.ceil(work.prompt / _CHUNK_TEXT))
@@ -156,7 +156,7 @@ def _unet(header: DiffusionHeader, shapes: _Shapes, work: PictureWork, *, flash:
     prepared = _HALF * 4 * channels * places
     if flash:
         return convolutions + _FLOAT * 8 * channels * text + prepared
-    widths = [shape[0] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
+    widths = [shape[0] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2]
     levels = [
         _attention(header, width, width // channels, blocks, channels, places, text) for width in sorted({*widths})
     ]
@@ -187,7 +187,7 @@ def _transformer(header: DiffusionHeader, shapes: _Shapes, work: PictureWork) ->
 def _width(shapes: _Shapes) -> int:
     """Return the width of a transformer: that of what its text becomes, or the largest there may be."""
     for name in ("txt_in.weight", "cap_embedder.1.weight", "context_embedder.weight", "img_in.weight"):
-        if shape := _shape(shapes, f"model.diffusion_model.{name}"):
+        if shape := _matrix(shapes, f"model.diffusion_model.{name}"):
             return shape[0]
     return 4096
 
@@ -201,7 +201,7 @@ def _decoding(header: DiffusionHeader, shapes: _Shapes, size: Size) -> float:
     pixels = min(size.pixels, _TILE**2) if is_tiled(size) else size.pixels
     if header.decodes_small:
         return pixels * (14 * _SMALL_DECODER + 2)
-    channels = (_shape(shapes, "decoder.conv_in.weight") or (512,))[0] // 4
+    channels = (_channels(shapes, "decoder.conv_in.weight") or 512) // 4
     scaled = header.family.name == SDXL.name and "vae" not in header.parts  # as the library does it for F16's sake
     return max(pixels * (30 if scaled else 22) * channels, _over_all(pixels, channels)) + 16 * _MEBIBYTE
 
@@ -210,7 +210,7 @@ def _encoding(header: DiffusionHeader, shapes: _Shapes, size: Size) -> float:
     pixels = min(size.pixels, 2 * _TILE**2) if is_tiled(size) else size.pixels
     if header.decodes_small:
         return pixels * (12 * _SMALL_DECODER + 13)
-    channels = (_shape(shapes, "encoder.conv_in.weight") or (128,))[0]
+    channels = _channels(shapes, "encoder.conv_in.weight") or 128
     return max(pixels * (12 * channels + 13), _over_all(pixels, channels)) + 16 * _MEBIBYTE
 
 
@@ -220,6 +220,12 @@ def _over_all(pixels: int, channels: int) -> float:
     return _FLOAT * places**2 + 96 * channels * places
 
 
-def _shape(shapes: _Shapes, *endings: str) -> tuple[int, ...]:
-    """Return the shape of the first tensor whose name ends so; of none if there is no such tensor."""
-    return next((shape for name, shape in shapes.items() if name.endswith(endings)), ())
+def _channels(shapes: _Shapes, *endings: str) -> int:
+    """Return how many channels the first convolution makes whose name ends so; 0 if there is none."""
+    return next((shape[0] for name, shape in shapes.items() if name.endswith(endings) and len(shape) == 4), 0)
+
+
+def _matrix(shapes: _Shapes, name: str) -> tuple[int, ...]:
+    """Return the rows and columns of a matrix; nothing if there is none of this name."""
+    shape = shapes.get(name, ())
+    return shape if len(shape) == 2 and all(shape) else ()

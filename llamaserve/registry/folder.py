@@ -24,7 +24,7 @@ from typing import Final
 
 from llamaserve import errors
 from llamaserve.registry.cache import is_file
-from llamaserve.registry.diffusion_file import read_diffusion
+from llamaserve.registry.diffusion_file import read_diffusion, read_weights
 from llamaserve.registry.gguf import read_header
 from llamaserve.registry.loadable import other_kind
 from llamaserve.registry.sources import WEIGHTS
@@ -224,10 +224,12 @@ def _read(path: Path) -> _Facts:
                     return _Facts(other="some other .bin file")
                 read_whisper(path)
             case ".safetensors":
+                read_weights(path)
                 if not _is_diffusion_model(path):
                     return _Facts(other="some other .safetensors file")
             case _:
-                return _Facts(other=other_kind(read_header(path)))
+                other = other_kind(read_header(path))
+                return _Facts(error=_TO_BE_LISTED) if other and _is_diffusion_model(path) else _Facts(other=other)
         return _Facts()
     except errors.ModelError as error:
         return _Facts(error=_TO_BE_LISTED if _is_diffusion_model(path) else error.message)

@@ -24,6 +24,7 @@ from llamaserve.errors import (
 )
 from llamaserve.images.values import DiffusionParams, Edits, Part, Sampler, Scheduler, Size
 from llamaserve.registry.budget import is_unified
+from llamaserve.registry.cache import is_file
 from llamaserve.registry.diffusion_file import DiffusionHeader, read_diffusion
 from llamaserve.registry.diffusion_memory import PictureWork, estimate_diffusion, flash_attention
 from llamaserve.registry.fetching import locate
@@ -76,8 +77,8 @@ class ImageFile(OtherFile[DiffusionHeader]):
         ``ModelError`` when its file is bad.
         """
         folder = self.spec.image.loras
-        path = None if folder is None else self._base / folder / (name.removesuffix(_LORA) + _LORA)
-        if path is None or not _LORA_NAME.fullmatch(name) or not path.is_file():
+        path = None if folder is None else self._base / folder.expanduser() / (name.removesuffix(_LORA) + _LORA)
+        if path is None or not _LORA_NAME.fullmatch(name) or not is_file(path):
             where = "models.yaml names no folder with some" if folder is None else f"there is none in {folder}"
             raise InvalidRequest(f"{self._name} has no LoRA called {name[:100]!r}: {where}", param="prompt")
         try:
@@ -170,7 +171,10 @@ def plan_images(
     ``ModelNotCapable``, and ``InsufficientMemory`` when that is more than the whole budget.
     """
     refuse_adapters(bool(spec.lora))
-    params = image_params(spec, header)
+    try:
+        params = image_params(spec, header)
+    except ModelNotCapable as error:
+        raise ModelNotCapable(f"{name} can't be loaded: {error.message}") from error
     taken = footprint(spec, header, devices)
     need = claimed(taken, unified=is_unified(devices)) + PROCESS
     if not need.fits(budget):

@@ -96,7 +96,7 @@ def describe(
     source: Source, path: Path, meanwhile: Callable[[], None] = carry_on, *, of_texts: bool = True
 ) -> LockEntry:
     """Return the entry for a source whose (first) file lies here. Reads the files, unless their sums are known;
-    ``meanwhile`` may raise to give that up. Only a model ``of_texts`` has a chat template.
+    ``meanwhile`` may raise to give that up. What is not ``of_texts`` need not be a file for llama.cpp, but may be one.
     """
     parts = part_paths(path)
     places = [hub.origin(part) for part in parts] if isinstance(source, HubSource) else []
@@ -107,7 +107,13 @@ def describe(
     ]
     today = datetime.now(UTC).date().isoformat()
     revision = places[0].revision if places and places[0] else None
-    return LockEntry(tuple(files), revision, template_sum(path) if of_texts else None, today)
+    try:
+        template = template_sum(path)
+    except errors.GGUFError:
+        if of_texts:
+            raise
+        template = None
+    return LockEntry(tuple(files), revision, template, today)
 
 
 def template_sum(path: Path) -> str | None:

@@ -304,6 +304,16 @@ class ModelSpec(RunOptions):
     def _is_a_source(cls, source: str) -> str:
         return _checked_source(source)
 
+    @field_validator("parts", "image")
+    @classmethod
+    def _is_of_a_diffusion_model(cls, value: Parts | ImageDefaults, info: ValidationInfo) -> Parts | ImageDefaults:
+        source, task = info.data.get("source"), info.data.get("task")
+        if value in (Parts(), ImageDefaults()) or source is None or task == "image":
+            return value
+        if task is None and sources.is_image(sources.parse_source(source, Path("/"))):
+            return value
+        raise ValueError("is for models with `task: image`")
+
     @property
     def other_sources(self) -> tuple[str, ...]:
         """Where its other files are: LoRA adapters, and parts of a diffusion model."""

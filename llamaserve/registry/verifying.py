@@ -15,7 +15,7 @@ from llamaserve import errors
 from llamaserve.registry import hub, wheels
 from llamaserve.registry.adapters import check_adapter
 from llamaserve.registry.cache import checksum
-from llamaserve.registry.diffusion_file import read_diffusion
+from llamaserve.registry.diffusion_file import read_diffusion, read_weights
 from llamaserve.registry.fetching import check_sum, locate
 from llamaserve.registry.gguf import GGUFHeader, read_header
 from llamaserve.registry.image_file import locate_parts
@@ -118,15 +118,29 @@ class _Verification:
                     read_whisper(path)
                     return None, []
                 case "image":
-                    base = self.remedies.registry.path.parent
-                    read_diffusion(path, locate_parts(self.remedies.name, self.spec, base))
-                    return None, []
+                    return None, list(self.images(path))
             header = read_header(path)
             check_loadable(header)
         except errors.LlamaserveError as error:
             files = Files(source, path, self.lock.get(self.spec.source), self.spec.sha256)
             return None, [self.remedies.mend(files, error)]
         return header, []
+
+    def images(self, path: Path) -> Iterator[Advice]:
+        """Look into the files of a diffusion model, whose parts are all here: each by itself, and all together."""
+        base = self.remedies.registry.path.parent
+        for text in (self.spec.source, *self.spec.parts.sources.values()):
+            source = parse_source(text, base)
+            file = locate(source) or path
+            try:
+                read_weights(file)
+            except errors.LlamaserveError as error:
+                yield self.remedies.mend(Files(source, file, self.lock.get(text), adapter=file != path), error)
+                return
+        try:
+            read_diffusion(path, locate_parts(self.remedies.name, self.spec, base))
+        except errors.LlamaserveError as error:
+            yield self.remedies.unfit(parse_source(self.spec.source, base), error)
 
     def adapter(self, source: Source, text: str, model: GGUFHeader | None) -> Iterator[Advice]:
         """Compare an adapter with what was promised, and with the model if that is good."""

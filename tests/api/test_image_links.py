@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,15 @@ from hypothesis import given, strategies as st
 
 from llamaserve.api.image_links import KEPT, ImageLinks
 from llamaserve.errors import Unavailable
+
+
+@contextlib.contextmanager
+def kept(space: int = 1000, clock: Callable[[], float] = time.monotonic) -> Iterator[ImageLinks]:
+    links = ImageLinks(space, clock)
+    try:
+        yield links
+    finally:
+        links._file.close()
 
 
 class Clock:
@@ -22,55 +34,56 @@ class Clock:
 
 def test_a_picture_is_kept_for_an_hour() -> None:
     clock = Clock()
-    links = ImageLinks(1000, clock)
-    name = links.put(b"a picture", "image/webp")
-    assert name.endswith(".webp")
-    clock.now = KEPT - 1
-    assert links.get(name) == (b"a picture", "image/webp")
-    clock.now = KEPT
-    assert links.get(name) is None
+    with kept(1000, clock) as links:
+        name = links.put(b"a picture", "image/webp")
+        assert name.endswith(".webp")
+        clock.now = KEPT - 1
+        assert links.get(name) == (b"a picture", "image/webp")
+        clock.now = KEPT
+        assert links.get(name) is None
 
 
 def test_names_cannot_be_guessed() -> None:
-    links = ImageLinks()
-    names = {links.put(b"a", "image/png") for _ in range(100)}
-    assert len(names) == 100
-    assert {len(name) for name in names} == {36}
-    for guess in ("", "a.png", "../" + names.pop()):
-        assert links.get(guess) is None
+    with kept() as links:
+        names = {links.put(b"a", "image/png") for _ in range(100)}
+        assert len(names) == 100
+        assert {len(name) for name in names} == {36}
+        for guess in ("", "a.png", "../" + names.pop()):
+            assert links.get(guess) is None
 
 
 @given(st.lists(st.integers(1, 60), max_size=60))
 def test_the_newest_pictures_are_there_within_the_space(sizes: list[int]) -> None:
-    links = ImageLinks(100)
-    put = [
-        (links.put(bytes([number]) * size, "image/png"), bytes([number]) * size) for number, size in enumerate(sizes)
-    ]
-    there = [(name, data) for name, data in put if links.get(name) is not None]
-    for name, data in there:
-        assert links.get(name) == (data, "image/png")
-    assert put[-1:] == there[-1:]
-    assert sum(len(data) for _, data in there) <= 100
-    assert there == put[len(put) - len(there) :]
+    with kept(100) as links:
+        put = [
+            (links.put(bytes([number]) * size, "image/png"), bytes([number]) * size)
+            for number, size in enumerate(sizes)
+        ]
+        there = [(name, data) for name, data in put if links.get(name) is not None]
+        for name, data in there:
+            assert links.get(name) == (data, "image/png")
+        assert put[-1:] == there[-1:]
+        assert sum(len(data) for _, data in there) <= 100
+        assert there == put[len(put) - len(there) :]
 
 
 def test_what_is_larger_than_all_the_space_is_refused() -> None:
-    links = ImageLinks(10)
-    links.put(b"x" * 10, "image/png")
-    with pytest.raises(Unavailable, match="11 bytes"):
-        links.put(b"x" * 11, "image/png")
+    with kept(10) as links:
+        links.put(b"x" * 10, "image/png")
+        with pytest.raises(Unavailable, match="11 bytes"):
+            links.put(b"x" * 11, "image/png")
 
 
 def test_space_is_given_back_once_nothing_is_kept() -> None:
     clock = Clock()
-    links = ImageLinks(1000, clock)
-    links.put(b"x" * 900, "image/png")
-    clock.now = KEPT
-    name = links.put(b"y" * 900, "image/png")
-    assert links.get(name) is not None
-    clock.now = 2 * KEPT
-    assert links.get(name) is None
-    assert links._file.seek(0, 2) == 0
+    with kept(1000, clock) as links:
+        links.put(b"x" * 900, "image/png")
+        clock.now = KEPT
+        name = links.put(b"y" * 900, "image/png")
+        assert links.get(name) is not None
+        clock.now = 2 * KEPT
+        assert links.get(name) is None
+        assert links._file.seek(0, 2) == 0
 
 
 def test_nothing_lies_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
