@@ -75,7 +75,7 @@ def test_steps_take_what_was_logged_and_little_more(name: str) -> None:
     for side, taken in zip(SIDES, logged, strict=True):
         work = PictureWork(Size(side, side), prompt=74)
         mebibytes = module._steps(found, shapes, work, flash=flash) / 2**20
-        assert taken <= mebibytes <= 1.3 * taken + 20, side  # what multiplications prepare is not logged
+        assert taken <= mebibytes <= 1.4 * taken + 20, side  # what multiplications prepare is not logged
 
 
 def test_a_vae_takes_what_was_logged() -> None:
