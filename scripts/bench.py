@@ -29,6 +29,7 @@ from benchmark import (
     embeddings,
     footprint,
     long_prompt,
+    pictures,
     prefixes,
     profiling,
     report,
@@ -75,6 +76,7 @@ WORKLOADS = (
     Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
     Workload("embeddings", "texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
     Workload("speech", "speech to text, and chats beside it", speech.run, speech.rows),
+    Workload("pictures", "pictures, and a chat beside them", pictures.run, pictures.rows),
     Workload("profile", "where a step's time goes", profiling.run, profiling.rows),
 )
 
@@ -88,6 +90,7 @@ def arguments() -> argparse.ArgumentParser:
         "--embedding-model", default="all-minilm-l6-v2", help="likewise, for embeddings; default: %(default)s"
     )
     parser.add_argument("--speech-model", default="whisper-tiny.en", help="likewise, for speech; default: %(default)s")
+    parser.add_argument("--image-model", help="likewise, for pictures; default: a small one of random weights")
     parser.add_argument("--url", help="base URL of a running server, with /v1")
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=URL", help="another server to compare with"
@@ -136,6 +139,7 @@ def plan(options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
         "peers": peers(options.peer),
         "embedding_model": options.embedding_model,
         "speech_model": options.speech_model,
+        "image_model": options.image_model,
         "cache": cache_folder() / "benchmark",
         "say": say,
     }

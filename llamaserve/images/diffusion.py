@@ -3,7 +3,7 @@
 The only module that imports the binding, of which it uses the C structs and functions alone. What the binding does not
 do is done here: a file that can't be loaded is an error (the binding frees a null pointer then), what the library
 allocates for a picture is freed, and callbacks live as long as the library may call them. A process has one model, and
-uses it in one thread. Nothing is written to standard output or error.
+uses it in one thread. Nothing is written to standard error; an empty line to standard output when a model is loaded.
 
 The library can't be stopped: a picture that nobody waits for any more ends with the process. Knows nothing of requests,
 or of files of pictures.

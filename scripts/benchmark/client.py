@@ -62,8 +62,11 @@ class Client:
 
     def start(self, request: Request) -> Stream:
         """Send a request; ``pump`` reads its answer."""
-        path = "/chat/completions" if request.messages else "/completions"
-        payload = json.dumps(request.body(self._model)).encode()
+        return self.begin("/chat/completions" if request.messages else "/completions", request.body(self._model))
+
+    def begin(self, path: str, body: Mapping[str, Any]) -> Stream:
+        """Send a JSON body to a path below the base URL; ``pump`` reads the answer."""
+        payload = json.dumps(body).encode()
         return self._send(self._head("POST", self._path + path, len(payload)) + payload)
 
     def upload(self, path: str, fields: Mapping[str, str], file: bytes) -> Stream:

@@ -35,7 +35,8 @@ PLAIN_SETTINGS = {"speculation": False}
 @dataclass(frozen=True)
 class Plan:
     """What the command line asks for. ``file`` and ``options`` are the model's; None with the ``url`` of a server. The
-    ``embedding_model`` and the ``speech_model`` are only looked for when they are needed.
+    ``embedding_model``, the ``speech_model`` and the ``image_model`` (None: one of random weights) are only looked for
+    when they are needed.
     """
 
     rounds: int
@@ -47,6 +48,7 @@ class Plan:
     peers: Mapping[str, str]
     embedding_model: str
     speech_model: str
+    image_model: str | None
     cache: Path
     say: Callable[[str], None]
 

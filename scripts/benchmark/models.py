@@ -13,7 +13,7 @@ from llamaserve.registry.fetching import locate
 from llamaserve.registry.spec import RunOptions, find_models_file, load_registry
 from llamaserve.settings import Settings
 
-_OPTIONS = {*RunOptions.model_fields, "task", "pooling"}  # that decide how a model runs
+_OPTIONS = {*RunOptions.model_fields, "task", "pooling", "parts", "image"}  # that decide how a model runs
 
 
 @dataclass(frozen=True)
