@@ -387,7 +387,7 @@ def test_show_says_why_a_whisper_model_cannot_do_what_its_settings_say(desk: Des
 IMAGES = """\
 models:
   brush: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:tiny-taef2.safetensors'}, image: {size: 256x128}}
-  chatty: {source: 'file:tiny-flux2.safetensors', task: generation, parts: {taesd: 'file:tiny-taef2.safetensors'}}
+  chatty: {source: 'file:tiny-flux2.safetensors', task: generation}
   bare: {source: 'file:tiny-flux2.safetensors'}
   half: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:none.safetensors'}}
 """
@@ -449,6 +449,19 @@ def test_show_says_why_a_diffusion_model_cannot_do_what_its_settings_say(desk: D
     assert f"the part taesd file:none.safetensors is not on this machine: there is no file {desk.folder}/none" in desk(
         "verify", "half", status=1
     )
+
+
+def test_show_says_how_to_get_the_first_file_that_is_absent(desk: Desk) -> None:
+    write_model(desk.folder)
+    (desk.folder / "models.yaml").write_text(
+        "models:\n"
+        "  far: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'hf:o/r/tiny-taef2.safetensors'}}\n"
+        "  lost: {source: 'hf:o/r/flux2.safetensors', parts: {taesd: 'file:none.safetensors'}}\n"
+        "  half: {source: 'file:tiny-flux2.safetensors', parts: {taesd: 'file:none.safetensors'}}\n"
+    )
+    edit = r"\$\{EDITOR:-nano\} .*models\.yaml"
+    for name, fix in (("far", "llamaserve pull far"), ("lost", "llamaserve pull lost"), ("half", edit)):
+        assert re.search(rf"^here +no; {fix} *$", desk("show", name), re.MULTILINE)
 
 
 def test_parts_are_fetched_and_deleted_with_their_model(desk: Desk) -> None:

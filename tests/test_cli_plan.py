@@ -165,16 +165,30 @@ def test_models_for_images_are_planned_with_all_their_parts(folder: Path) -> Non
     assert brush["need"] == {"host": brush["weights"] + brush["compute"] + brush["process"], "gpu": 0}
     assert answer["together"] == ["brush", "small", "told"]
     messages = {each["name"]: each["error"]["message"] for each in others}
-    assert messages["ears"].startswith("`pooling` and `prefixes` are for models that make embeddings")
+    assert messages["ears"].startswith("ears can't be loaded: `pooling` and `prefixes` are for models that make")
     assert messages["styled"] == "LoRA adapters are for models that generate text"
     assert "is a FLUX.2 klein model, and its decoder is missing" in messages["bare"]
     assert "tiny.gguf holds no diffusion model that stable-diffusion.cpp knows" in messages["blind"]
-    assert messages["half"] == "the part taesd of half is not on this machine: file:none.safetensors"
+    absent = f"the part taesd file:none.safetensors of half is not on this machine: there is no file {folder}/none."
+    assert messages["half"].startswith(absent)
     lines = plan(folder, "brush", "bare", status=1).splitlines()
     (row,) = (line.split() for line in lines if line.startswith("brush "))
     assert (row[-1], len(row)) == ("-", 14)
     assert any(line.startswith("bare: ") for line in lines)
     assert "\nbrush needs " in plan(folder, "brush", "--memory", "50MB", status=1)
+
+
+def test_a_part_that_is_missing_is_told_with_the_command_that_gets_it(folder: Path) -> None:
+    model, _ = write_model(folder)
+    (folder / "my models.yaml").write_text(
+        f"models:\n  far: {{source: 'file:{model.name}', parts: {{taesd: 'hf:o/none/x.safetensors'}}}}\n"
+        f"  half: {{source: 'file:{model.name}', parts: {{taesd: 'file:none.safetensors'}}}}\n"
+    )
+    answer = as_json(folder, "far", "half", "--models-file", "my models.yaml", status=1)
+    far, half = (each["error"] for each in answer["models"])
+    assert far["message"] == "the part taesd hf:o/none/x.safetensors of far is not on this machine"
+    assert far["hint"] == "llamaserve pull far --models-file 'my models.yaml'"
+    assert half["hint"].startswith("${EDITOR:-nano} '")
 
 
 def test_a_model_for_images_needs_room_in_both_memories_where_there_is_a_gpu(folder: Path) -> None:

@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from llamaserve.api import handlers, middleware, uploads
-from llamaserve.api.uploads import AudioAdmission, kept, receive
+from llamaserve.api.uploads import Expected, UploadAdmission, kept, receive
 from llamaserve.errors import InvalidRequest, LlamaserveError, QueueFull, RequestTimeout, Unavailable
 
 HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 END = b"\r\n--x--\r\n"
+FILE = Expected("the file", "file", 1)
 
 
 def request(receive: Callable[[], Awaitable[Message]], kind: str = "multipart/form-data; boundary=x") -> Request:
@@ -44,13 +45,13 @@ class Sender:
         return {"type": "http.request", "body": piece, "more_body": bool(self.pieces)}
 
 
-def sent(admission: AudioAdmission, pieces: Sequence[bytes], kind: str = "multipart/form-data; boundary=x") -> bytes:
+def sent(admission: UploadAdmission, pieces: Sequence[bytes], kind: str = "multipart/form-data; boundary=x") -> bytes:
     """Return the file that is received of a body, and close it."""
 
     async def run() -> bytes:
         sender = Sender(*pieces)
         sender.may_end.set()
-        upload = await receive(request(sender, kind), admission)
+        upload = await receive(request(sender, kind), admission, FILE)
         assert admission.open == sum(map(len, pieces))
         try:
             return upload.file.read()
@@ -65,24 +66,24 @@ def sent(admission: AudioAdmission, pieces: Sequence[bytes], kind: str = "multip
 
 
 def test_a_file_counts_until_it_is_closed() -> None:
-    assert sent(AudioAdmission(10_000), [HEAD, b"a" * 500, b"b" * 500, END]) == b"a" * 500 + b"b" * 500
-    assert sent(AudioAdmission(100), [HEAD, b"a" * 500, b"b", END]) == b"a" * 500 + b"b"  # nobody else is there
+    assert sent(UploadAdmission(10_000), [HEAD, b"a" * 500, b"b" * 500, END]) == b"a" * 500 + b"b" * 500
+    assert sent(UploadAdmission(100), [HEAD, b"a" * 500, b"b", END]) == b"a" * 500 + b"b"  # nobody else is there
 
 
 def test_bytes_count_as_they_come() -> None:
     """However large the body is said to be: slow ones leave room for others."""
 
     async def run() -> None:
-        admission = AudioAdmission(2000)
+        admission = UploadAdmission(2000)
         senders = [Sender(HEAD, b"a", END) for _ in range(5)]
-        tasks = [asyncio.create_task(receive(request(sender), admission)) for sender in senders]
+        tasks = [asyncio.create_task(receive(request(sender), admission, FILE)) for sender in senders]
         async with asyncio.timeout(10):
             while admission.open < 5 * (len(HEAD) + 1):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         refused = Sender(HEAD, *[b"a" * 500] * 5, END)
         refused.may_end.set()
-        with pytest.raises(QueueFull, match="as much audio waits"):
-            await receive(request(refused), admission)
+        with pytest.raises(QueueFull, match="as much waits here"):
+            await receive(request(refused), admission, FILE)
         assert refused.pieces == []  # it has sent all, or it would not read why
         assert admission.open == 5 * (len(HEAD) + 1)  # and what is refused counts no more
         for sender in senders:
@@ -96,11 +97,11 @@ def test_bytes_count_as_they_come() -> None:
 
 def test_nobody_is_let_in_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        admission = AudioAdmission(1000)
+        admission = UploadAdmission(1000)
         place = admission.enter(5000)
         monkeypatch.setattr(uploads, "PATIENCE", 0.05)  # nor waited for
         with pytest.raises(QueueFull) as caught:
-            await receive(request(Sender(b"a", b"b", b"c")), admission)
+            await receive(request(Sender(b"a", b"b", b"c")), admission, FILE)
         assert (caught.value.retry_after or 0) >= 1
         place.leave()
         place.grow(1)
@@ -113,9 +114,9 @@ def test_a_client_that_sends_no_more_is_not_waited_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(uploads, "PATIENCE", 0.05)
 
     async def run() -> None:
-        admission = AudioAdmission()
+        admission = UploadAdmission()
         with pytest.raises(RequestTimeout, match=r"nothing more of the request has come for 0\.05 seconds") as caught:
-            await receive(request(Sender(HEAD, b"a", END)), admission)
+            await receive(request(Sender(HEAD, b"a", END)), admission, FILE)
         assert (caught.value.status, caught.value.code, admission.open) == (408, "request_timeout", 0)
 
     asyncio.run(run())
@@ -123,7 +124,7 @@ def test_a_client_that_sends_no_more_is_not_waited_for(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x; charset=UTF8", "Multipart/Form-Data; boundary=x"])
 def test_forms_in_any_usual_writing(kind: str) -> None:
-    assert sent(AudioAdmission(), [HEAD, b"a", END], kind) == b"a"
+    assert sent(UploadAdmission(), [HEAD, b"a", END], kind) == b"a"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_forms_in_any_usual_writing(kind: str) -> None:
 )
 def test_what_is_wrong_with_a_form_is_said(body: bytes, error: type[LlamaserveError], says: str) -> None:
     with pytest.raises(error, match=says):
-        sent(AudioAdmission(), [body])
+        sent(UploadAdmission(), [body])
 
 
 def test_a_full_disk_is_not_the_client_s_fault() -> None:

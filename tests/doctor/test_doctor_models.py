@@ -430,18 +430,30 @@ def test_each_part_that_is_missing_is_a_problem(listed: Write, tmp_path: Path, m
     assert {each.level for each in (one, two)} == {Level.PROBLEM}
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [(b"", "has 0 bytes"), (b"PK\x03\x04" + bytes(99), "is no GGUF file"), (tiny_llama(), "no diffusion model that")],
-)
+@pytest.mark.parametrize(("data", "message"), [(b"", "has 0 bytes"), (b"PK\x03\x04" + bytes(99), "is no GGUF file")])
+@pytest.mark.parametrize("number", [0, 1], ids=["model", "part"])
 def test_a_diffusion_model_that_cannot_be_loaded_is_a_problem(
-    listed: Write, tmp_path: Path, data: bytes, message: str
+    listed: Write, tmp_path: Path, number: int, data: bytes, message: str
 ) -> None:
-    model, _ = write_model(tmp_path)
-    model.write_bytes(data)
+    path = write_model(tmp_path)[number]
+    path.write_bytes(data)
     (problem,) = bad(findings(listed(f"models: {{brush: {{{BRUSH}}}}}")))
     assert message in problem.message
-    assert (problem.level, problem.fix) == (Level.PROBLEM, f"ls -l {model}")
+    assert str(path) in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, f"ls -l {path}")
+
+
+def test_good_files_that_make_no_diffusion_model_are_a_line_to_correct(listed: Write, tmp_path: Path) -> None:
+    model, _ = write_model(tmp_path)
+    path = listed("models: {brush: {source: 'file:tiny-flux2.safetensors'}}")
+    (problem,) = bad(findings(path))
+    assert "is a FLUX.2 klein model, and its decoder is missing: name it under `parts`" in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, f"${{EDITOR:-nano}} '{path}'")
+    model.write_bytes(tiny_llama())
+    path = listed(f"models: {{brush: {{{BRUSH}}}}}")
+    (problem,) = bad(findings(path))
+    assert "holds no diffusion model that stable-diffusion.cpp knows" in problem.message
+    assert (problem.level, problem.fix) == (Level.PROBLEM, f"${{EDITOR:-nano}} '{path}'")
 
 
 def test_a_diffusion_model_that_does_not_fit_or_cannot_do_what_its_settings_say(listed: Write, tmp_path: Path) -> None:

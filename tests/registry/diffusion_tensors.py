@@ -98,6 +98,10 @@ TRANSFORMERS: Final[Mapping[str, Known]] = {
     "Anima": Known(named("llm_adapter.blocks.0.cross_attn.q_proj.weight"), families.ANIMA, "Anima"),
 }
 
+STEERED: Final[Mapping[str, Shapes]] = {  # by what stable-diffusion.cpp calls them
+    "Flux Control": TRANSFORMERS["FLUX.1"].shapes | {"img_in.weight": (4, 128)},
+    "Flex.2": TRANSFORMERS["schnell"].shapes | {"img_in.weight": (4, 196)},
+}
 VIDEOS: Final[Mapping[str, Shapes]] = {  # by what stable-diffusion.cpp calls them
     "Wan 2.x": named("blocks.0.cross_attn.norm_k.weight"),
     "SVD": named("input_blocks.8.0.time_mixer.mix_factor"),
@@ -120,11 +124,18 @@ SECOND: Final[Shapes] = {"conditioner.embedders.1.model.token_embedding.weight":
 UNETS: Final[Mapping[str, Known]] = {
     "SD1": Known(unet(768), families.SD1, "SD 1.x"),
     "SD1 inpaint": Known(unet(768, channels=9), families.SD1, "SD 1.x Inpaint"),
+    "SD1 inpaint without a middle": Known(
+        unet(768, channels=9, middle=False, last=False), families.SD1, "SD 1.x Inpaint"
+    ),
     "SD1 tiny": Known(unet(768, middle=False), families.SD1, "SD 1.x Tiny UNet"),
     "SDXS": Known(unet(768, middle=False, last=False), families.SDXS, "SDXS (512-DS)"),
     "SD2": Known(unet(1024), families.SD2, "SD 2.x"),
     "SD2 of other keys": Known(unet(1024, keys=1024), families.SD2, "SD 2.x"),
     "SD2 inpaint": Known(unet(1024, channels=9), families.SD2, "SD 2.x Inpaint"),
+    "SD2 inpaint without a middle": Known(
+        unet(1024, channels=9, middle=False, keys=1024), families.SD2, "SD 2.x Inpaint"
+    ),
+    "SD2 of eight channels": Known(unet(1024, channels=8), families.SD2, "SD 2.x"),
     "SD2 tiny": Known(unet(1024, middle=False), families.SD2, "SD 2.x Tiny UNet"),
     "SDXS 0.9": Known(unet(1024, middle=False, keys=1024), families.SDXS2, "SDXS (09)"),
     "SDXL": Known(unet(768) | SECOND, families.SDXL, "SDXL"),
@@ -133,6 +144,9 @@ UNETS: Final[Mapping[str, Known]] = {
 }
 EDITORS: Final[Mapping[str, Known]] = {  # that are trained to edit the pictures that they look at
     "InstructPix2Pix": Known(unet(768, channels=8), families.SD1, "Instruct-Pix2Pix"),
+    "InstructPix2Pix without a middle": Known(
+        unet(768, channels=8, middle=False, last=False), families.SD1, "Instruct-Pix2Pix"
+    ),
     "SDXL InstructPix2Pix": Known(unet(768, channels=8) | SECOND, families.SDXL, "SDXL Instruct-Pix2Pix"),
 }
 

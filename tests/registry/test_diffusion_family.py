@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
-from diffusion_tensors import CLIP, EDITORS, MODEL, TRANSFORMERS, UNETS, VIDEOS, Known, named, prefixed, unet
+from diffusion_tensors import CLIP, EDITORS, MODEL, STEERED, TRANSFORMERS, UNETS, VIDEOS, Known, named, prefixed, unet
 from hypothesis import given, strategies as st
 
 from llamaserve.images.values import PARTS, SCHEDULERS, Edits, Size
 from llamaserve.registry import diffusion_family
-from llamaserve.registry.diffusion_family import SD1, SD2, SDXL, SDXS, Family, family_of, makes_videos
+from llamaserve.registry.diffusion_family import CONTROLLED, SD1, SD2, SDXL, SDXS, Family, family_of, makes_videos
 from llamaserve.registry.spec import LARGEST_SIDE, ImageDefaults
 
 FAMILIES = [value for value in vars(diffusion_family).values() if isinstance(value, Family)]
@@ -38,6 +38,18 @@ def test_a_u_net_is_told_by_its_blocks_and_its_encoder(known: Known) -> None:
 @pytest.mark.parametrize("known", EDITORS.values(), ids=EDITORS)
 def test_a_u_net_that_sees_eight_channels_looks_at_pictures(known: Known) -> None:
     assert family_of(known.shapes) == replace(known.family, looks=True, edits="reference")
+
+
+@pytest.mark.parametrize("shapes", STEERED.values(), ids=STEERED)
+def test_a_transformer_that_is_steered_is_told_by_its_inputs(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert family_of(prefixed(shapes)) == CONTROLLED
+    for name in ("Radiance", "Ovis", "FLUX.2", "klein"):  # which may have as many, and are looked for first
+        known = TRANSFORMERS[name]
+        assert family_of(prefixed(shapes | known.shapes)) == known.family
+    for shape in ((), (128,), (4, 64), (128, 4)):
+        family = family_of(prefixed(shapes | {"img_in.weight": shape}))
+        assert family is not None
+        assert family.steered == (shape == (128,))
 
 
 @pytest.mark.parametrize(
@@ -120,11 +132,12 @@ def test_what_a_family_says_could_stand_in_models_yaml() -> None:
 
 
 def test_families_have_names_of_their_own_and_edit_by_looking_only_if_they_can() -> None:
-    assert len({family.name for family in FAMILIES}) == len(FAMILIES) == 17
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES) == 18
     assert {family.edits for family in FAMILIES} == set(get_args(Edits))
     assert all(family.looks for family in FAMILIES if family.edits == "reference")
     assert [family.name for family in FAMILIES if family.is_unet] == [
         *("Stable Diffusion 1", "Stable Diffusion 2", "SDXS", "SDXS 0.9", "Stable Diffusion XL")
     ]
+    assert [family.name for family in FAMILIES if family.steered] == ["FLUX.1 Control"]
     assert [family.name for family in FAMILIES if not family.decodes] == ["Chroma Radiance"]
     assert {(family.is_unet, family.sampler) for family in FAMILIES} == {(True, "euler_a"), (False, "euler")}

@@ -132,9 +132,13 @@ def test_other_safetensors_files_are_left_out(tmp_path: Path) -> None:
         write_zeros(tmp_path / f"{name}.safetensors", shapes)
     whole = write_zeros(tmp_path / "whole.safetensors", CHECKPOINT).read_bytes()
     fill(tmp_path, {"cut.safetensors": whole[:-1], "empty.safetensors": b"", "gguf.safetensors": MODEL})
-    assert names(tmp_path) == ["whole.safetensors"]
-    assert is_something_else(tmp_path / "vae.safetensors")
-    assert is_something_else(tmp_path / "cut.safetensors")
+    found = {model.name: model.error or "" for model in scan(tmp_path)}
+    assert [*found] == ["cut.safetensors", "empty.safetensors", "whole.safetensors"]
+    assert f"its tensors end at byte {len(whole)}, and the file has {len(whole) - 1}" in found["cut.safetensors"]
+    assert "empty.safetensors is no good safetensors file: it has 0 bytes" in found["empty.safetensors"]
+    assert found["whole.safetensors"] == ""
+    assert all(is_something_else(tmp_path / f"{name}.safetensors") for name in others)
+    assert not is_something_else(tmp_path / "cut.safetensors")
 
 
 def test_a_gguf_file_of_a_diffusion_model_is_left_out_or_is_to_be_listed(tmp_path: Path) -> None:
@@ -146,11 +150,13 @@ def test_a_gguf_file_of_a_diffusion_model_is_left_out_or_is_to_be_listed(tmp_pat
             "named.gguf": File({"general.architecture": "flux"}, telling).bytes(),
             "nameless.gguf": File({}, telling).bytes(),
             "unfinished.gguf": File({}, unfinished).bytes(),
+            "part.gguf": File({"general.architecture": "flux"}, unfinished).bytes(),
         },
     )
     found = {model.name: model.error or "" for model in scan(tmp_path)}
-    assert found.keys() == {"nameless.gguf", "unfinished.gguf"}
-    assert found["nameless.gguf"] == "it is a diffusion model; list it in models.yaml with `task: image`"
+    assert found.keys() == {"named.gguf", "nameless.gguf", "unfinished.gguf"}
+    advice = "it is a diffusion model; list it in models.yaml with `task: image`"
+    assert found["named.gguf"] == found["nameless.gguf"] == advice
     assert "general.architecture" in found["unfinished.gguf"]
 
 

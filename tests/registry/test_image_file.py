@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusion_tensors import DECODER, EDITORS, TRANSFORMERS, prefixed, write_parts, write_zeros
+from diffusion_tensors import (
+    CHECKPOINT,
+    CLIP,
+    DECODER,
+    EDITORS,
+    ENCODER,
+    MODEL as PREFIX,
+    SECOND,
+    TRANSFORMERS,
+    Shapes,
+    prefixed,
+    unet,
+    write_parts,
+    write_zeros,
+)
 from gguf_writer import tiny_llama
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tiny_diffusion import write_model
@@ -244,6 +258,62 @@ def test_a_gpu_that_uses_the_main_memory_takes_no_more_of_it(header: DiffusionHe
     assert planned(header, ROOMY, SHARED).need == claimed(taken, unified=True) + PROCESS
 
 
+TOLD = {  # tensors whose shapes tell how much memory a picture takes, and those by which its family is told
+    **CHECKPOINT,
+    **unet(768),
+    **SECOND,
+    **prefixed(DECODER | ENCODER, "first_stage_model."),
+    **dict.fromkeys((f"{PREFIX}{name}.weight" for name in ("txt_in", "cap_embedder.1", "img_in")), (4, 8)),
+    f"{PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 8),
+    f"{PREFIX}joint_blocks.0.x": (2, 2),
+    f"{PREFIX}double_blocks.0.img_attn.qkv.weight": (4, 2),
+    **{
+        f"text_encoders.llm.{name}.weight": (4, 8)
+        for layer in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "blk.0.attn_q")
+        for name in (layer, "model.layers.0.mlp.gate_proj", "blk.0.attn_k", "blk.0.ffn_gate")
+    },
+}
+SMALL, WIDE = st.sampled_from((0, 1, 3, 4, 8, 9)), st.sampled_from((0, 64, 128, 196, 768, 1024))
+ODD = st.lists(SMALL, max_size=4).map(tuple) | st.tuples(SMALL, WIDE) | st.tuples(WIDE, SMALL) | st.tuples(WIDE)
+
+
+@given(st.dictionaries(st.sampled_from([*TOLD]), st.none() | ODD), st.booleans(), st.sampled_from([0, 768, 1024]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_odd_shapes_are_no_error_but_one_of_ours(
+    tmp_path: Path, odd: dict[str, tuple[int, ...] | None], transformer: bool, width: int
+) -> None:
+    left_out = ("input_blocks", "middle_block", "output_blocks") if transformer else ("double_", "joint_")
+    shapes: Shapes = {
+        name: shape
+        for name, shape in (TOLD | {CLIP: (4, width)} | odd).items()
+        if shape is not None and not any(part in name for part in left_out)
+    }
+    path = write_zeros(tmp_path / "model.safetensors", shapes)
+    try:
+        read = read_diffusion(path)
+        plan = plan_images("brush", ModelSpec(source=f"file:{path}"), read, ROOMY, ())
+    except (GGUFError, ModelNotCapable, InsufficientMemory):
+        return
+    assert plan.need.host >= read.weight_bytes
+    for size in (Size(64, 64), Size(512, 2048)):
+        work = PictureWork(size, references=(size,), repaints=True)
+        assert footprint(ModelSpec(source=f"file:{path}"), read, (), work).host >= read.weight_bytes
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (0, 0), (0, 4, 3, 3), (4, 0), (2, 2, 2)])
+def test_a_tensor_of_an_odd_shape_is_planned(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    names = ("first_stage_model.decoder.conv_in.weight", "first_stage_model.encoder.conv_in.weight")
+    layers = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    odd = (f"{PREFIX}txt_in.weight", *(f"text_encoders.llm.model.layers.0.{layer}.weight" for layer in layers))
+    shapes = CHECKPOINT | dict.fromkeys((*names, *odd), shape)
+    read = read_diffusion(write_zeros(tmp_path / "klein", shapes))
+    assert plan_images("brush", ModelSpec(source="file:a.safetensors"), read, ROOMY, ()).need.host > 0
+    keys = f"{PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    shapes = unet(768) | dict.fromkeys((*names, keys, f"{PREFIX}input_blocks.0.0.weight"), shape)
+    read = read_diffusion(write_zeros(tmp_path / "sd1", shapes))
+    assert plan_images("brush", ModelSpec(source="file:a.safetensors"), read, ROOMY, ()).need.host > 0
+
+
 # ---- how its pictures are made
 
 
@@ -280,14 +350,27 @@ def test_only_a_model_that_can_look_at_pictures_may_be_told_to(tmp_path: Path, k
 
 @pytest.mark.parametrize("task", ["generation", "embedding", "rerank", "moderation", "transcription"])
 def test_a_task_of_another_model_is_refused(header: DiffusionHeader, task: str) -> None:
-    with pytest.raises(ModelNotCapable, match=rf"its file .* does nothing but make pictures: {task}$"):
-        planned(header, task=task)
+    with pytest.raises(ModelNotCapable) as refused:
+        planned(header, task=task, parts={})
+    assert refused.value.message == (
+        f"brush can't be loaded: its file is one of a diffusion model, which does nothing but make pictures: {task}"
+    )
 
 
 @pytest.mark.parametrize("idle", [{"pooling": "mean"}, {"prefixes": Prefixes(query="q")}], ids=["pooling", "prefixes"])
 def test_settings_for_embeddings_are_refused(header: DiffusionHeader, idle: dict[str, Any]) -> None:
-    with pytest.raises(ModelNotCapable, match="`pooling` and `prefixes` are for models that make embeddings"):
+    said = r"^brush can't be loaded: `pooling` and `prefixes` are for models that make embeddings"
+    with pytest.raises(ModelNotCapable, match=said):
         planned(header, **idle)
+
+
+def test_a_model_that_cannot_look_at_pictures_is_named(tmp_path: Path) -> None:
+    known = TRANSFORMERS["Z-Image"]
+    header = read_diffusion(write_zeros(tmp_path / "model", known.shapes), write_parts(tmp_path, known.family))
+    with pytest.raises(ModelNotCapable) as refused:
+        planned(header, image={"edits": "reference"})
+    said = "Z-Image models can't look at pictures: `edits` must be repaint"
+    assert refused.value.message == f"brush can't be loaded: {said}"
 
 
 def test_adapters_are_refused_wherever_they_come_from(header: DiffusionHeader) -> None:
@@ -373,3 +456,21 @@ def test_a_folder_of_loras_may_lie_anywhere(find: Find, tmp_path: Path) -> None:
     assert elsewhere.lora("ink") == find("ink")
     with pytest.raises(InvalidRequest, match="there is none in none"):
         ImageFile("brush", spec(image={"loras": "none"}), tmp_path).lora("ink")
+
+
+def test_a_folder_of_loras_may_lie_at_home(find: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = ImageFile("brush", spec(image={"loras": "~/list/loras"}), tmp_path / "elsewhere")
+    assert file.lora("ink") == find("ink")
+    with pytest.raises(InvalidRequest, match="there is none in ~/list/loras"):
+        file.lora("none")
+
+
+def test_a_folder_that_may_not_be_looked_into_has_no_loras(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", deny)
+    monkeypatch.setattr(Path, "stat", deny)
+    with pytest.raises(InvalidRequest, match="brush has no LoRA called 'ink': there is none in loras"):
+        find("ink")

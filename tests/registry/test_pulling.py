@@ -210,6 +210,24 @@ def test_a_diffusion_model_is_fetched_with_its_parts_and_all_are_noted(tmp_path:
     assert desk.verify("b") == []
 
 
+@pytest.mark.parametrize("first", ["chat", "brush"])
+def test_a_chat_model_may_be_the_text_encoder_of_another(tmp_path: Path, model_hub: Hub, first: str) -> None:
+    image_hub(tmp_path, model_hub)
+    model_hub.files["llm.gguf"] = tiny_llama(tokenizer__chat_template="{{ messages }}")
+    parts = "{vae: 'hf:o/r/vae.safetensors', llm: 'hf:o/r/llm.gguf'}"
+    desk = Desk(
+        tmp_path,
+        f"  brush: {{source: 'hf:o/r/flux2.safetensors', parts: {parts}}}\n  chat: {{source: 'hf:o/r/llm.gguf'}}\n",
+    )
+    desk.pull(first)
+    entry = desk.lock.get("hf:o/r/llm.gguf")
+    assert entry is not None
+    assert entry.template == hashlib.sha256(b"{{ messages }}").hexdigest()
+    desk.pull("chat" if first == "brush" else "brush")
+    assert desk.lock.get("hf:o/r/llm.gguf") == entry
+    assert desk.verify("chat") == desk.verify("brush") == []
+
+
 def test_parts_are_fetched_as_they_were_noted_and_an_update_moves_them_on(tmp_path: Path, model_hub: Hub) -> None:
     old = image_hub(tmp_path, model_hub)["vae.safetensors"]
     desk = Desk(tmp_path, f"  a: {{{IN_PARTS}}}\n")

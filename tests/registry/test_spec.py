@@ -305,7 +305,7 @@ models:
     lora: [{source: 'file:style.gguf'}]
     parts: {llm: 'hf:o/s/b.gguf@main', vae: 'file:c.safetensors', taesd: null}
     image: {steps: 4, cfg_scale: 1, guidance: 3.5, sampler: dpm++2m, scheduler: karras, size: 512x768, edits: repaint}
-  b: {source: 'hf:o/r', image: {size: 4096x16, loras: ../loras}}
+  b: {source: 'hf:o/r', task: image, image: {size: 4096x16, loras: ../loras}}
 """
     one, two = load(folder, text).models.values()
     assert one.parts.sources == {"vae": "file:c.safetensors", "llm": "hf:o/s/b.gguf@main"}
@@ -327,8 +327,26 @@ models:
 @pytest.mark.parametrize("field", ["sampler", "scheduler"])
 def test_every_sampler_and_scheduler_can_be_named(folder: Path, field: str) -> None:
     for name in SAMPLERS if field == "sampler" else SCHEDULERS:
-        image = load(folder, f"models: {{a: {{source: 'hf:o/r', image: {{{field}: {name}}}}}}}").models["a"].image
-        assert getattr(image, field) == name
+        text = f"models: {{a: {{source: 'hf:o/r/a.safetensors', image: {{{field}: {name}}}}}}}"
+        assert getattr(load(folder, text).models["a"].image, field) == name
+
+
+@pytest.mark.parametrize("setting", ["parts: {vae: 'file:a'}", "image: {steps: 4}"])
+def test_settings_for_pictures_are_only_for_models_that_make_them(folder: Path, setting: str) -> None:
+    field = setting.partition(":")[0]
+    for model in (
+        "'hf:o/r'",
+        "'file:a.gguf'",
+        "'file:a.bin'",
+        "'hf:o/r', task: generation",
+        "'file:a.safetensors', task: embedding",
+        "'file:a.bin', task: transcription",
+    ):
+        text = f"models:\n  a:\n    {setting}\n    source: {model.replace(', ', chr(10) + '    ')}\n"
+        assert refusal(folder, text) == f"models.yaml:3: models.a.{field}: is for models with `task: image`"
+        assert load(folder, text.replace(setting, f"{field}: {{}}")).models["a"].parts == Parts()
+    for model in ("'file:a.gguf', task: image", "'file:a.safetensors', task: image", "'hf:o/r/a.safetensors'"):
+        assert load(folder, f"models: {{a: {{{setting}, source: {model}}}}}").models["a"].source
 
 
 @pytest.mark.parametrize("task", ["embedding", "rerank", "moderation", "transcription", "image"])

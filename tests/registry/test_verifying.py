@@ -295,5 +295,38 @@ def test_a_diffusion_model_that_lacks_a_part_is_no_damaged_one(tmp_path: Path, m
     desk.pull("a")
     (finding,) = desk.verify("a")
     assert "is a FLUX.2 klein model, and its text encoder is missing: name it under `parts`, as llm" in finding.problem
+    assert "damaged" not in finding.problem
+    assert finding.fix == desk.edit
+
+
+def test_of_several_files_the_one_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    image_files(tmp_path)
+    desk = Desk(tmp_path, f"a: {{{OWN}}}")
+    for name in ("flux2", "vae", "llm"):
+        path = tmp_path / f"{name}.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
+        (finding,) = desk.verify("a")
+        assert f"{path} is no GGUF file, and {name}.safetensors is no good safetensors file" in finding.problem
+        assert finding.fix == f"ls -l {path}"
+        path.write_bytes(data)
+
+
+def test_a_part_that_the_hub_has_so_is_not_fetched_again(tmp_path: Path, model_hub: Hub) -> None:
+    image_files(tmp_path)
+    model_hub.files |= {"flux2.safetensors": (tmp_path / "flux2.safetensors").read_bytes(), "vae.safetensors": b"junk"}
+    desk = Desk(tmp_path, f"a: {{{OF_HUB}}}")
+    desk.pull("a")
+    (finding,) = desk.verify("a")
+    assert "vae.safetensors is no good safetensors file: it has 4 bytes" in finding.problem
     assert "the file is not damaged: it is as models.lock promises" in finding.problem
+    assert finding.fix == desk.edit
+
+
+def test_good_files_that_are_no_diffusion_model_are_a_line_to_correct(tmp_path: Path) -> None:
+    image_files(tmp_path)
+    desk = Desk(tmp_path, f"a: {{{OWN}}}")
+    write_zeros(tmp_path / "flux2.safetensors", PARTS["clip_l"])
+    (finding,) = desk.verify("a")
+    assert "flux2.safetensors holds no diffusion model that stable-diffusion.cpp knows; name the" in finding.problem
     assert finding.fix == desk.edit
