@@ -155,14 +155,14 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
     if family.steered:
         raise ModelNotCapable(f"{path} is a {family.name} model, which needs pictures to steer it; that is not offered")
     header = DiffusionHeader(path, dict(parts), whole, family, tensors)
-    for lacking in _lacking(header, any(name.startswith(_ENCODERS) for name in first)):
+    for lacking in _lacking(header, whole and any(name.startswith(_ENCODERS) for name in first)):
         raise ModelNotCapable(f"{path} is a {family.name} model, and {lacking}")
     return header
 
 
 def _unknown(path: Path, first: Tensors) -> GGUFError:
     """Return the error for a file that is of no family."""
-    if any(name.startswith(f"{_MODEL}input_blocks.") for name in first):
+    if any(name.removeprefix(_MODEL).startswith(("input_blocks.", "unet.down_blocks.")) for name in first):
         return GGUFError(
             f"{path} holds a U-Net without its text encoder, and stable-diffusion.cpp takes these in one file only",
             hint="fetch a file of this model that has all its parts",

@@ -135,7 +135,9 @@ class _Verification:
             try:
                 read_weights(file)
             except errors.LlamaserveError as error:
-                yield self.remedies.mend(Files(source, file, self.lock.get(text), adapter=file != path), error)
+                own = file == path
+                files = Files(source, file, self.lock.get(text), self.spec.sha256 if own else None, adapter=not own)
+                yield self.remedies.mend(files, error)
                 return
         try:
             read_diffusion(path, locate_parts(self.remedies.name, self.spec, base))

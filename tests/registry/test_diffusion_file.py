@@ -335,7 +335,6 @@ def test_a_u_net_without_its_encoder_says_so(tmp_path: Path) -> None:
         assert refused(path) == refused(path, parts) == f"{path} {said}"
 
 
-@pytest.mark.xfail(reason="names that begin as an encoder's are renamed before they get their prefix", strict=True)
 def test_an_encoder_in_a_file_with_the_diffusion_model_only_is_not_looked_for(tmp_path: Path) -> None:
     names = {"double_blocks.0.x": (1,), "te.x": (1,)}  # so it is no text encoder, but model.diffusion_model.te.x
     path = write_zeros(tmp_path / "model.safetensors", names)
