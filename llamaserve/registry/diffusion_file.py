@@ -162,7 +162,7 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
 
 def _unknown(path: Path, first: Tensors) -> GGUFError:
     """Return the error for a file that is of no family."""
-    if any(name.removeprefix(_MODEL).startswith(("input_blocks.", "unet.down_blocks.")) for name in first):
+    if any(name.removeprefix(_MODEL).startswith("input_blocks.") for name in first):
         return GGUFError(
             f"{path} holds a U-Net without its text encoder, and stable-diffusion.cpp takes these in one file only",
             hint="fetch a file of this model that has all its parts",
