@@ -32,7 +32,7 @@ STAMP = VENV / "llamaserve-install.json"
 BINDING = "llama-cpp-python"
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/"
 METAL = "-DGGML_METAL=on"
-BACKENDS = ("METAL", "CUDA", "VULKAN", "OPENCL", "SYCL")
+BACKENDS = ("METAL", "CUDA", "VULKAN", "OPENCL", "SYCL", "MUSA")
 SPEECH = "speech"  # the extra that may be left out
 IMAGES = "images"  # the one that is compiled, too
 IMAGE_BINDING = "stable-diffusion-cpp-python"
@@ -80,7 +80,7 @@ def binding_options(wheels: str, arguments: str) -> list[str]:
 def image_arguments(arguments: str) -> str:
     """Return what stable-diffusion.cpp is compiled with, given what llama.cpp is: it has other names for backends."""
     words = {"GGML_HIP": "SD_HIPBLAS"} | {f"GGML_{name}": f"SD_{name}" for name in BACKENDS}
-    return re.sub(r"-D(GGML_\w+)", lambda found: f"-D{words.get(found[1].upper(), found[1])}", arguments)
+    return re.sub(r"-D ?(GGML_\w+)", lambda found: f"-D{words.get(found[1].upper(), found[1])}", arguments)
 
 
 def fingerprint(extras: Sequence[str], wheels: str, arguments: str) -> dict[str, str]:
@@ -110,6 +110,11 @@ def is_ready(wanted: Mapping[str, str]) -> bool:
     if not extras_of(wanted) <= extras_of(found):
         return False
     return all(found.get(key) == value for key, value in wanted.items() if key != "extras")
+
+
+def has_images() -> bool:
+    """Tell whether what images need is there, in whatever version and however it got there."""
+    return any(VENV.glob(f"lib/python*/site-packages/{IMAGE_BINDING.replace('-', '_')}-*.dist-info"))
 
 
 def extras_of(notes: Mapping[str, str]) -> set[str]:
@@ -185,8 +190,7 @@ def add_images(pip: Sequence[str], packages: Sequence[str], arguments: str) -> N
     check_compiler("")
     say("installing what images need; stable-diffusion.cpp is compiled, which takes 2 to 15 minutes the first time")
     options = ["--no-binary", IMAGE_BINDING, "--no-cache-dir"] if arguments else []
-    environment = {**os.environ, "CMAKE_ARGS": arguments} if arguments else os.environ
-    run_or_stop([*pip, "install", *options, *packages], environment)
+    run_or_stop([*pip, "install", *options, *packages], {**os.environ, "CMAKE_ARGS": arguments})
 
 
 def install_all_else(pip: Sequence[str], wanted: Mapping[str, str]) -> None:
@@ -217,7 +221,8 @@ def main(extras: Sequence[str]) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this script also has to run where the package can't
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {platform.python_version()}")
     wheels, arguments = wanted_binding(os.environ, platform.system(), platform.machine())
-    extras = [*extras, *(extras_of(last_install()) & {IMAGES})]  # who has it wants it in the version of today, too
+    if has_images():  # who has them wants them in the version of today, too
+        extras = [*extras, IMAGES]
     wanted = fingerprint(sorted({*extras}), wheels, arguments)
     if is_ready(wanted):
         return
@@ -229,16 +234,17 @@ def main(extras: Sequence[str]) -> None:
     else:
         install_all_else(pip, all_else)
     missing = extras_of(wanted) - extras_of(last_install())
-    if IMAGES in missing:
-        add_images(pip, packages_of(IMAGES), image_arguments(arguments))
-        note(wanted, IMAGES)
+    complete = True
     if SPEECH in missing:
         if again:
             say("what speech needs is not there yet; installing it")
-        if not add_speech([*pip, *again], packages_of(SPEECH)):
-            return
-        note(wanted, SPEECH)
-    say("installed")
+        if complete := add_speech([*pip, *again], packages_of(SPEECH)):
+            note(wanted, SPEECH)
+    if IMAGES in missing:
+        add_images(pip, packages_of(IMAGES), image_arguments(arguments or os.environ.get("CMAKE_ARGS", "")))
+        note(wanted, IMAGES)
+    if complete:
+        say("installed")
 
 
 def note(wanted: Mapping[str, str], extra: str) -> None:

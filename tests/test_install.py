@@ -177,7 +177,7 @@ def test_images_are_compiled_where_they_are_asked_for(
     install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install.main(["fast", "speech", "images"])
-    everything, images, speech = commands
+    everything, speech, images = commands
     assert everything.endswith("[fast]")
     assert " install pillow>=" in images
     assert " stable-diffusion-cpp-python==" in images
@@ -185,17 +185,51 @@ def test_images_are_compiled_where_they_are_asked_for(
     install.main(["fast", "speech"])
     install.main(["fast", "images"])
     assert len(commands) == 3  # nothing is left to do
+    there = install.VENV / "lib/python3.11/site-packages/stable_diffusion_cpp_python-0.4.7.dist-info"
+    there.mkdir(parents=True)
     install.STAMP.write_text(json.dumps(json.loads(install.STAMP.read_text()) | {"project": "an older one"}))
     install.main(["fast", "speech"])
     assert [command.split(" install ")[1].split(" ")[0] for command in commands[3:]] == [
         "--editable",
-        "pillow>=11",
         "--only-binary",
+        "pillow>=11",
     ]
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
     install.main(["fast", "speech"])
     assert " uninstall --yes llama-cpp-python stable-diffusion-cpp-python" in commands[6]
-    assert " --no-binary stable-diffusion-cpp-python --no-cache-dir pillow>=" in commands[8]
+    assert " --no-binary stable-diffusion-cpp-python --no-cache-dir pillow>=" in commands[9]
+
+
+def test_images_that_came_otherwise_are_kept_up_to_date(install: ModuleType, commands: list[str]) -> None:
+    install.main(["fast"])
+    assert len(commands) == 1
+    there = install.VENV / "lib/python3.12/site-packages/stable_diffusion_cpp_python-0.4.6.dist-info"
+    there.mkdir(parents=True)
+    install.main(["fast"])
+    install.main(["fast"])
+    assert len(commands) == 2
+    assert " stable-diffusion-cpp-python==" in commands[1]
+
+
+def test_images_are_compiled_even_where_speech_cannot_be_installed(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAILING", "pywhispercpp")
+    install.main(["fast", "speech", "images"])
+    assert " stable-diffusion-cpp-python==" in commands[2]
+    assert not capsys.readouterr().err.endswith("\ninstalled\n")
+    assert install.is_ready(install.fingerprint(["fast", "images"], "", ""))
+
+
+def test_arguments_for_the_compiler_count_where_llama_cpp_comes_ready_made(
+    install: ModuleType, commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(install, "add_images", lambda pip, packages, arguments: given.append(arguments))
+    monkeypatch.setenv("WHEELS", "cu124")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    install.main(["fast", "images"])
+    assert given == ["-DSD_CUDA=on"]
 
 
 def test_images_that_cannot_be_compiled_are_an_error(
@@ -215,6 +249,7 @@ def test_images_that_cannot_be_compiled_are_an_error(
         ("-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=89", "-DSD_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=89"),
         ("-DGGML_VULKAN=1 -DGGML_NATIVE=OFF", "-DSD_VULKAN=1 -DGGML_NATIVE=OFF"),
         ("-DGGML_HIP=ON", "-DSD_HIPBLAS=ON"),
+        ("-D GGML_CUDA=on -DGGML_MUSA=on", "-DSD_CUDA=on -DSD_MUSA=on"),
     ],
 )
 def test_both_libraries_are_compiled_for_the_same_gpu(install: ModuleType, arguments: str, expected: str) -> None:

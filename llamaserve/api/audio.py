@@ -95,7 +95,7 @@ class AudioRequest(TextFields):
 
 def _parsed(form: FormData) -> AudioRequest:
     """Return what a form says. Raises what FastAPI does when something in it is wrong."""
-    body = validated(AudioRequest, values_of(form, AudioRequest.model_fields, texts=_LISTS))
+    body = validated(AudioRequest, values_of(form, AudioRequest, texts=_LISTS))
     if body.stream and body.response_format in ("srt", "vtt"):
         raise UnsupportedParameter(
             f"stream goes with json, text and verbose_json, not {body.response_format}", param="stream"

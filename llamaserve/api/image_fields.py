@@ -1,24 +1,19 @@
-"""The fields of requests for pictures, and what they become for the model.
+"""The fields of requests for pictures.
 
 Names are OpenAI's, those of text-generation-webui's endpoint, and for the rest the usual ones of programs with
-diffusion models. What a model can't do exactly is refused, or told in a header. docs/images.md has all fields.
+diffusion models. docs/images.md has all fields.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-import msgspec
 from fastapi import UploadFile
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, WithJsonSchema
 
-from llamaserve import __version__
 from llamaserve.api.fields import Text
 from llamaserve.api.vectors import Plain, TextFields, lower
 from llamaserve.errors import InvalidRequest
@@ -26,15 +21,10 @@ from llamaserve.images.values import (
     SAMPLERS,
     SCHEDULERS,
     Format,
-    ImageGeneration,
-    LoraFile,
     Sampler,
     Scheduler,
     Size,
 )
-from llamaserve.registry.diffusion_file import DiffusionHeader
-from llamaserve.registry.diffusion_memory import is_tiled
-from llamaserve.registry.image_file import ImageFile, ImageSettings
 from llamaserve.registry.spec import LARGEST_SIDE, LEAST_SIDE, MOST_GUIDANCE, MOST_STEPS
 
 MOST_IMAGES: Final = 10  # of one request,
@@ -42,18 +32,15 @@ MOST_FILES: Final = 16  # that may be made from so many
 MOST_PIXELS: Final = 2048 * 2048
 MOST_PROMPT: Final = 4096  # bytes; language models take time and memory for the square of it
 MOST_BREAKS: Final = 16
-MOST_LORAS: Final = 8
 
-_NO_GUIDANCE: Final = 1.0
-_LARGEST_SCALE: Final = 10.0  # of a LoRA
 _LARGEST_SEED: Final = 2**53 - 1  # what JavaScript can count to; pictures after the first count on
-_RANDOM_SEEDS: Final = 2**32
-_JPEG, _WEBP = 95, 90  # quality, if nobody names another one
 _LEAST_WEIGHT, _LARGEST_WEIGHT = 0.001, 100.0
-_FEW_STEPS: Final = frozenset({"karras", "exponential", "gits"})  # schedulers that need two steps at least
 
+_NEAR: Final = 1e-6  # by which logarithms are rounded, at most
+_BRACKETS: Final = {"(": 1.1, "[": 1 / 1.1}
+_BRACKET: Final = re.compile(r"\\[()\[\]\\]|([(\[])|:([+-]?[.\d]+)\)|([)\]])", re.ASCII)  # or one that is a letter
+_SIZE: Final = re.compile(r"(-?\d{1,9})\s*[x*]\s*(-?\d{1,9})", re.ASCII)
 _WEIGHT: Final = re.compile(r":([+-]?[.\d]+)\)", re.ASCII)  # as in (word:1.3); the library ends its process over others
-_LORA: Final = re.compile(r"<lora:([^<>:]+)(?::([^<>:]*))?>")
 
 _PROMPT: Final = "What the picture shows. (word:1.3) stresses a word, <lora:name> adds a LoRA."
 _SIZE_SCHEMA: Final = {"type": "string", "examples": ["512x768"], "default": "auto"}
@@ -66,7 +53,7 @@ _Quality = Literal["auto", "low", "medium", "standard", "high", "hd"]
 def _size(value: Any) -> Any:
     if isinstance(value, str) and value.strip().lower() == "auto":
         return None
-    found = re.fullmatch(r"(-?\d{1,9})\s*[x*]\s*(-?\d{1,9})", value.strip().lower()) if isinstance(value, str) else None
+    found = _SIZE.fullmatch(value.strip().lower()) if isinstance(value, str) else None
     if found is None:
         raise ValueError("must be width and height in pixels, such as 512x768, or auto")
     size = Size(int(found[1]), int(found[2]))
@@ -91,7 +78,32 @@ def _prompt(text: str) -> str:
                 f"has the weight {found[1][:40]!r} for a word in brackets; it must be 0, or from {_LEAST_WEIGHT} to "
                 f"{_LARGEST_WEIGHT:g}"
             )
+    if not _is_bearable(text):
+        raise ValueError(
+            f"has words whose weight, for all the brackets around them, is not from {_LEAST_WEIGHT} to "
+            f"{_LARGEST_WEIGHT:g}"
+        )
     return text
+
+
+def _is_bearable(text: str) -> bool:
+    """Whether no words are stressed too much or too little by all the brackets around them: (a) stresses by 1.1, [a] by
+    1/1.1, and (a:1.3) as it says. Source: the library's parse_prompt_attention.
+    """
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    changes: list[tuple[int, float]] = []  # of the weight's logarithm, by place
+    for found in _BRACKET.finditer(text):
+        opening, weight, closing = found.groups()
+        kind = "[" if closing == "]" else "("
+        if opening:
+            opened[opening].append(found.start())
+        elif (weight or closing) and opened[kind]:
+            factor = abs(float(weight)) if weight else _BRACKETS[kind]
+            logarithm = math.log(factor) if factor else 0.0
+            changes += [(opened[kind].pop(), logarithm), (found.start(), -logarithm)]
+    changes += [(place, math.log(_BRACKETS[kind])) for kind, places in opened.items() for place in places]
+    stresses = itertools.accumulate(change for _, change in sorted(changes))
+    return all(math.log(_LEAST_WEIGHT) - _NEAR <= each <= math.log(_LARGEST_WEIGHT) + _NEAR for each in stresses)
 
 
 def _is_weight(text: str) -> bool:
@@ -240,157 +252,3 @@ class EditRequest(VariationRequest):
     mask: Annotated[list[UploadFile], BeforeValidator(_files)] = Field(
         [], max_length=1, description="Where it is transparent, or else white, the picture is made anew."
     )
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a request's pictures are like: ``first``, and so many that differ in the seed only, which counts on.
-    ``idle`` are fields that do nothing, and ``warnings`` say what is not just as it was asked for.
-    """
-
-    first: ImageGeneration
-    count: int
-    idle: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    def jobs(self) -> Iterator[ImageGeneration]:
-        """Yield the pictures, each with its settings."""
-        for number in range(self.count):
-            yield _with_seed(self.first, self.first.seed + number)
-
-
-def order(body: ImageFields, file: ImageFile, contents: DiffusionHeader, *, size: Size | None = None) -> Order:
-    """Return what a request asks of a model. ``size`` is the one of the pictures, if it does not say which, and not
-    that of the model's settings. Raises ``InvalidRequest`` for what the model can't do, and for LoRAs that are not
-    there.
-    """
-    usual = ImageSettings.of(file.spec, contents)
-    wanted = body.size or size or usual.size
-    canvas = contents.family.canvas(wanted)
-    prompt, loras = _without_loras(body.prompt, file)
-    sampler, spread = body.sampler or (usual.sampler, None)
-    scheduler = body.scheduler or spread or (usual.scheduler if body.sampler is None else None)
-    first = ImageGeneration(
-        prompt=prompt,
-        negative_prompt=body.negative_prompt,
-        width=wanted.width,
-        height=wanted.height,
-        canvas_width=canvas.width,
-        canvas_height=canvas.height,
-        seed=secrets.randbelow(_RANDOM_SEEDS) if body.seed < 0 else body.seed,
-        steps=_steps(body, usual.steps),
-        cfg_scale=(usual.cfg_scale if body.cfg_scale is None else body.cfg_scale) or _NO_GUIDANCE,
-        guidance=usual.guidance if body.guidance is None else body.guidance,
-        sampler=sampler,
-        scheduler=scheduler,
-        loras=loras,
-        tiled=is_tiled(canvas),
-        partial_images=body.partial_images if body.stream else 0,
-        format=body.output_format,
-        quality=_quality(body),
-    )
-    _check_scheduler(body, first, contents)
-    return Order(first, body.count, tuple(_idle(body, first, contents)), tuple(_inexact(body, first, contents)))
-
-
-def _steps(body: ImageFields, usual: int) -> int:
-    if body.steps is not None:
-        return body.steps
-    match body.quality:
-        case "low":
-            return max(1, usual // 2)
-        case "high" | "hd":
-            return min(2 * usual, MOST_STEPS)
-        case _:
-            return usual
-
-
-def _quality(body: ImageFields) -> int:
-    if body.output_compression is not None:
-        return body.output_compression
-    return _JPEG if body.output_format == "jpeg" else _WEBP
-
-
-def _without_loras(prompt: str, file: ImageFile) -> tuple[str, tuple[LoraFile, ...]]:
-    """Return a prompt without the LoRAs that it names, and these. One that is named twice works for both."""
-    scales: dict[str, float] = {}
-    for found in _LORA.finditer(prompt):
-        path = str(file.lora(found[1]))
-        scales[path] = scales.get(path, 0.0) + _scale(found[2])
-    if len(scales) > MOST_LORAS:
-        raise InvalidRequest(f"the prompt names {len(scales)} LoRAs; {MOST_LORAS} are the most", param="prompt")
-    return _LORA.sub("", prompt), tuple(LoraFile(path, scale) for path, scale in scales.items())
-
-
-def _scale(text: str | None) -> float:
-    try:
-        scale = 1.0 if text is None else float(text)
-    except ValueError:
-        scale = math.nan
-    if not abs(scale) <= _LARGEST_SCALE:
-        raise InvalidRequest(
-            f"a LoRA works with a strength of -{_LARGEST_SCALE:g} to {_LARGEST_SCALE:g}, not {(text or '')[:40]!r}",
-            param="prompt",
-        )
-    return scale
-
-
-def _check_scheduler(body: ImageFields, job: ImageGeneration, contents: DiffusionHeader) -> None:
-    """Refuse what would make a picture of a single colour, or end the process."""
-    param = body.called("scheduler" if body.scheduler else "sampler" if body.sampler else "steps")
-    if job.scheduler in contents.family.unaligned:
-        raise InvalidRequest(f"the scheduler {job.scheduler} is not for {contents.family.name} models", param=param)
-    if job.scheduler in _FEW_STEPS and job.steps < 2:
-        raise InvalidRequest(f"the scheduler {job.scheduler} needs two steps or more", param=param)
-
-
-def _idle(body: ImageFields, job: ImageGeneration, contents: DiffusionHeader) -> Iterator[str]:
-    """Yield the fields that do nothing beside the others, or with this model."""
-    if body.negative_prompt and job.cfg_scale == _NO_GUIDANCE:
-        yield "negative_prompt"
-    if body.steps is not None and body.quality not in ("auto", "medium", "standard"):
-        yield "quality"
-    if body.guidance is not None and not contents.family.guided:
-        yield "guidance"
-    if body.output_compression is not None and body.output_format == "png":
-        yield "output_compression"
-    if body.partial_images and not body.stream:
-        yield "partial_images"
-
-
-def _inexact(body: ImageFields, job: ImageGeneration, contents: DiffusionHeader) -> Iterator[str]:
-    if job.canvas == job.size:
-        return
-    multiple = contents.family.multiple
-    if body.size_policy == "refuse":
-        raise InvalidRequest(
-            f"{contents.family.name} models make pictures whose sides are multiples of {multiple} pixels, such as "
-            f"{job.canvas}, and not {job.size}",
-            param="size",
-        )
-    yield f"the model can't make {job.size}, so {job.canvas} is made and its edges are cut off"
-
-
-def _with_seed(job: ImageGeneration, seed: int) -> ImageGeneration:
-    return msgspec.structs.replace(job, seed=seed)
-
-
-def described(job: ImageGeneration, model: str) -> str:
-    """Return a picture's settings as programs with diffusion models write and read them."""
-    lines = [job.prompt]
-    if job.negative_prompt and job.cfg_scale != _NO_GUIDANCE:
-        lines.append(f"Negative prompt: {job.negative_prompt}")
-    facts = {
-        "Steps": str(job.steps),
-        "Sampler": job.sampler or "",
-        "Schedule type": job.scheduler or "",
-        "CFG scale": f"{job.cfg_scale:g}",
-        "Seed": str(job.seed),
-        "Size": str(job.size),
-        "Model": model,
-        "Denoising strength": f"{job.strength:g}" if job.init is not None else "",
-        "Lora": " ".join(f"{Path(each.path).stem}:{each.scale:g}" for each in job.loras),
-        "Version": f"llamaserve {__version__}",
-    }
-    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value))
-    return "\n".join(lines)

@@ -6,6 +6,8 @@ takes the place of the oldest ones once the file is as large as it may be.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import secrets
 import tempfile
 import threading
@@ -18,6 +20,7 @@ from llamaserve.errors import Unavailable
 
 KEPT: Final = 3600.0  # seconds
 SPACE: Final = 512 * 2**20  # bytes; the largest answer takes a quarter
+_SWEEP: Final = 60.0  # seconds
 
 
 class _Place(NamedTuple):
@@ -31,6 +34,14 @@ class _Place(NamedTuple):
         return self.start + self.size
 
 
+class Kept(NamedTuple):
+    """A picture that is kept, and for how many seconds it still is."""
+
+    data: bytes
+    media_type: str
+    seconds: float
+
+
 class ImageLinks:
     """The pictures that are kept, within an ``async with`` block. To be used from any thread."""
 
@@ -39,16 +50,24 @@ class ImageLinks:
         self._space = space
         self._clock = clock
         self._lock = threading.Lock()
-        self._file = tempfile.TemporaryFile(prefix="llamaserve-images-")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(prefix="llamaserve-images-", buffering=0)  # noqa: SIM115
         self._places: dict[str, _Place] = {}  # the oldest first
         self._end = 0  # where the next one begins
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        self._sweeping = asyncio.create_task(self._sweep())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        self.close()
+
+    def close(self) -> None:
+        """Forget all pictures for good."""
         self._file.close()
 
     def put(self, data: bytes, media_type: str) -> str:
@@ -63,23 +82,26 @@ class ImageLinks:
                 self._end = 0
             place = _Place(self._end, len(data), media_type, self._clock() + KEPT)
             self._forget(place.start, place.end)
-            try:
-                self._file.seek(place.start)
-                self._file.write(data)
-                self._file.flush()
-            except OSError as error:
-                raise Unavailable(f"the picture can't be kept in the temporary folder: {error.strerror}") from error
+            self._write(data, place.start)
             self._places[name], self._end = place, place.end
         return name
 
-    def get(self, name: str) -> tuple[bytes, str] | None:
-        """Return a picture and its media type; None if it is not kept, or no longer."""
+    def get(self, name: str) -> Kept | None:
+        """Return a picture; None if it is not kept, or no longer."""
         with self._lock:
             self._forget_old()
             if (place := self._places.get(name)) is None:
                 return None
-            self._file.seek(place.start)
-            return self._file.read(place.size), place.media_type
+            data = os.pread(self._file.fileno(), place.size, place.start)
+            return Kept(data, place.media_type, place.until - self._clock())
+
+    def _write(self, data: bytes, start: int) -> None:
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._file.fileno(), data[written:], start + written)
+        except OSError as error:
+            raise Unavailable(f"the picture can't be kept in the temporary folder: {error.strerror}") from error
 
     def _forget(self, start: int, end: int) -> None:
         """Forget what lies between two places."""
@@ -91,3 +113,10 @@ class ImageLinks:
         if not self._places and self._end:
             self._end = 0
             self._file.truncate(0)
+
+    async def _sweep(self) -> None:
+        """Forget old pictures even if nobody asks for any."""
+        while True:
+            await asyncio.sleep(_SWEEP)
+            with self._lock:
+                self._forget_old()

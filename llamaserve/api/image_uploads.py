@@ -10,81 +10,101 @@ import asyncio
 import contextlib
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final, NamedTuple
 
-import msgspec
 from fastapi import UploadFile
 
-from llamaserve.api.image_fields import EditRequest, Order, VariationRequest, order
-from llamaserve.api.uploads import kept
-from llamaserve.errors import InvalidRequest, ModelNotCapable
+from llamaserve.api.image_fields import EditRequest, VariationRequest
+from llamaserve.api.image_order import Order, beginning, looks, sized
+from llamaserve.api.uploads import Upload, kept
+from llamaserve.errors import InvalidRequest
 from llamaserve.images.pictures import PictureReader
-from llamaserve.images.values import ImageGeneration, PictureFile, Size
+from llamaserve.images.values import PictureFile, Size
 from llamaserve.registry.diffusion_file import DiffusionHeader
-from llamaserve.registry.image_file import ImageFile, ImageSettings
+from llamaserve.registry.image_file import ImageSettings
 from llamaserve.registry.spec import LEAST_SIDE
 
 _LOOKED_AT: Final = 1024 * 1024  # pixels of a picture that a model looks at; it sees no more
 _SMALL: Final = 512 * 512  # pixels that a picture may keep, whatever the model was made for
-_REPAINTED, _CHANGED = 1.0, 0.75  # strength with a mask and without one, if nobody names another one
-_OTHER_SHAPE: Final = 0.02  # by how much shapes may differ before it is told
+_PIXEL: Final = 3  # bytes, at most
 
 
-async def order_with_uploads(
-    reader: PictureReader, folder: Path, body: VariationRequest, file: ImageFile, contents: DiffusionHeader
-) -> Order:
-    """Return what a request asks of a model, with the pixels of its uploads in a folder. If it does not say which size
-    it wants, that is the picture's, unless that is much larger than what the model was made for.
+class _Picture(NamedTuple):
+    """An upload in a file of its own, which is a picture, and the field that it came in."""
 
-    Raises ``InvalidRequest`` for files that are no pictures, a mask of another size than the picture, and as ``order``
-    does.
-    """
-    usual = ImageSettings.of(file.spec, contents)
-    masks = body.mask if isinstance(body, EditRequest) else []
-    looks = usual.edits == "reference" and isinstance(body, EditRequest)
-    if not contents.encodes:
-        raise ModelNotCapable("this model can't see pictures: its files have no encoder for them", param="image")
-    if len(body.image) > 1 and not (looks and not contents.family.is_unet):
-        raise ModelNotCapable(f"this model takes one picture, not {len(body.image)}", param="image")
-    sources = [await _copied(each, folder / f"picture-{number}") for number, each in enumerate(body.image)]
-    with _blamed_on("image"):
-        sizes = [await reader.look(source) for source in sources]
-    made = order(body, file, contents, size=_shrunk(sizes[0], max(usual.size.pixels, _SMALL)))
-    first, warnings, idle = made.first, made.warnings, made.idle
-    if masks or not looks:
-        with _blamed_on("image"):
-            init = await reader.render(sources[0], folder / "init", first.size)
-        strength = (_REPAINTED if masks else _CHANGED) if body.strength is None else body.strength
-        first = msgspec.structs.replace(first, init=init, strength=strength)
-        if _is_of_other_shape(sizes[0], first.size):
-            warnings = (*warnings, f"the picture of {sizes[0]} is cut to the shape of {first.size}")
-    elif body.strength is not None:
-        idle = (*idle, "strength")
-    if looks:
-        with _blamed_on("image"):
-            references = [await _reference(reader, source, size) for source, size in zip(sources, sizes, strict=True)]
-        first = msgspec.structs.replace(first, references=tuple(references))
-    for upload in masks:
-        first = await _masked(reader, await _copied(upload, folder / "mask-upload"), first, sizes[0])
-    return replace(made, first=first, warnings=warnings, idle=idle)
+    field: str
+    source: Path
+    size: Size
+
+    def pixels(self, size: Size) -> PictureFile:
+        """Return the file that its pixels are to be in."""
+        return PictureFile(f"{self.source}-{size}", *size)
 
 
-async def _reference(reader: PictureReader, source: Path, size: Size) -> PictureFile:
-    return await reader.render(source, source.with_suffix(".pixels"), _shrunk(size, _LOOKED_AT))
+class UploadedPictures:
+    """The pictures that a request has brought, in a folder of their own. It must be closed, which deletes them."""
 
+    def __init__(self, reader: PictureReader, upload: Upload) -> None:
+        self._reader = reader
+        self._upload = upload
+        self._folder: Path | None = None
 
-async def _masked(reader: PictureReader, source: Path, job: ImageGeneration, size: Size) -> ImageGeneration:
-    """Return a job with a mask for a picture of this size."""
-    with _blamed_on("mask"):
-        own = await reader.look(source)
-        if own != size:
-            raise InvalidRequest(f"the mask must have the size of the picture, {size}, and has {own}")
-        return msgspec.structs.replace(
-            job, mask=await reader.render(source, source.with_suffix(".pixels"), job.size, mask=True)
-        )
+    def close(self) -> None:
+        """Delete them. Further calls do nothing."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._upload.close()
+
+    async def added_to(
+        self, made: Order, body: VariationRequest, usual: ImageSettings, contents: DiffusionHeader
+    ) -> Order:
+        """Return an order with them. If the request does not say which size it wants, that is the picture's, unless
+        that is much larger than what the model was made for.
+
+        All are looked at before one is decoded. Raises ``InvalidRequest`` for files that are no pictures, for a mask of
+        another size than the picture, and as ``sized`` and ``beginning`` do; ``QueueFull`` and ``Unavailable`` when
+        there is no room for their pixels.
+        """
+        pictures = [await self._looked_at("image", each) for each in body.image]
+        masks = [await self._looked_at("mask", each) for each in (body.mask if isinstance(body, EditRequest) else [])]
+        own = pictures[0].size
+        for each in masks:
+            if each.size != own:
+                raise InvalidRequest(
+                    f"the mask must have the size of the picture, {own}, and has {each.size}", param="mask"
+                )
+        made = sized(made, body.size or _shrunk(own, max(usual.size.pixels, _SMALL)), body, contents)
+        files: list[tuple[_Picture, PictureFile]] = []
+        if masks or not looks(body, usual):
+            files += [(each, each.pixels(made.first.size)) for each in (pictures[0], *masks)]
+            made = beginning(made, body, own, *(file for _, file in files))
+        if looks(body, usual):
+            seen = [(each, each.pixels(contents.family.seen(_shrunk(each.size, _LOOKED_AT)))) for each in pictures]
+            files += seen
+            made = made.with_first(references=tuple(file for _, file in seen))
+        self._upload.grow(sum(file.width * file.height * _PIXEL for _, file in files))
+        for picture, file in files:
+            await self._render(picture, file)
+        return made
+
+    async def _looked_at(self, field: str, upload: UploadFile) -> _Picture:
+        """Copy an upload to a file with a name, for another process, and have that look at it."""
+        with kept():
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-images-"))
+            path = self._folder / f"{field}-{len(list(self._folder.iterdir()))}"
+            with upload.file as source, path.open("wb") as copy:
+                await asyncio.to_thread(shutil.copyfileobj, source, copy)
+        with _blamed_on(field):
+            return _Picture(field, path, await self._reader.look(path))
+
+    async def _render(self, picture: _Picture, file: PictureFile) -> None:
+        with _blamed_on(picture.field):
+            size = Size(file.width, file.height)
+            await self._reader.render(picture.source, Path(file.path), size, mask=picture.field == "mask")
 
 
 def _shrunk(size: Size, pixels: int) -> Size:
@@ -92,21 +112,6 @@ def _shrunk(size: Size, pixels: int) -> Size:
     factor = min(1.0, math.sqrt(pixels / size.pixels))
     factor = max(factor, LEAST_SIDE / min(size))
     return Size(round(size.width * factor), round(size.height * factor))
-
-
-def _is_of_other_shape(one: Size, other: Size) -> bool:
-    return abs(math.log((one.width * other.height) / (one.height * other.width))) > _OTHER_SHAPE
-
-
-async def _copied(upload: UploadFile, path: Path) -> Path:
-    """Copy an upload to a file with a name, for another process."""
-    with kept(), upload.file as source, _created(path) as copy:
-        await asyncio.to_thread(shutil.copyfileobj, source, copy)
-    return path
-
-
-def _created(path: Path) -> BinaryIO:
-    return path.open("wb")
 
 
 @contextlib.contextmanager

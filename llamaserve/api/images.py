@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
@@ -15,23 +16,17 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
-from llamaserve.api.image_fields import (
-    MOST_FILES,
-    EditRequest,
-    GenerationRequest,
-    ImageFields,
-    Order,
-    VariationRequest,
-)
-from llamaserve.api.image_links import KEPT
+from llamaserve.api.image_fields import MOST_FILES, EditRequest, GenerationRequest, ImageFields, VariationRequest
+from llamaserve.api.image_order import Order
 from llamaserve.api.options import WARNING_HEADER
-from llamaserve.api.painting import Painting
+from llamaserve.api.painting import Made, Painting
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
 from llamaserve.api.uploads import KIND, Expected, Upload, receive, validated, values_of
-from llamaserve.errors import InvalidRequest
+from llamaserve.errors import InvalidRequest, Unavailable
 from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 
+logger = logging.getLogger(__name__)
 router = APIRouter(tags=["images"])
 
 _LINKS: Final = "/v1/images/files/"
@@ -47,7 +42,7 @@ def _form(model: type[ImageFields]) -> dict[str, Any]:
 @router.post("/v1/images/generations", summary="Make pictures from a prompt", response_model=None)
 async def create_image(body: GenerationRequest, request: Request, services: UsesServices) -> Response:
     """Answer with pictures of what a prompt says."""
-    return await _answer(_Request(request, services, body, "image_generation"))
+    return await _answer(_Answering(request, services, body, "image_generation"))
 
 
 @router.post("/v1/images/edits", summary="Make pictures from others", openapi_extra=_form(EditRequest))
@@ -62,15 +57,15 @@ async def vary_image(request: Request, services: UsesServices) -> Response:
     return await _with_uploads(request, services, VariationRequest, "image_variation")
 
 
+@router.head(_LINKS + "{name}", include_in_schema=False)
 @router.get(_LINKS + "{name}", summary="Fetch a picture by its link", response_class=Response)
 def get_image(name: str, services: UsesServices) -> Response:
     """Return a picture that was made within the last hour."""
     found = services.image_links.get(name)
     if found is None:
         raise _Gone("there is no picture under this link, or no longer: links are good for an hour")
-    data, media_type = found
-    headers = {"cache-control": f"private, max-age={KEPT:.0f}", "x-content-type-options": "nosniff"}
-    return Response(data, media_type=media_type, headers=headers)
+    headers = {"cache-control": f"private, max-age={found.seconds:.0f}", "x-content-type-options": "nosniff"}
+    return Response(found.data, media_type=found.media_type, headers=headers)
 
 
 class _Gone(InvalidRequest):
@@ -80,8 +75,10 @@ class _Gone(InvalidRequest):
     code = "image_not_found"
 
 
-class _Request:
-    """A request, and how its answer says what was made. ``kind`` is how the types of streamed events begin."""
+class _Answering:
+    """A request, and how its answer says what was made. ``kind`` is how the types of streamed events begin, and
+    ``unlinked`` says why a picture could not be kept under a link.
+    """
 
     def __init__(
         self, request: Request, services: Services, body: ImageFields, kind: str, upload: Upload | None = None
@@ -92,6 +89,7 @@ class _Request:
         self.kind = kind
         self.upload = upload
         self.created = int(time.time())
+        self.unlinked: str | None = None
 
     def facts(self, job: ImageGeneration) -> dict[str, Any]:
         """Return what is said of a picture beside the picture, as OpenAI says it."""
@@ -102,18 +100,28 @@ class _Request:
             "output_format": job.format,
         }
 
-    def picture(self, data: bytes, job: ImageGeneration) -> dict[str, Any]:
-        """Return a finished picture in the form that is wanted."""
-        fields: dict[str, Any] = {}
-        wanted, media_type = self.body.response_format, f"image/{job.format}"
-        if wanted in (None, "b64_json"):
-            fields["b64_json"] = _base64(data)
-        if wanted in (None, "url"):
-            name = self.services.image_links.put(data, media_type)
-            fields["url"] = str(self.http.base_url).rstrip("/") + _LINKS + name
-        if wanted == "data_url":
-            fields["url"] = f"data:{media_type};base64,{_base64(data)}"
+    async def picture(self, data: bytes, job: ImageGeneration) -> dict[str, Any]:
+        """Return a picture in the form that is wanted. Raises ``Unavailable`` when its link can't be kept."""
+        fields = await asyncio.to_thread(self._in_form, data, f"image/{job.format}")
         return fields | {"revised_prompt": self.body.prompt, "seed": job.seed}
+
+    def _in_form(self, data: bytes, media_type: str) -> dict[str, Any]:
+        match self.body.response_format:
+            case "b64_json":
+                return {"b64_json": _base64(data)}
+            case "data_url":
+                return {"url": f"data:{media_type};base64,{_base64(data)}"}
+            case "url":
+                return {"url": self._link(data, media_type)}
+        try:
+            return {"b64_json": _base64(data), "url": self._link(data, media_type)}
+        except Unavailable as error:
+            logger.warning("%s", error.message)
+            self.unlinked = error.message
+            return {"b64_json": _base64(data)}
+
+    def _link(self, data: bytes, media_type: str) -> str:
+        return str(self.http.base_url).rstrip("/") + _LINKS + self.services.image_links.put(data, media_type)
 
 
 def _base64(data: bytes) -> str:
@@ -126,14 +134,14 @@ async def _with_uploads(request: Request, services: Services, kind: type[ImageFi
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
     try:
-        body = validated(kind, values_of(upload.form, kind.model_fields, files=_FILES))
-        return await _answer(_Request(request, services, body, events, upload))
+        body = validated(kind, values_of(upload.form, kind, files=_FILES))
+        return await _answer(_Answering(request, services, body, events, upload))
     except BaseException:
         upload.close()
         raise
 
 
-async def _answer(request: _Request) -> Response:
+async def _answer(request: _Answering) -> Response:
     services, body = request.services, request.body
     painting = Painting(services, services.pool.get_for("image", body.model), body, request.upload)
     answering = _streamed(request, painting) if body.stream else _whole(request, painting)
@@ -146,29 +154,28 @@ async def _answer(request: _Request) -> Response:
     return answer
 
 
-def _headers(body: ImageFields, order: Order) -> dict[str, str]:
-    """Return the headers that say what has no effect, and what is not just as it was asked for. Raises for the first
-    if the request is strict.
-    """
-    headers = body.ignored_header(order.idle)
-    return headers | ({WARNING_HEADER: "; ".join(order.warnings)} if order.warnings else {})
+def _headers(request: _Answering, order: Order) -> dict[str, str]:
+    """Return the headers that say what has no effect, and what is not just as it was asked for."""
+    warnings = [*order.warnings, *([request.unlinked] if request.unlinked else [])]
+    return request.body.ignored_header(order.idle) | ({WARNING_HEADER: "; ".join(warnings)} if warnings else {})
 
 
-async def _whole(request: _Request, painting: Painting) -> Response:
-    headers = _headers(request.body, await painting.open())
+async def _whole(request: _Answering, painting: Painting) -> Response:
+    order = await painting.open()
     pictures: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     async for _, job, made in painting.pictures():
         if isinstance(made, GeneratedImage):
-            pictures.append(request.picture(made.data, job))
+            pictures.append(await request.picture(made.data, job))
             facts = request.facts(job)
-    content = msgspec.json.encode({"created": request.created, **facts, "data": pictures})
-    return Response(content, media_type="application/json", headers=headers)
+    answer = {"created": request.created, **facts, "data": pictures}
+    content = await asyncio.to_thread(msgspec.json.encode, answer)  # which may have 100 MB
+    return Response(content, media_type="application/json", headers=_headers(request, order))
 
 
-async def _streamed(request: _Request, painting: Painting) -> EventStream:
+async def _streamed(request: _Answering, painting: Painting) -> EventStream:
     """Return the streamed answer. Errors that show within the first seconds are raised, later ones go in-band."""
-    headers = _headers(request.body, await painting.open())
+    headers = _headers(request, await painting.open())
     events = _events(request, painting)
     first = asyncio.ensure_future(anext(events))
     first.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -199,15 +206,13 @@ async def _after(first: asyncio.Future[bytes], events: AsyncIterator[bytes]) -> 
         yield each
 
 
-async def _events(request: _Request, painting: Painting) -> AsyncIterator[bytes]:
+async def _events(request: _Answering, painting: Painting) -> AsyncIterator[bytes]:
     """Yield OpenAI's events, and one for each step."""
     async for number, job, made in painting.pictures():
-        yield event(_event(request, number, job, made))
+        yield event(await _event(request, number, job, made))
 
 
-def _event(
-    request: _Request, number: int, job: ImageGeneration, made: ImageStep | PartialImage | GeneratedImage
-) -> Mapping[str, Any]:
+async def _event(request: _Answering, number: int, job: ImageGeneration, made: Made) -> Mapping[str, Any]:
     common = {"created_at": request.created, "index": number}
     match made:
         case ImageStep(_, step, steps):
@@ -219,6 +224,6 @@ def _event(
             return {
                 "type": f"{request.kind}.completed",
                 **common,
-                **request.picture(data, job),
+                **await request.picture(data, job),
                 **request.facts(job),
             }

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaserve.api.handlers import error_body
 from llamaserve.errors import BodyTooLarge
 
-_UPLOADS: Final = ("/v1/audio/", "/v1/images/")  # where the paths begin that take files
+_UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
 PATIENCE: Final = 60.0  # seconds in which a client must send something
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 

@@ -75,6 +75,12 @@ def known_images(model: ServedModel) -> DiffusionHeader | None:
     return model.file.known_contents if isinstance(model.file, ImageFile) else None
 
 
+def _input_modalities(model: ServedModel, images: DiffusionHeader | None) -> list[str]:
+    if isinstance(model.file, SpeechFile):
+        return ["audio"]
+    return ["text", "image"] if images is not None and images.encodes else ["text"]
+
+
 def _architecture(
     header: GGUFHeader | None, speech: WhisperHeader | None, images: DiffusionHeader | None
 ) -> str | None:
@@ -122,8 +128,8 @@ def describe(pool: ModelPool, model: ServedModel) -> dict[str, Any]:
             "architecture": _architecture(header, speech, images),
         },
         "architecture": {
-            "input_modalities": ["audio"] if speech else ["text", "image"] if images and images.encodes else ["text"],
-            "output_modalities": ["image" if images else "text"],
+            "input_modalities": _input_modalities(model, images),
+            "output_modalities": ["image" if isinstance(model.file, ImageFile) else "text"],
         },
         "capabilities": capabilities(model),
         "status": _status(model),

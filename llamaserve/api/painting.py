@@ -4,43 +4,36 @@ At each model one picture is made at a time, and requests take turns, picture by
 in the middle of one. So when nobody waits for it any more, and it is not done very soon, the model's process is ended;
 the next request loads the model again.
 
-Uploads lie in a folder of their own, which is gone when the request is over. Knows files and the stream of engine
-events; what a request or an answer looks like is the endpoint's business.
+Knows the stream of engine events; what a request or an answer looks like is the endpoint's business.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
-import importlib.util
-import shlex
-import shutil
-import sys
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
 from llamaserve.api.generating import phase_of
-from llamaserve.api.image_fields import ImageFields, Order, VariationRequest, described, order
-from llamaserve.api.image_uploads import order_with_uploads
+from llamaserve.api.image_fields import ImageFields, VariationRequest
+from llamaserve.api.image_order import Order, described, order
+from llamaserve.api.image_uploads import UploadedPictures
 from llamaserve.api.services import Services
-from llamaserve.api.uploads import Upload, kept
-from llamaserve.errors import ModelNotCapable, NotSupported, TimeLimitExceeded
+from llamaserve.api.uploads import Upload
+from llamaserve.errors import ModelNotCapable, TimeLimitExceeded, Unavailable
 from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 from llamaserve.registry.admission import Place
 from llamaserve.registry.diffusion_file import DiffusionHeader
 from llamaserve.registry.diffusion_memory import PictureWork
-from llamaserve.registry.image_file import ImageFile, footprint
+from llamaserve.registry.image_file import ImageFile, ImageSettings, footprint, require_packages
 from llamaserve.registry.served import ServedModel, Use
-from llamaserve.worker.process import ImageStream
+from llamaserve.worker.process import ImageStream, WorkerProcess
+
+Made = ImageStep | PartialImage | GeneratedImage
 
 GRACE: Final = 0.7  # seconds in which a picture that nobody waits for may still become ready
-_NEEDED: Final = ("stable_diffusion_cpp", "PIL")  # modules of the extra
-_EXTRA: Final = 'extra == "images"'
 
 
 class Painting:
@@ -51,19 +44,19 @@ class Painting:
         self._services = services
         self._model = model
         self._body = body
-        self._upload = upload
-        self._folder: Path | None = None
+        self._uploaded = None if upload is None else UploadedPictures(services.pictures, upload)
         self._place: Place | None = None
-        self._hold: Use | None = None  # so that the model is not unloaded between two pictures
-        self._under_way: tuple[int, ImageStep | None] | None = None  # the picture being made, by number
-        self._waits = False  # for its turn
+        self._use: Use | None = None  # from the first picture to the last: it is not unloaded between them
+        self._stream: ImageStream | None = None  # of the picture that is being made
+        self._under_way: tuple[int, ImageStep | None] | None = None  # the same, by number
+        self._waits = True  # for the model, or for its turn
         self._time_limit: float | None = None
         self._deadline: float | None = None  # moment
-        self._current: _Current | None = None
-        self.order: Order | None = None  # known once it is open
+        self._order: Order | None = None  # known once it is open
+        self._contents: DiffusionHeader | None = None  # of the files that it was ordered from, likewise
 
     async def open(self) -> Order:
-        """Look at what is asked for, and at the uploads. Raises whatever makes the request impossible."""
+        """Look at what is asked for, and then at the uploads. Raises whatever makes the request impossible."""
         try:
             return await self._open()
         except BaseException:
@@ -76,149 +69,140 @@ class Painting:
         file = self._model.file
         if not isinstance(file, ImageFile):
             raise ModelNotCapable(f"{self._model.name}: its file is none of a diffusion model", param="model")
-        contents = await file.read_contents()
-        self.order = made = await self._order(file, contents)
-        self._place = self._model.admission.enter(made.count)
-        self._hold = self._model.use()
-        return made
+        self._contents = contents = await file.read_contents()
+        self._order = await asyncio.to_thread(order, self._body, file, contents)  # which may read LoRAs
+        self._body.ignored_header(self._order.idle)  # refuses what is strict, before there is work
+        self._place = self._model.admission.enter(self._order.count)
+        if self._uploaded is not None and isinstance(self._body, VariationRequest):
+            usual = ImageSettings.of(file.spec, contents)
+            self._order = await self._uploaded.added_to(self._order, self._body, usual, contents)
+        return self._order
 
-    async def pictures(self) -> AsyncIterator[tuple[int, ImageGeneration, ImageStep | PartialImage | GeneratedImage]]:
+    async def pictures(self) -> AsyncIterator[tuple[int, ImageGeneration, Made]]:
         """Yield what becomes of the pictures, each with its number from 0 on and its settings. Raises
-        ``TimeLimitExceeded`` once the model's time limit is over.
+        ``TimeLimitExceeded`` once the model's time limit is over, and ``Unavailable`` when it has been replaced.
         """
-        assert self.order is not None
-        for number, job in enumerate(self.order.jobs()):
+        assert self._order is not None
+        for number, job in enumerate(self._order.jobs()):
             self._under_way = number, None
             job = msgspec.structs.replace(job, settings=described(job, self._model.name))
-            async with contextlib.aclosing(self._events(job)) as events:
+            async with contextlib.aclosing(self._events(job, last=number + 1 == self._order.count)) as events:
                 async for event in events:
                     if isinstance(event, ImageStep):
                         self._under_way = number, event
                     yield number, job, event
-        if self._hold is not None:
-            self._hold.keep(self._body.keep_alive)
         self.close()
 
-    async def _events(self, job: ImageGeneration) -> AsyncGenerator[ImageStep | PartialImage | GeneratedImage, None]:
+    async def _events(self, job: ImageGeneration, *, last: bool) -> AsyncGenerator[Made, None]:
         """Make a picture once it is its turn."""
         async with contextlib.AsyncExitStack() as stack:
             self._waits = True
-            model, use = await self._turn(stack)
+            worker = await self._turn(stack)
             self._waits = False
-            worker = await use.worker()
-            if self._deadline is None and (limit := model.spec.time_limit) is not None:
-                self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
-            if isinstance(model.file, ImageFile):
-                spec, contents = model.file.spec, await model.file.read_contents()
-                work = PictureWork.of(job)
-                await stack.enter_async_context(model.more_room(lambda gpus: footprint(spec, contents, gpus, work)))
-            stream = worker.generate_image(job)
-            self._current = _Current(model, stream, stack.pop_all())
+            spec, contents, work = self._model.spec, await self._checked_contents(), PictureWork.of(job)
+            room = self._model.more_room(lambda gpus: footprint(spec, contents, gpus, work), lasting=work.loras)
+            await stack.enter_async_context(room)
+            self._stream = stream = worker.generate_image(job)
+            self._services.background(self._see_through(stream, stack.pop_all(), last=last))
         try:
             async for event in self._in_time(stream):
                 yield event
         finally:
             self._end_current()
 
-    async def _turn(self, stack: contextlib.AsyncExitStack) -> tuple[ServedModel, Use]:
-        """Wait until no other picture is made at the model, and return it with a hold on it, loaded; the one that has
-        replaced it meanwhile, if there is one. The ``stack`` gives both back.
-        """
-        while True:
-            async with contextlib.AsyncExitStack() as turn:
-                await turn.enter_async_context(self._model.turn())
-                use = self._model.use()
-                turn.callback(use.leave)
-                await use.worker()
-                if use.model is self._model:
-                    await stack.enter_async_context(turn.pop_all())
-                    return self._model, use
-                assert use.model is not None
-                self._model = use.model
+    async def _turn(self, stack: contextlib.AsyncExitStack) -> WorkerProcess:
+        """Wait until the model is loaded, and no other picture is made at it. The ``stack`` gives the turn back."""
+        if self._use is None:
+            self._use = self._model.use()
+            await self._use.worker()
+            if self._use.model is not self._model:
+                raise self._replaced()
+            if (limit := self._model.spec.time_limit) is not None:
+                self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
+        async with self._limit():
+            await stack.enter_async_context(self._model.turn())
+            return await self._use.again()  # another picture, for which nobody waited, may have ended the process
 
-    async def _in_time(self, stream: ImageStream) -> AsyncIterator[ImageStep | PartialImage | GeneratedImage]:
+    async def _checked_contents(self) -> DiffusionHeader:
+        """Return what the model's files say. Raises ``Unavailable`` when that has changed since it was ordered."""
+        file = self._model.file
+        if not isinstance(file, ImageFile) or (contents := await file.read_contents()) != self._contents:
+            raise self._replaced()
+        return contents
+
+    def _replaced(self) -> Unavailable:
+        return Unavailable(f"{self._model.name} was replaced while the request waited for it", retry_after=1)
+
+    async def _in_time(self, stream: ImageStream) -> AsyncIterator[Made]:
         events = stream.events()
+        while True:
+            async with self._limit():
+                event = await anext(events, None)
+            if event is None:
+                return
+            yield event
+
+    @contextlib.asynccontextmanager
+    async def _limit(self) -> AsyncIterator[None]:
+        """Have a ``with`` block end in time."""
         try:
-            while True:
-                async with asyncio.timeout_at(self._deadline):
-                    event = await anext(events, None)
-                if event is None:
-                    return
-                yield event
+            async with asyncio.timeout_at(self._deadline):
+                yield
         except TimeoutError:
             raise TimeLimitExceeded(
                 f"it took longer than the {self._time_limit:g} seconds that this model's `time_limit` leaves"
             ) from None
 
+    async def _see_through(self, stream: ImageStream, held: contextlib.AsyncExitStack, *, last: bool) -> None:
+        """Let others have their turn as soon as a picture is done, or its process has ended, however long the client
+        takes to read it.
+        """
+        await stream.over.wait()
+        await held.aclose()
+        if last:
+            self._leave(answered=not stream.failed)
+        elif self._place is not None:
+            self._place.shrink(1)
+
+    def _leave(self, *, answered: bool = False) -> None:
+        """Let others have the model and the place in its queue."""
+        if self._use is not None:
+            if answered:
+                self._use.keep(self._body.keep_alive)
+            self._use.leave()
+        if self._place is not None:
+            self._place.leave()
+
     def _end_current(self) -> None:
-        """Let others have their turn once the picture that is being made is done, or its process has ended."""
-        current, self._current = self._current, None
-        if current is not None:
-            self._services.background(_give_up(current))
+        """End the picture that is being made, unless it is done very soon."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._services.background(_give_up(self._model, stream))
 
     def close(self) -> None:
         """End it if it is still going on, and let others have its place. Further calls do nothing."""
         self._end_current()
-        if self._hold is not None:
-            self._hold.leave()
-        if self._place is not None:
-            self._place.leave()
-        if self._upload is not None:
-            self._upload.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._leave()
+        if self._uploaded is not None:
+            self._uploaded.close()
 
     @property
     def phase(self) -> str:
         """What the client waits for, in a few words."""
-        if self._under_way is None:
+        if self._under_way is None or self._order is None:
             return "reading"
         number, step = self._under_way
-        assert self.order is not None
-        which = f"picture {number + 1} of {self.order.count}, " if self.order.count > 1 else ""
+        which = f"picture {number + 1} of {self._order.count}, " if self._order.count > 1 else ""
         if self._waits:
-            return which + "queued" if self._model.taken else phase_of(self._model, None, str)
+            return which + ("queued" if self._model.taken else phase_of(self._model, None, str))
         return which + (f"step {step.step} of {step.steps}" if step is not None else "reading the prompt")
 
-    async def _order(self, file: ImageFile, contents: DiffusionHeader) -> Order:
-        if not isinstance(self._body, VariationRequest):
-            return order(self._body, file, contents)
-        with kept():
-            self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-images-"))
-        return await order_with_uploads(self._services.pictures, self._folder, self._body, file, contents)
 
-
-def require_packages() -> None:
-    """Refuse what this installation can't do, and say which command would change that. Raises ``NotSupported``."""
-    if all(importlib.util.find_spec(name) is not None for name in _NEEDED):
-        return
-    wanted = [text.partition(";") for text in importlib.metadata.requires("llamaserve") or ()]
-    packages = [name.strip() for name, _, marker in wanted if _EXTRA in marker.replace("'", '"')]
-    command = shlex.join([sys.executable, "-m", "pip", "install", *packages])
-    raise NotSupported(
-        f"pictures need stable-diffusion.cpp, which is not installed; this compiles it, in some minutes: {command}"
-    )
-
-
-class _Current(NamedTuple):
-    """A picture that is being made, and what is held for it."""
-
-    model: ServedModel
-    stream: ImageStream
-    held: contextlib.AsyncExitStack
-
-
-async def _give_up(current: _Current) -> None:
-    """Wait a moment for a picture that nobody wants any more, or else end the process that makes it; then give back
-    what was held for it.
-    """
-    model, stream, held = current
-    try:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE):
-                await stream.over.wait()
-        if not stream.over.is_set():
-            await model.unload("cancelled")
-    finally:
-        stream.close()
-        await held.aclose()
+async def _give_up(model: ServedModel, stream: ImageStream) -> None:
+    """Wait a moment for a picture that nobody wants any more, or else end the process that makes it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GRACE):
+            await stream.over.wait()
+    if not stream.over.is_set():
+        await model.unload("cancelled")
+    stream.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Container, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, BinaryIO, Final, NamedTuple, TypeVar
 
 from fastapi import Request
@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from llamaserve.api.fields import names_of
 from llamaserve.api.middleware import PATIENCE
 from llamaserve.errors import InvalidRequest, LlamaserveError, RequestTimeout, Unavailable
 from llamaserve.registry.admission import Admission, Place
@@ -73,6 +74,10 @@ class Upload:
     @property
     def _files(self) -> list[BinaryIO]:
         return [value.file for _, value in self.form.multi_items() if isinstance(value, UploadFile)]
+
+    def grow(self, size: int) -> None:
+        """Take up so many bytes more, for what is made of the files. Raises ``QueueFull``."""
+        self._place.grow(size)
 
     def close(self) -> None:
         """Let go of the files and their space. Further calls do nothing."""
@@ -145,11 +150,14 @@ async def _read_on(request: Request) -> None:
             pass
 
 
-def values_of(form: FormData, known: Container[str], *, texts: Sequence[str] = (), files: Sequence[str] = ()) -> Values:
+def values_of(
+    form: FormData, model: type[BaseModel], *, texts: Sequence[str] = (), files: Sequence[str] = ()
+) -> Values:
     """Return the fields of a form, of which empty ones are not given. Lists are called with brackets or without; one of
-    ``texts`` may be a single text with commas. Raises ``InvalidRequest`` for another ``known`` field that is there
+    ``texts`` may be a single text with commas. Raises ``InvalidRequest`` for another field of the model that is there
     twice.
     """
+    known = {called for name in model.model_fields for called in names_of(model, name)}
     values: Values = {}
     for name, value in form.multi_items():
         name = name.removesuffix("[]")

@@ -153,10 +153,10 @@ class LoadedImageGenerator(ImageGenerator):
         """Load the model, and have this thread, and those that it starts, give way to others'. Raises
         ``ModelLoadFailed``.
         """
+        os.nice(_NICENESS)  # which threads inherit: the library starts its own as it loads some models
         diffusion = Diffusion(params, on_progress)
         super().__init__(diffusion, tell)
         self.gpu = diffusion.gpu
-        os.nice(_NICENESS)
         give_back()
 
     def close(self) -> None:

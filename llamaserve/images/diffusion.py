@@ -3,7 +3,7 @@
 The only module that imports the binding, of which it uses the C structs and functions alone. What the binding does not
 do is done here: a file that can't be loaded is an error (the binding frees a null pointer then), what the library
 allocates for a picture is freed, and callbacks live as long as the library may call them. A process has one model, and
-uses it in one thread. Nothing is written to standard error; an empty line to standard output when a model is loaded.
+uses it in one thread. The library writes little to standard output and standard error, which nobody should parse.
 
 The library can't be stopped: a picture that nobody waits for any more ends with the process. Knows nothing of requests,
 or of files of pictures.
@@ -26,20 +26,19 @@ import numpy as np
 import numpy.typing as npt
 
 from llamaserve.errors import EngineError, ModelLoadFailed
-from llamaserve.images.values import SAMPLERS, SCHEDULERS, DiffusionParams, ImageGeneration, LoraFile, Size
+from llamaserve.images.values import SAMPLERS, SCHEDULERS, Course, DiffusionParams, ImageGeneration, LoraFile, Size
 
 C = TypeVar("C", bound="_Call")
 
 Pixels = npt.NDArray[np.uint8]  # height, width, 3; those of a mask height, width
 
-_MISSING: Final = "images need one more package, which has to be compiled: pip install 'llamaserve[images]'"
 _WARNING: Final = 2  # the level of log messages from which on they may say why something failed
 _HEAD: Final = re.compile(r"^\[\w+ *\] *\S+:\d+ *- *")  # what is before a log message
 _SAMPLING, _SAMPLED = "generating image: ", "sampling completed"  # what the log says before and after the steps
 _ON_GPU: Final = re.compile(r"params memory size = .*VRAM (?!0\.00MB)")
 _NOTHING, _PROJECTION, _SMALL_DECODER = 0, 1, 2  # preview_t
 _AT_RUNTIME: Final = 2  # lora_apply_mode_t; else rounding errors would be left in the weights
-_MOST_STEPS: Final = 200  # to leave some out of
+_LORA_FAILED: Final = "load lora tensors from "  # begins a warning, after which the picture is made without it
 _OVERLAP: Final = 0.5  # of the tiles in which a large picture is decoded
 
 
@@ -106,8 +105,17 @@ class Diffusion:
         finally:
             library.free(pictures[0].data)
             library.free(pictures)
+        if call.failure is not None:
+            raise call.failure
         if pixels.shape != (job.canvas.height, job.canvas.width, 3):
             raise EngineError(f"stable-diffusion.cpp made a picture of the wrong shape: {pixels.shape}")
+        if call.lora_failed:
+            raise EngineError(f"a LoRA could not be loaded: {call.complaint}")
+        if pixels.min() == pixels.max():
+            raise EngineError(
+                "the picture has come out in one colour: the model has computed numbers that are none. Other steps, "
+                "another sampler or scheduler, or less weight on words or LoRAs may help"
+            )
         return pixels
 
     def _native(self, job: ImageGeneration, inputs: Inputs) -> tuple[Any, list[Any]]:
@@ -129,7 +137,8 @@ class Diffusion:
         kept: list[Any] = []
         if inputs.init is not None:
             native.init_image = self._image(inputs.init, job.canvas, kept)
-            sample.sample_steps, native.strength = shortened(job.steps, job.strength)
+            course = Course.of(job.steps, job.strength)
+            sample.sample_steps, native.strength = course.total, _strength(course)
         if inputs.mask is not None:
             native.mask_image = self._image(inputs.mask, job.canvas, kept)
         if inputs.references:
@@ -164,18 +173,13 @@ def partial_steps(count: int, steps: int) -> set[int]:
     return {math.ceil(steps * number / (count + 1)) for number in range(1, count + 1)}
 
 
-def shortened(steps: int, strength: float) -> tuple[int, float]:
-    """Return how many steps to ask for, and with which strength, so that as many as are wanted are made of the last
-    part of them; the first part, in which all becomes new, is left out.
-
-    The library would make fewer steps, and with few of them begin with the first whatever the strength is; then nothing
-    is left of the picture.
+def _strength(course: Course) -> float:
+    """Return the strength with which the library makes just these steps. From another one it would make fewer than are
+    wanted, and with few of them begin with the first whatever it is; then nothing is left of the picture.
     """
-    if strength >= 1:
-        return steps, 1.0
-    total = min(max(math.ceil(steps / strength) if strength else _MOST_STEPS, steps + 1), max(_MOST_STEPS, steps + 1))
-    made = max(1, min(steps, round(total * strength)))
-    return total, (made - 0.5) / total  # of which it takes the whole part, and adds one
+    if course.made == course.total:
+        return 1.0
+    return (course.made - 0.5) / course.total  # of which it takes the whole part, and adds one
 
 
 class _Call:
@@ -184,6 +188,8 @@ class _Call:
     def __init__(self) -> None:
         self._complaints: deque[str] = deque(maxlen=4)
         self.on_gpu = False
+        self.lora_failed = False
+        self.failure: Exception | None = None  # the first one in a callback, through which it can't pass
 
     @property
     def complaint(self) -> str:
@@ -194,6 +200,7 @@ class _Call:
         message = _HEAD.sub("", message).strip()
         if level >= _WARNING:
             self._complaints.append(message)
+            self.lora_failed |= message.startswith(_LORA_FAILED)
         self.on_gpu |= _ON_GPU.search(message) is not None
 
     def progress(self, step: int, steps: int) -> None:
@@ -252,7 +259,7 @@ class _Library:
         try:
             self.binding = binding = importlib.import_module("stable_diffusion_cpp.stable_diffusion_cpp")
         except (ImportError, OSError, RuntimeError) as error:  # of which the last two are the library's
-            raise ModelLoadFailed(f"{_MISSING} ({error})") from error
+            raise ModelLoadFailed(f"stable-diffusion.cpp can't be loaded: {error}") from error
         self._lib = binding._lib
         self._call = _Call()
         self._log = binding.sd_log_callback(self._on_log)
@@ -290,14 +297,24 @@ class _Library:
             self._call = _Call()
 
     def _on_log(self, level: int, text: bytes, _: object) -> None:
-        self._call.log(level, text.decode(errors="replace"))
+        with self._kept_failure():
+            self._call.log(level, text.decode(errors="replace"))
 
     def _on_progress(self, step: int, steps: int, _seconds: float, _: object) -> None:
-        self._call.progress(step, steps)
+        with self._kept_failure():
+            self._call.progress(step, steps)
 
     def _on_preview(self, step: int, count: int, frames: Any, _noisy: bool, _: object) -> None:
-        if count:
-            self._call.preview(step, _copied(frames[0]))
+        with self._kept_failure():
+            if count:
+                self._call.preview(step, _copied(frames[0]))
+
+    @contextlib.contextmanager
+    def _kept_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised once the library has returned
+            self._call.failure = self._call.failure or error
 
 
 @functools.cache

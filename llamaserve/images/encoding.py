@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from llamaserve.errors import EngineError
 from llamaserve.images.diffusion import Pixels
 from llamaserve.images.values import Format, Size
 
 if TYPE_CHECKING:
+    from PIL import Image
     from PIL.Image import Exif
     from PIL.PngImagePlugin import PngInfo
 
@@ -28,11 +30,19 @@ _EFFORT: Final = 75  # of WebP without loss, of 100
 def encode(pixels: Pixels, kind: Format, *, quality: int, settings: str) -> bytes:
     """Return a file of a picture. ``quality`` (0 to 100) is for JPEG and WebP.
 
-    The ``settings`` stand in a text chunk of PNG files, and in the EXIF comment of others.
+    The ``settings`` stand in a text chunk of PNG files, and in the EXIF comment of others. Raises ``EngineError``.
     """
     from PIL import Image
 
-    image, file = Image.fromarray(pixels), io.BytesIO()
+    file = io.BytesIO()
+    try:
+        _save(Image.fromarray(pixels), file, kind, quality, settings)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the picture can't be written as {kind}: {error}") from error
+    return file.getvalue()
+
+
+def _save(image: Image.Image, file: io.BytesIO, kind: Format, quality: int, settings: str) -> None:
     match kind:
         case "png":
             image.save(file, "PNG", compress_level=_COMPRESSION, pnginfo=_chunk(settings))
@@ -41,7 +51,6 @@ def encode(pixels: Pixels, kind: Format, *, quality: int, settings: str) -> byte
         case "webp":
             lossless = quality >= _LOSSLESS
             image.save(file, "WEBP", lossless=lossless, quality=_EFFORT if lossless else quality, exif=_exif(settings))
-    return file.getvalue()
 
 
 def enlarged(pixels: Pixels, size: Size) -> Pixels:

@@ -97,7 +97,7 @@ def _render(image: Image.Image, job: Render) -> None:
     """Write a picture's pixels, or those of a mask."""
     if not job.mask:
         image.draft("RGB", (max(job.size), max(job.size)))  # a JPEG can be decoded in half the size, if that is enough
-    image = ImageOps.exif_transpose(image)
+    image = _of_bytes(ImageOps.exif_transpose(image))
     image = _as_mask(image) if job.mask else _as_rgb(image)
     method = Image.Resampling.BILINEAR if job.mask else Image.Resampling.LANCZOS
     pixels = ImageOps.fit(image, job.size, method).tobytes()
@@ -107,6 +107,15 @@ def _render(image: Image.Image, job: Render) -> None:
         Path(job.target).write_bytes(pixels)
     except OSError as error:
         raise Unavailable(f"the upload can't be kept in the temporary folder: {error.strerror}") from error
+
+
+def _of_bytes(image: Image.Image) -> Image.Image:
+    """Return a picture with a byte for each colour; those of 16 bits would be white from 256 on."""
+    if image.mode == "F":
+        raise InvalidRequest("the picture has numbers with fractions for colours, which can't be read")
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ Sizes are in pixels. Pixels are rows of RGB, 8 bits each, those of a mask rows o
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, NamedTuple, get_args
 
 import msgspec
@@ -64,6 +65,26 @@ class Size(NamedTuple):
         return self.width * self.height
 
 
+_MOST_STEPS: Final = 1000  # to leave some out; models know no more moments
+
+
+class Course(NamedTuple):
+    """How many steps a picture's noise is divided into, and of how many of them, the last ones, it is made."""
+
+    total: int
+    made: int
+
+    @classmethod
+    def of(cls, steps: int, strength: float) -> Course:
+        """Return one of as many steps as are wanted, or as few as a low strength leaves of the most there are, for a
+        picture that begins with another.
+        """
+        if strength >= 1:
+            return cls(steps, steps)
+        total = min(max(math.ceil(steps / strength) if strength else _MOST_STEPS, steps + 1), _MOST_STEPS)
+        return cls(total, max(1, min(steps, round(total * strength))))
+
+
 class DiffusionParams(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How a diffusion model is loaded: its file, which may be ``whole`` or hold the diffusion model only, and the files
     of its parts. ``encodes``: it can also turn pictures into latent ones. ``small_decoder``: pictures on the way can be
@@ -88,10 +109,11 @@ class PictureFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoraFile(msgspec.Struct, frozen=True, array_like=True):
-    """A LoRA and how strongly it works."""
+    """A LoRA, how strongly it works, and how many bytes it takes."""
 
     path: str
     scale: float
+    size: int
 
 
 class ImageGeneration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -33,6 +33,12 @@ class Place:
             self._admission.open += sequences
             self._sequences += sequences
 
+    def shrink(self, sequences: int) -> None:
+        """Give so many back; the request stays."""
+        if self._admission is not None:
+            self._admission.open -= sequences
+            self._sequences -= sequences
+
     def leave(self) -> None:
         """Give the place back; further calls do nothing."""
         admission, self._admission = self._admission, None

@@ -7,7 +7,9 @@ the tensors' names there. The settings are those that the models' makers recomme
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import math
+import struct
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -37,6 +39,7 @@ class Family:
     guided: bool = False  # whether it has learnt ``guidance``
     edits: Edits = "repaint"
     looks: bool = False  # whether it can look at other pictures
+    reads_pictures: bool = False  # whether what reads the prompt looks at them, too
     decodes: bool = True  # whether it needs a VAE
     steered: bool = False  # whether it needs pictures that steer it, such as edges or depths
     small_decoder: bool = False  # whether its decoder is one of those that lose details
@@ -52,6 +55,15 @@ class Family:
         """Return the smallest size that its models can make and that holds this one."""
         return Size(*(-(-max(side, _SMALLEST) // self.multiple) * self.multiple for side in size))
 
+    def seen(self, size: Size) -> Size:
+        """Return in which size a picture is handed over to be looked at: this one, or one that is some pixels smaller,
+        as stable-diffusion.cpp ends its process for some sizes. Nothing helps a picture that is much more than 16 times
+        as long as it is wide.
+        """
+        if not self.reads_pictures:
+            return size
+        return next((each for each in _smaller(size) if _is_filled(each) and _has_a_step(each)), size)
+
     @property
     def sampler(self) -> Sampler:
         """The sampler that is used if nobody names one."""
@@ -61,6 +73,56 @@ class Family:
     def size(self) -> Size:
         """The size that it was trained for."""
         return Size(self.side, self.side)
+
+
+# How pictures are looked at: what reads the prompt gets them in a size of its own, cut out of a scaled picture that may
+# be a pixel too small for it, by the rounding of 32-bit numbers; the diffusion model gets them as large as the canvas.
+_EYE: Final = 28  # pixels, of whose multiples the sides are that a prompt's reader sees
+_LEAST_SEEN, _MOST_SEEN = 384 * 384, 560 * 560  # pixels that it sees
+_STEP: Final = 32  # pixels, of whose multiples the sides are that the diffusion model sees
+_SHIFT: Final = 64  # pixels by which both sides together may become smaller; 8 are enough but for the slimmest
+_SINGLE: Final = struct.Struct("f")
+
+
+def _smaller(size: Size) -> Iterator[Size]:
+    """Yield this size, and then smaller and smaller ones, of a shape as like as can be."""
+    wide = size.width > size.height
+    for less in range(_SHIFT + 1):
+        for shorter in range(less + 1):
+            cut = (less - shorter, shorter) if wide else (shorter, less - shorter)
+            if cut[0] < size.width and cut[1] < size.height:
+                yield Size(size.width - cut[0], size.height - cut[1])
+
+
+def _is_filled(size: Size) -> bool:
+    """Whether a picture of this size, scaled as in ``clip_preprocess``, fills what is cut out of it."""
+    wanted = _read(size)
+    scale = max(_single(goal / side) for goal, side in zip(wanted, size, strict=True))
+    return all(int(_single(scale * side)) >= goal for goal, side in zip(wanted, size, strict=True))
+
+
+def _read(size: Size) -> Size:
+    """Return in which size the reader of a prompt sees a picture."""
+    read = Size(*(math.floor(side / _EYE + 0.5) * _EYE for side in size))
+    if read.pixels > _MOST_SEEN:
+        smaller = math.sqrt(size.pixels / _MOST_SEEN)
+        return Size(*(max(1, math.floor(side / smaller / _EYE)) * _EYE for side in size))
+    if read.pixels < _LEAST_SEEN:
+        larger = math.sqrt(_LEAST_SEEN / size.pixels)
+        return Size(*(math.ceil(side * larger / _EYE) * _EYE for side in size))
+    return read
+
+
+def _has_a_step(size: Size) -> bool:
+    """Whether something is left of a picture of this size once it is scaled to the smallest canvas."""
+    width = math.sqrt(_SMALLEST**2 * size.width // size.height)
+    return min(width, width * size.height / size.width) >= _STEP / 2
+
+
+def _single(number: float) -> float:
+    """Return a number as 32 bits have it."""
+    value: float = _SINGLE.unpack(_SINGLE.pack(number))[0]
+    return value
 
 
 _Encoders = tuple[tuple[Part, ...], ...]
@@ -74,7 +136,7 @@ SD2: Final = Family("Stable Diffusion 2", _CLIP, 512, _UNET, cfg_scale=7.0)
 SDXS: Final = replace(SD1, name="SDXS", steps=1, cfg_scale=1.0, small_decoder=True)
 SDXS2: Final = replace(SD2, name="SDXS 0.9", steps=1, cfg_scale=1.0, small_decoder=True)
 SDXL: Final = Family("Stable Diffusion XL", _CLIPS, 1024, _UNET, cfg_scale=7.0, unaligned=frozenset())
-SD3: Final = Family("Stable Diffusion 3", (("clip_l", "clip_g", "t5xxl"),), 1024, steps=28, cfg_scale=4.5)
+SD3: Final = Family("Stable Diffusion 3", _CLIPS, 1024, steps=28, cfg_scale=4.5)
 FLUX: Final = Family("FLUX.1", (("clip_l",), ("t5xxl",)), 1024, guided=True, looks=True)
 SCHNELL: Final = replace(FLUX, name="FLUX.1 schnell", steps=4, guided=False)
 CONTROLLED: Final = replace(FLUX, name="FLUX.1 Control", steered=True)
@@ -83,7 +145,7 @@ RADIANCE: Final = replace(CHROMA, name="Chroma Radiance", multiple=16, decodes=F
 OVIS: Final = Family("Ovis Image", _LLM, 1024, cfg_scale=5.0)
 FLUX2: Final = Family("FLUX.2", _LLM, 1024, 16, steps=28, guidance=4.0, guided=True, looks=True, edits="reference")
 KLEIN: Final = replace(FLUX2, name="FLUX.2 klein", steps=4, guided=False)
-QWEN: Final = Family("Qwen Image", _LLM, 1024, cfg_scale=2.5, looks=True, edits="reference")
+QWEN: Final = Family("Qwen Image", _LLM, 1024, cfg_scale=2.5, looks=True, reads_pictures=True, edits="reference")
 Z_IMAGE: Final = Family("Z-Image", _LLM, 1024, steps=8)
 ERNIE: Final = Family("ERNIE Image", _LLM, 1024, 16, steps=28, cfg_scale=4.0)
 ANIMA: Final = Family("Anima", _LLM, 1024, steps=30, cfg_scale=4.0)

@@ -20,7 +20,8 @@ from typing import Final, NamedTuple
 
 from llamaserve.errors import GGUFError, ModelFileMissing, ModelNotCapable, SourceError
 from llamaserve.images.values import PARTS, Part
-from llamaserve.registry.diffusion_family import Family, family_of, makes_videos
+from llamaserve.registry.diffusion_checks import misfits
+from llamaserve.registry.diffusion_family import SD3, Family, family_of, makes_videos
 from llamaserve.registry.gguf import read_container
 from llamaserve.registry.safetensors import read_safetensors
 from llamaserve.registry.split import part_of
@@ -58,7 +59,9 @@ _CONVERTED: Final = {"F8_E4M3": _HALF, "F8_E5M2": _HALF, "F64": _FLOAT, "I64": _
 _TABLES: Final = ("token_embd.weight", "embed_tokens.weight", "token_embedding.weight", "shared.weight")
 _TABLE_TYPES: Final = frozenset({"F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"})  # in which a table can be looked up
 _NOT_LOADED: Final = ("text_encoders.llm.output.", "text_encoders.llm.lm_head.", "model_ema.", "first_stage_model.bn.")
-_UNKNOWN: Final = frozenset({"Q1_0", "Q2_0"})  # types that this version of the library is too old for
+_UNKNOWN: Final = frozenset({"Q1_0", "Q2_0", "Q8_1", "Q8_K", "I8", "I16", "F64"})  # types without a use to it
+_WHOLE_NUMBERS: Final = frozenset({"I32", "I64"})  # types in which only positions are
+_WEIGHTS: Final = ("weight", "bias", "scale", "gamma", "text_projection", "embed", "embedding")  # ends of their names
 
 
 class Tensor(NamedTuple):
@@ -134,8 +137,8 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
 
     Raises:
         ModelFileMissing: A file is missing.
-        GGUFError: One can't be read, is of another format, cut short or damaged, or holds no diffusion model that is
-            known.
+        GGUFError: One can't be read, is of another format, cut short or damaged, holds no diffusion model that is
+            known, or says what would end stable-diffusion.cpp.
         ModelNotCapable: A part that the model needs is in none of the files, or it makes videos.
     """
     parts = parts or {}
@@ -155,9 +158,45 @@ def read_diffusion(path: Path, parts: Mapping[Part, Path] | None = None) -> Diff
     if family.steered:
         raise ModelNotCapable(f"{path} is a {family.name} model, which needs pictures to steer it; that is not offered")
     header = DiffusionHeader(path, dict(parts), whole, family, tensors)
-    for lacking in _lacking(header, whole and any(name.startswith(_ENCODERS) for name in first)):
-        raise ModelNotCapable(f"{path} is a {family.name} model, and {lacking}")
+    _check(header, inside=whole and any(name.startswith(_ENCODERS) for name in first))
     return header
+
+
+def _check(header: DiffusionHeader, *, inside: bool) -> None:
+    """Refuse what can't make pictures, or would end the library. ``inside`` tells that the first file holds text
+    encoders.
+    """
+    what = f"{header.path} is a {header.family.name} model"
+    for lacking in _lacking(header, inside):
+        raise ModelNotCapable(f"{what}, and {lacking}")
+    if header.family == SD3 and _has(header.tensors, "t5xxl"):
+        raise _of_long_prompts(header)
+    for misfit in (*misfits(header.family, _shapes(header.tensors)), *_whole_numbers(header.tensors)):
+        raise GGUFError(f"{what} that stable-diffusion.cpp can't load: {misfit}")
+
+
+def _whole_numbers(tensors: Tensors) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if tensor.type in _WHOLE_NUMBERS and name.endswith(_WEIGHTS):
+            yield f"its tensor {name[:100]!r} is of the type {tensor.type}, in which it can't compute"
+
+
+def _has(tensors: Tensors, part: Part) -> bool:
+    """Whether a transformer's prompts are read by this encoder, whose names are those that the library looks for."""
+    prefix, other = _PREFIXES[part].removesuffix("transformer."), _PREFIXES["llm_vision"]
+    return any(prefix in name and other not in name for name in tensors)
+
+
+def _of_long_prompts(header: DiffusionHeader) -> ModelNotCapable:
+    """Return the error for a model with T5 beside CLIP. Each divides a long prompt into pieces of its own, and the
+    library reads as many from one as from the other.
+    """
+    remedy = "leave `t5xxl` out of its `parts`" if "t5xxl" in header.parts else "fetch its file without T5"
+    return ModelNotCapable(
+        f"{header.path} is a {header.family.name} model with the text encoder t5xxl, with which stable-diffusion.cpp "
+        "ends at the first long prompt; it does without",
+        hint=f"{remedy}: clip_l and clip_g are enough",
+    )
 
 
 def _unknown(path: Path, first: Tensors) -> GGUFError:
@@ -186,9 +225,13 @@ def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
 
 
 def _lacking(header: DiffusionHeader, inside: bool) -> Iterator[str]:
-    """Yield what is missing; ``inside`` tells that the first file holds text encoders."""
+    """Yield what is missing. A text encoder ``inside`` of the first file is enough for a U-Net."""
     for group in header.family.encoders:
-        if not (inside or any(part in header.parts for part in group)):
+        if header.family.is_unet:
+            found = inside or any(part in header.parts for part in group)
+        else:
+            found = any(_has(header.tensors, part) for part in group)
+        if not found:
             yield f"its text encoder is missing: name it under `parts`, as {' or '.join(group)}"
     if header.family.decodes and not (
         "taesd" in header.parts or any(name.startswith(_DECODERS) for name in header.tensors)

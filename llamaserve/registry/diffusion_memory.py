@@ -32,6 +32,9 @@ _PADDED: Final = 512  # tokens that FLUX.2 reads at least
 _SMALL_DECODER: Final = 64  # channels of it
 _UNTILED: Final = 1024 * 1024  # pixels up to which a picture is decoded as a whole
 _TILE: Final = 512  # pixels of a side of a tile, at most
+_LOOKED_AT: Final = 1024 * 1024  # pixels of a picture that is looked at, at most
+_SEEN_STEP: Final = 32  # pixels, of whose multiples its sides are
+_SEEN: Final = 400  # tokens that a language model sees such a picture as, at most
 _FLASH: Final = 640 * 640  # pixels from which on flash attention pays for Stable Diffusion 1
 
 _MARGIN: Final = 1.05  # by which buffers may be larger than the formulas have it
@@ -44,7 +47,8 @@ _Shapes = dict[str, tuple[int, ...]]
 
 class PictureWork(NamedTuple):
     """What of a picture decides how much memory it takes: its canvas, the bytes of the longer prompt and how often it
-    is divided, the pictures that are looked at, and whether one is begun with.
+    is divided, the pictures that are looked at, whether one is begun with, the bytes of LoRAs, and whether it is shown
+    on the way.
     """
 
     canvas: Size
@@ -52,6 +56,8 @@ class PictureWork(NamedTuple):
     breaks: int = 0
     references: tuple[Size, ...] = ()
     repaints: bool = False
+    loras: int = 0
+    partial: bool = False
 
     @classmethod
     def of(cls, job: ImageGeneration) -> PictureWork:
@@ -63,7 +69,14 @@ class PictureWork(NamedTuple):
             max(prompt.count("BREAK") for prompt in prompts),
             tuple(Size(each.width, each.height) for each in job.references),
             job.init is not None,
+            sum(lora.size for lora in job.loras),
+            job.partial_images > 0,
         )
+
+    @property
+    def seen(self) -> list[Size]:
+        """The sizes in which pictures are looked at, each about as large as the canvas, but not over a megapixel."""
+        return [_resized(size, min(self.canvas.pixels, _LOOKED_AT)) for size in self.references]
 
 
 def is_tiled(size: Size) -> bool:
@@ -81,16 +94,30 @@ def flash_attention(header: DiffusionHeader, usual: Size) -> bool:
 def estimate_diffusion(header: DiffusionHeader, work: PictureWork, *, flash: bool) -> int:
     """Return the bytes by which loading a model and making a picture let its process grow."""
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    steps = _steps(header, shapes, work, flash=flash)
+    if work.partial and _shows_decoded(header):
+        steps += _decoding_small(work.canvas.pixels)  # in the middle of them
     stages = [
         _reading(header, shapes, work),
-        _steps(header, shapes, work, flash=flash),
+        steps,
         _decoding(header, shapes, work.canvas),
-        *(_encoding(header, shapes, size) for size in work.references),
+        *(_encoding(header, shapes, size) for size in work.seen),
     ]
     if work.repaints:
         stages.append(_encoding(header, shapes, work.canvas))
     vocabulary = _VOCABULARY if _language_model(shapes) else 0
-    return int(header.weight_bytes + _MARGIN * max(stages) + work.canvas.pixels * _PICTURE + vocabulary + _REST)
+    weights = header.weight_bytes + work.loras
+    return int(weights + _MARGIN * max(stages) + work.canvas.pixels * _PICTURE + vocabulary + _REST)
+
+
+def _resized(size: Size, pixels: int) -> Size:
+    """Return a size of the same shape with so many pixels, or up to a step more on each side."""
+    width = math.sqrt(pixels * size.width / size.height)
+    return Size(*(_SEEN_STEP * math.ceil(side / _SEEN_STEP) for side in (width, pixels / width)))
+
+
+def _shows_decoded(header: DiffusionHeader) -> bool:
+    return "taesd" in header.parts or header.decodes_small
 
 
 # ---- the prompt
@@ -114,7 +141,8 @@ def _reading(header: DiffusionHeader, shapes: _Shapes, work: PictureWork) -> flo
 
 def _tokens(header: DiffusionHeader, work: PictureWork) -> int:
     padded = 0 if header.family.name == Z_IMAGE.name else _PADDED
-    return max(padded, work.prompt + _TEMPLATE)
+    seen = _SEEN * len(work.references) if "llm_vision" in header.parts else 0
+    return max(padded, work.prompt + _TEMPLATE) + seen
 
 
 def _language_model(shapes: _Shapes) -> tuple[int, int, int, int] | None:
@@ -177,7 +205,7 @@ def _attention(
 
 def _transformer(header: DiffusionHeader, shapes: _Shapes, work: PictureWork) -> float:
     """Return the bytes for a step of a transformer with flash attention: all tokens, of text and pictures, at once."""
-    seen = sum(size.pixels for size in (work.canvas, *work.references)) / _PATCH
+    seen = sum(size.pixels for size in (work.canvas, *work.seen)) / _PATCH
     tokens = 32 * math.ceil((seen + _tokens(header, work)) / 32) + 32
     width = _width(shapes)
     factor = 11.6 if header.family.name == Z_IMAGE.name else 20.9
@@ -200,10 +228,14 @@ def _decoding(header: DiffusionHeader, shapes: _Shapes, size: Size) -> float:
         return 0.0
     pixels = min(size.pixels, _TILE**2) if is_tiled(size) else size.pixels
     if header.decodes_small:
-        return pixels * (14 * _SMALL_DECODER + 2)
+        return _decoding_small(pixels)
     channels = (_channels(shapes, "decoder.conv_in.weight") or 512) // 4
     scaled = header.family.name == SDXL.name and "vae" not in header.parts  # as the library does it for F16's sake
     return max(pixels * (30 if scaled else 22) * channels, _over_all(pixels, channels)) + 16 * _MEBIBYTE
+
+
+def _decoding_small(pixels: int) -> float:
+    return pixels * (14 * _SMALL_DECODER + 2)
 
 
 def _encoding(header: DiffusionHeader, shapes: _Shapes, size: Size) -> float:

@@ -6,21 +6,26 @@ whether it is loaded.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import re
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from packaging.requirements import Requirement
+
 from llamaserve.engine.params import Adapter, Footprint
 from llamaserve.errors import (
-    GGUFError,
     InsufficientMemory,
     InvalidRequest,
     ModelError,
     ModelFileMissing,
     ModelNotCapable,
-    SourceError,
+    NotSupported,
 )
 from llamaserve.images.values import DiffusionParams, Edits, Part, Sampler, Scheduler, Size
 from llamaserve.registry.budget import is_unified
@@ -32,12 +37,12 @@ from llamaserve.registry.hardware import performance_cores
 from llamaserve.registry.load_plan import PROCESS, LoadPlan
 from llamaserve.registry.memory import Estimate, claimed
 from llamaserve.registry.other_file import OtherFile, refuse_adapters, refuse_text_settings
-from llamaserve.registry.safetensors import read_safetensors
 from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec
 from llamaserve.registry.tasks import task_of
 from llamaserve.worker.protocol import Device
 
+_EXTRA: Final = "images"
 _LORA: Final = ".safetensors"
 _LORA_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,199}")
 
@@ -66,26 +71,54 @@ class ImageFile(OtherFile[DiffusionHeader]):
 
     def plan(self, adapters: Sequence[Adapter], budget: Footprint, devices: Sequence[Device]) -> LoadPlan:
         """Check the files, and decide how it is loaded. Raises ``ModelError`` for files that stable-diffusion.cpp must
-        not see, ``ModelNotCapable`` and ``InsufficientMemory``.
+        not see, ``ModelNotCapable``, ``InsufficientMemory``, and ``NotSupported`` when the library is not here.
         """
+        require_packages()
         self.checked(adapters)
         self._contents = self._read_contents(check_sum=True)  # anew, which takes a tenth of a second
         return plan_images(self._name, self.spec, self._contents, budget, devices)
 
     def lora(self, name: str) -> Path:
-        """Return the LoRA of this name, which a prompt has named. Raises ``InvalidRequest`` when there is none, and
-        ``ModelError`` when its file is bad.
-        """
+        """Return the LoRA of this name, which a prompt has named. Raises ``InvalidRequest`` when there is none."""
         folder = self.spec.image.loras
         path = None if folder is None else self._base / folder.expanduser() / (name.removesuffix(_LORA) + _LORA)
         if path is None or not _LORA_NAME.fullmatch(name) or not is_file(path):
-            where = "models.yaml names no folder with some" if folder is None else f"there is none in {folder}"
-            raise InvalidRequest(f"{self._name} has no LoRA called {name[:100]!r}: {where}", param="prompt")
-        try:
-            read_safetensors(path)
-        except SourceError as error:
-            raise GGUFError(error.message) from error
+            why = ": models.yaml names no folder with some" if folder is None else ""
+            raise InvalidRequest(f"{self._name} has no LoRA called {name[:100]!r}{why}", param="prompt")
         return path
+
+
+@functools.cache
+def require_packages() -> None:
+    """Refuse what this installation can't do, and say which command would change that. Raises ``NotSupported``, and
+    looks again the next time.
+    """
+    needed = [*_of_extra()]
+    lacking = [each for each in needed if not _is_installed(each)]
+    if lacking:
+        command = [sys.executable, "-m", "pip", "install", *map(_written, needed)]
+        raise NotSupported(
+            f"pictures need {' and '.join(map(_written, lacking))}, which is not installed; this compiles what has to "
+            f"be, in some minutes: {shlex.join(command)}"
+        )
+
+
+def _of_extra() -> Iterator[Requirement]:
+    for text in importlib.metadata.requires("llamaserve") or ():
+        wanted = Requirement(text)
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}) and wanted.marker.evaluate({"extra": _EXTRA}):
+            yield wanted
+
+
+def _written(wanted: Requirement) -> str:
+    return f"{wanted.name}{wanted.specifier}"
+
+
+def _is_installed(wanted: Requirement) -> bool:
+    try:
+        return wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def locate_parts(name: str, spec: ModelSpec, base: Path) -> dict[Part, Path]:

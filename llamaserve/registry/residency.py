@@ -103,6 +103,12 @@ class Residency:
         """Whether a model would get in now without anybody's leaving, were nobody in the queue."""
         return (self._needed() + need).fits(self.budget)
 
+    def could_take(self, occupant: Occupant, need: Footprint) -> bool:
+        """Whether a model in memory would have room for another ``need``, if all left that nobody uses."""
+        idle = self._idle()
+        busy = [claim.need for each, claim in self._claims.items() if each is not occupant and each not in idle]
+        return sum(busy, need).fits(self.budget)
+
     async def enter(self, occupant: Occupant, need: Footprint, wish: int) -> int:
         """Wait until there is room, make some if need be, and claim it. Returns how many of the ``wish`` bytes of spill
         the model may have. The caller has made sure that ``need`` is within the budget, and calls this once at a time

@@ -108,6 +108,15 @@ class Use:
                 self._model.hold()
         return self._worker
 
+    async def again(self) -> WorkerProcess:
+        """Return the process that runs the model now, loading it again if the one before has ended. ``worker`` must
+        have returned that. Raises ``Unavailable`` when the model has been replaced meanwhile.
+        """
+        if self._model is None:
+            raise Unavailable("the request is over")
+        self._worker = await self._model.attach_again()
+        return self._worker
+
     @property
     def model(self) -> ServedModel | None:
         """The model that is held; another one than at first if that was replaced."""
@@ -306,6 +315,26 @@ class ServedModel:
         self._active += 1
         return worker
 
+    async def attach_again(self) -> WorkerProcess:
+        """Return its process to a ``Use`` that has had one, and so waits for no other model unless it has to be loaded
+        again. Raises ``Unavailable``.
+        """
+        while self._leaving is not None:
+            await self._gone.wait()
+        if (worker := self.live_worker) is not None:
+            return worker
+        if self._facilities.closing:
+            raise Unavailable("the server is being shut down", retry_after=1)
+        if self._successor is not None:
+            raise Unavailable(f"{self.name} was replaced while the request waited for it", retry_after=1)
+        self._active -= 1
+        self._waiting += 1
+        try:
+            return await self._arrive()
+        finally:
+            self._waiting -= 1
+            self._active += 1
+
     async def _arrive(self) -> WorkerProcess:
         self._arriving += 1
         self._facilities.alive.add(self)  # and not only after the pause that follows crashes
@@ -400,27 +429,37 @@ class ServedModel:
             self._turn.release()
 
     @contextlib.asynccontextmanager
-    async def more_room(self, taken: Callable[[Sequence[Device]], Footprint]) -> AsyncIterator[None]:
+    async def more_room(
+        self, taken: Callable[[Sequence[Device]], Footprint], *, lasting: int = 0
+    ) -> AsyncIterator[None]:
         """Have the model, which is in memory and used by the caller, take more than was planned within a ``with``
-        block: what is ``taken``, given the GPUs. Raises ``InsufficientMemory`` when that is more than the whole budget,
-        and ``Unavailable`` when models in use leave no room for it.
+        block: what is ``taken``, given the GPUs. So many ``lasting`` bytes over the plan it takes after that, too,
+        until the next time. Raises ``InsufficientMemory`` when that is more than the whole budget, and ``Unavailable``
+        when models in use leave no room for it.
         """
         plan, worker, residency = self.plan, self.live_worker, self._facilities.residency
-        assert plan is not None
-        devices = await self._facilities.devices()
-        need = claimed(taken(devices), unified=is_unified(devices)) + plan.fixed
-        if worker is None or need.fits(plan.need):
+        if plan is None or worker is None:  # it has just ended
             yield
             return
-        if not need.fits(residency.budget):
+        devices = await self._facilities.devices()
+        need = claimed(taken(devices), unified=is_unified(devices)) + plan.fixed
+        if not need.fits(residency.budget) and not need.fits(plan.need):
             raise insufficient(self.name, need, residency.budget, " for this")
+        if not need.fits(plan.need) and not residency.could_take(self, need):
+            raise self._crowded()
         try:
-            await residency.settle(self, need)
-            if not residency.claimed.fits(residency.budget):
-                raise Unavailable(f"there is no room for this beside the models in use: {self.name} has to take more")
+            await self._claim(worker, plan, need)
+            if not need.fits(plan.need) and not residency.claimed.fits(residency.budget):
+                raise self._crowded()
             yield
         finally:
-            await self._claim(worker, plan)
+            if self.live_worker is worker:
+                await self._claim(worker, plan, plan.need + Footprint(lasting, lasting if plan.need.device else 0))
+
+    def _crowded(self) -> Unavailable:
+        return Unavailable(
+            f"there is no room for this beside the models in use: {self.name} has to take more", retry_after=1
+        )
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
@@ -575,10 +614,12 @@ class ServedModel:
         if self._settling is not None:
             await asyncio.shield(self._settling)
 
-    async def _claim(self, worker: WorkerProcess, plan: LoadPlan) -> None:
-        """Claim what it takes by plan, or what it took when it was loaded if that was more; others make room for it."""
+    async def _claim(self, worker: WorkerProcess, plan: LoadPlan, more: Footprint | None = None) -> None:
+        """Claim what it takes by plan, or what it took when it was loaded, or ``more`` than both; others make room."""
         taken = worker.memory.host + plan.fixed.host  # that of GPUs is measured for all processes together
-        await self._facilities.residency.settle(self, Footprint(max(taken, plan.need.host), plan.need.device))
+        more = more or plan.need
+        need = Footprint(max(taken, plan.need.host, more.host), max(plan.need.device, more.device))
+        await self._facilities.residency.settle(self, need)
 
     def _rest(self) -> None:
         """Leave now or later, since nobody uses it."""

@@ -251,8 +251,8 @@ class Parts(BaseModel):
 
 
 def _picture_size(value: object) -> object:
-    if isinstance(value, Size):
-        return value
+    if isinstance(value, tuple):  # of a model whose settings are taken over
+        return Size(*value)
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"should be width and height in pixels, such as 512x768, not {_shown(value)}")

@@ -21,7 +21,7 @@ def kept(space: int = 1000, clock: Callable[[], float] = time.monotonic) -> Iter
     try:
         yield links
     finally:
-        links._file.close()
+        links.close()
 
 
 class Clock:
@@ -38,7 +38,7 @@ def test_a_picture_is_kept_for_an_hour() -> None:
         name = links.put(b"a picture", "image/webp")
         assert name.endswith(".webp")
         clock.now = KEPT - 1
-        assert links.get(name) == (b"a picture", "image/webp")
+        assert links.get(name) == (b"a picture", "image/webp", 1)
         clock.now = KEPT
         assert links.get(name) is None
 
@@ -61,7 +61,9 @@ def test_the_newest_pictures_are_there_within_the_space(sizes: list[int]) -> Non
         ]
         there = [(name, data) for name, data in put if links.get(name) is not None]
         for name, data in there:
-            assert links.get(name) == (data, "image/png")
+            found = links.get(name)
+            assert found is not None
+            assert found[:2] == (data, "image/png")
         assert put[-1:] == there[-1:]
         assert sum(len(data) for _, data in there) <= 100
         assert there == put[len(put) - len(there) :]

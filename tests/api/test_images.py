@@ -106,7 +106,10 @@ def test_a_link_leads_to_the_picture(image_server: RunningServer, sdk: openai.Op
     fetched = httpx.get(picture.url)
     assert fetched.headers["content-type"] == "image/png"
     assert fetched.headers["x-content-type-options"] == "nosniff"
-    assert fetched.headers["cache-control"] == "private, max-age=3600"
+    assert re.fullmatch(r"private, max-age=(3600|35\d\d)", fetched.headers["cache-control"])
+    head = httpx.head(picture.url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(fetched.content))
     assert differ(pixels(fetched.content), made(generate(image_server, prompt="a cat"))) == 0
     assert re.fullmatch(re.escape(image_server.url) + r"/v1/images/files/[\w-]{32}\.png", picture.url)
     gone = httpx.get(picture.url[:-8] + "AAAA.png")
@@ -338,6 +341,17 @@ def test_strength_does_nothing_where_the_model_only_looks(image_server: RunningS
     assert response.headers[IGNORED_HEADER] == "strength"
     masked = edit(image_server, files={"image": photo(), "mask": right_half()}, strength="0.3")
     assert IGNORED_HEADER not in masked.headers
+
+
+def test_little_strength_that_leaves_few_steps_is_said(image_server: RunningServer) -> None:
+    photos = {"image": photo(64, 64)}
+    response = edit(image_server, path=VARIATIONS, files=photos, steps="4", strength="0.001")
+    assert response.headers[WARNING_HEADER] == "a strength of 0.001 leaves 1 of 4 steps"
+    assert WARNING_HEADER not in edit(image_server, path=VARIATIONS, files=photos, steps="2", strength="0.01").headers
+    lcm = {"scheduler": "lcm", "steps": "20"}
+    assert edit(image_server, path=VARIATIONS, files=photos, strength="0.5", **lcm).status_code == 200
+    refused = edit(image_server, path=VARIATIONS, files=photos, strength="0.3", **lcm)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "strength")
 
 
 def test_an_edit_can_be_streamed(image_server: RunningServer) -> None:

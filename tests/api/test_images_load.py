@@ -19,7 +19,7 @@ from api_helpers import LIMIT, events
 from image_helpers import GENERATIONS, LONG, edit, file_of, generate, made, opened, photo, streaming
 from model_helpers import Listener, loaded
 from running_server import RunningServer, wait_until
-from tiny_diffusion import image_entry
+from tiny_diffusion import HEAD, image_entry, write_model
 
 SOON = 2.0  # seconds within which a picture that nobody waits for must end
 
@@ -125,6 +125,75 @@ def test_one_that_leaves_the_queue_hurts_nobody(server: RunningServer) -> None:
         assert server.worker_pid() == before
 
 
+def test_a_client_that_reads_nothing_holds_up_nobody(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, tiny(image_model), LLAMASERVE_HEARTBEAT="60") as server,
+        reading_nothing(server, prompt="a lighthouse", size="256x256", steps=1, stream=True, partial_images=1),
+    ):
+        wait_until(lambda: server.running == 1)
+        wait_until(lambda: server.running == 0, LIMIT)
+        assert generate(server).status_code == 200
+        assert server.post("/v1/internal/model/unload", {"model_name": "tiny"}).status_code == 200
+        assert loaded(server) == []
+
+
+@contextlib.contextmanager
+def reading_nothing(server: RunningServer, **fields: object) -> Iterator[None]:
+    """Ask for pictures, and have hardly any room for the answer."""
+    request = httpx.Request("POST", server.url + GENERATIONS, json=fields)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(request.read())}\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # which makes the other side's buffer small
+        connection.connect((host, int(port)))
+        connection.sendall(head.encode() + request.content)
+        yield
+
+
+# ---- models that are replaced
+
+
+def test_who_waits_for_a_model_that_is_replaced_is_told(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    load = {"model_name": "tiny", "args": {"threads": 1}}
+    with serving(tmp_path, tiny(image_model)) as server, ThreadPoolExecutor(1) as clients:
+        with streaming(server, **LONG):
+            wait_until(lambda: server.running == 1)
+            second = clients.submit(generate, server)
+            wait_until(lambda: server.running == 2)
+            assert server.post("/v1/internal/model/load", load).status_code == 200
+        response = second.result()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+        assert "was replaced" in response.json()["error"]["message"]
+        assert int(response.headers["retry-after"]) > 0
+        assert generate(server).status_code == 200
+
+
+def test_other_files_are_not_taken_for_those_that_were_asked_for(
+    image_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+    files = write_model(tmp_path / "own")
+    with serving(tmp_path, tiny(files)) as server, ThreadPoolExecutor(1) as clients:
+        with streaming(server, **LONG):
+            wait_until(lambda: server.running == 1)
+            second = clients.submit(generate, server)
+            wait_until(lambda: server.running == 2)
+            (other,) = write_model(tmp_path / "other", width=2 * HEAD)[:1]
+            other.replace(files[0])
+        assert second.result().status_code == 503
+        assert generate(server).status_code == 200
+
+
+def test_a_model_with_settings_of_its_own_can_be_loaded_again(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model, settings="steps: 1, size: 128x64")) as server:
+        for args in ({}, {"threads": 1}):
+            response = server.post("/v1/internal/model/load", {"model_name": "tiny", "args": args})
+            assert response.status_code == 200, response.text
+        assert made(generate(server)).shape == (64, 128, 3)
+
+
 # ---- turns
 
 
@@ -174,6 +243,16 @@ def test_a_time_limit_ends_the_work(image_model: tuple[Path, Path], tmp_path: Pa
         assert generate(server).status_code == 200
 
 
+def test_the_time_that_a_request_waits_counts(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model, ", time_limit: 2")) as server, ThreadPoolExecutor(1) as clients:
+        first = clients.submit(generate, server, **LONG)
+        wait_until(lambda: server.running == 1)
+        second = generate(server, n=10, size="256x256")
+        for response in (first.result(), second):
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "time_limit_exceeded")
+        assert generate(server).status_code == 200
+
+
 def test_a_model_that_is_not_kept_is_loaded_once_for_all_pictures_of_a_request(
     image_model: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -210,7 +289,8 @@ def test_a_crash_in_a_stream_is_told_in_it(server: RunningServer) -> None:
         rest = list(told)
     assert rest[-1] == "[DONE]"
     assert rest[-2]["error"]["code"] == "engine_crashed"
-    server.post("/v1/internal/model/load", {"model_name": "tiny"})  # so that no crash counts
+    again = server.post("/v1/internal/model/load", {"model_name": "tiny"})  # so that no crash counts
+    assert again.status_code == 200
 
 
 def test_pictures_leave_no_memory_taken(server: RunningServer) -> None:

@@ -14,8 +14,8 @@ from tiny_diffusion import decoder_shapes, write_model, write_safetensors
 
 from llamaserve.errors import EngineError, ModelLoadFailed
 from llamaserve.images import diffusion as module
-from llamaserve.images.diffusion import Diffusion, Inputs, Pixels, Watch, partial_steps, shortened
-from llamaserve.images.values import SAMPLERS, SCHEDULERS, DiffusionParams, ImageGeneration
+from llamaserve.images.diffusion import Diffusion, Inputs, Pixels, Watch, partial_steps
+from llamaserve.images.values import SAMPLERS, SCHEDULERS, Course, DiffusionParams, ImageGeneration
 
 NOTHING = Inputs()
 
@@ -120,12 +120,11 @@ def test_pixels_of_another_shape_never_reach_the_library(diffusion: Diffusion) -
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 20, 150])
 def test_strength_says_how_much_is_left_of_a_picture(diffusion: Diffusion, steps: int) -> None:
-    totals = [shortened(steps, strength) for strength in (0.0, 0.01, 0.3, 0.75, 0.99, 1.0)]
-    for total, share in totals[:-1]:
-        made = int(total * share) + 1  # as the library reckons
-        assert 1 <= made <= steps < total
-    assert [total for total, _ in totals] == sorted((total for total, _ in totals), reverse=True)
-    assert totals[-1] == (steps, 1.0)
+    courses = [Course.of(steps, strength) for strength in (0.0, 0.01, 0.3, 0.75, 0.99, 1.0)]
+    assert all(1 <= made <= steps < total <= 1000 for total, made in courses[:-1])
+    assert [total for total, _ in courses] == sorted((total for total, _ in courses), reverse=True)
+    assert all(made == steps for _, made in courses[2:])
+    assert courses[-1] == (steps, steps)
     if steps <= 4:
         notes, plain = Notes(), draw(diffusion, steps=steps)
         pictures = [
@@ -221,7 +220,7 @@ def test_without_the_library_it_is_said_what_is_missing(
 
     module._library.cache_clear()
     monkeypatch.setattr(module.importlib, "import_module", missing)
-    with pytest.raises(ModelLoadFailed, match=r"pip install 'llamaserve\[images\]'"):
+    with pytest.raises(ModelLoadFailed, match=r"stable-diffusion\.cpp can't be loaded: No module named"):
         Diffusion(params(image_model), lambda fraction: None)
     monkeypatch.undo()
     module._library.cache_clear()

@@ -73,6 +73,14 @@ def test_all_kinds_of_colours_are_read(tmp_path: Path, mode: str) -> None:
     assert pixels_of(tmp_path, file_of(image, kind), Size(80, 40)).shape == (40, 80, 3)
 
 
+def test_grey_of_16_bits_is_as_light_as_of_8(tmp_path: Path) -> None:
+    columns = np.linspace(0, 65535, 80).astype(np.uint16)
+    data = file_of(Image.fromarray(np.tile(columns, (40, 1))))
+    assert np.abs(pixels_of(tmp_path, data, Size(80, 40))[20, :, 0].astype(int) - columns // 256).max() <= 1
+    mask = pixels_of(tmp_path, data, Size(80, 40), mask=True)[20]
+    assert np.abs(mask.astype(int) - columns // 256).max() <= 1
+
+
 def test_what_is_transparent_becomes_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (40, 40), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (20, 0, 40, 40))

@@ -29,8 +29,10 @@ PARTS: Final[Mapping[Part, Shapes]] = {  # without the prefixes that stable-diff
     "clip_l": {"text_model.embeddings.token_embedding.weight": (4, 768)},
     "clip_g": {"text_model.embeddings.token_embedding.weight": (4, 1280)},
     "t5xxl": {"shared.weight": (4, 8)},
-    "llm": {"model.embed_tokens.weight": (4, 8)},
+    "llm": {"model.norm.weight": (4,)},
 }
+HEAD: Final = 128  # numbers of an attention head
+HEADS: Final[Shapes] = {"double_blocks.0.txt_attn.norm.key_norm.scale": (HEAD,)}  # of all that are like FLUX
 
 
 class Known(NamedTuple):
@@ -46,49 +48,43 @@ def named(*names: str) -> Shapes:
     return dict.fromkeys(names, (4, 2))
 
 
+def blocks(kind: str, count: int, name: str) -> Shapes:
+    """Return a tensor of each of so many blocks."""
+    return named(*(f"{kind}_blocks.{number}.{name}" for number in range(count)))
+
+
+DOUBLE: Final = HEADS | named("double_blocks.0.img_attn.qkv.weight")
 TRANSFORMERS: Final[Mapping[str, Known]] = {
     "SD3": Known(named("joint_blocks.0.x_block.attn.qkv.weight"), families.SD3, "SD3.x"),
-    "FLUX.1": Known(named("double_blocks.0.img_attn.qkv.weight", "guidance_in.in_layer.weight"), families.FLUX, "Flux"),
-    "schnell": Known(named("double_blocks.0.img_attn.qkv.weight"), families.SCHNELL, "Flux"),
+    "FLUX.1": Known(DOUBLE | named("guidance_in.in_layer.weight"), families.FLUX, "Flux"),
+    "schnell": Known(DOUBLE, families.SCHNELL, "Flux"),
     "Fill": Known(
-        named("double_blocks.0.img_attn.qkv.weight", "guidance_in.in_layer.weight") | {"img_in.weight": (4, 384)},
+        DOUBLE | named("guidance_in.in_layer.weight") | {"img_in.weight": (4, 384)},
         families.FLUX,
         "Flux Fill",
     ),
     "Chroma": Known(
-        named("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"),
+        DOUBLE | named("distilled_guidance_layer.in_proj.weight"),
         families.CHROMA,
         "Flux",
     ),
     "Radiance": Known(
-        named(
-            "double_blocks.0.img_attn.qkv.weight",
-            "distilled_guidance_layer.in_proj.weight",
-            "nerf_final_layer_conv.conv.weight",
-        ),
+        DOUBLE | named("distilled_guidance_layer.in_proj.weight", "nerf_final_layer_conv.conv.weight"),
         families.RADIANCE,
         "Chroma Radiance",
     ),
     "Ovis": Known(
-        named("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_mlp.gate_proj.weight"),
+        DOUBLE | named("double_blocks.0.img_mlp.gate_proj.weight"),
         families.OVIS,
         "Ovis Image",
     ),
     "FLUX.2": Known(
-        named(
-            "double_blocks.0.img_attn.qkv.weight",
-            "double_stream_modulation_img.lin.weight",
-            "single_blocks.47.linear1.weight",
-        ),
+        DOUBLE | named("double_stream_modulation_img.lin.weight") | blocks("single", 48, "linear1.weight"),
         families.FLUX2,
         "Flux.2",
     ),
     "klein": Known(
-        named(
-            "double_blocks.0.img_attn.qkv.weight",
-            "double_stream_modulation_img.lin.weight",
-            "single_blocks.23.linear1.weight",
-        ),
+        DOUBLE | named("double_stream_modulation_img.lin.weight") | blocks("single", 24, "linear1.weight"),
         families.KLEIN,
         "Flux.2 klein",
     ),

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 from diffusion_tensors import CLIP, EDITORS, MODEL, STEERED, TRANSFORMERS, UNETS, VIDEOS, Known, named, prefixed, unet
 from hypothesis import given, strategies as st
 
 from llamaserve.images.values import PARTS, SCHEDULERS, Edits, Size
 from llamaserve.registry import diffusion_family
-from llamaserve.registry.diffusion_family import CONTROLLED, SD1, SD2, SDXL, SDXS, Family, family_of, makes_videos
+from llamaserve.registry.diffusion_family import (
+    CONTROLLED,
+    QWEN,
+    SD1,
+    SD2,
+    SDXL,
+    SDXS,
+    Family,
+    family_of,
+    makes_videos,
+)
 from llamaserve.registry.spec import LARGEST_SIDE, ImageDefaults
 
 FAMILIES = [value for value in vars(diffusion_family).values() if isinstance(value, Family)]
@@ -141,3 +153,68 @@ def test_families_have_names_of_their_own_and_edit_by_looking_only_if_they_can()
     assert [family.name for family in FAMILIES if family.steered] == ["FLUX.1 Control"]
     assert [family.name for family in FAMILIES if not family.decodes] == ["Chroma Radiance"]
     assert {(family.is_unet, family.sampler) for family in FAMILIES} == {(True, "euler_a"), (False, "euler")}
+
+
+# ---- in which size pictures are looked at
+
+
+def is_too_small(picture: Size) -> bool:
+    """Whether stable-diffusion.cpp cuts more out of a scaled picture than there is, which ends its process. Written as
+    in its code: in ``get_learned_condition`` of the language models' conditioner, and in ``clip_preprocess``.
+    """
+    factor, least, most = 28.0, 384 * 384, 560 * 560
+    goal = [int(math.floor(side / factor + 0.5) * factor) for side in picture]
+    if goal[0] * goal[1] > most:
+        beta = math.sqrt(picture.pixels / most)
+        goal = [max(28, math.floor(side / beta / factor) * 28) for side in picture]
+    elif goal[0] * goal[1] < least:
+        beta = math.sqrt(least / picture.pixels)
+        goal = [math.ceil(side * beta / factor) * 28 for side in picture]
+    sides = [np.float32(side) for side in picture]
+    scale = max(np.float32(wanted) / side for wanted, side in zip(goal, sides, strict=True))
+    return any(int(scale * side) < wanted for wanted, side in zip(goal, sides, strict=True))
+
+
+def is_nothing(picture: Size, canvas: Size) -> bool:
+    """Whether it scales a picture to less than a pixel, as ``prepare_image_generation_latents`` does it."""
+    width = math.sqrt(min(1024 * 1024, canvas.pixels) * picture.width // picture.height)
+    height = width * picture.height / picture.width
+    return min(math.floor(side / 32 + 0.5) for side in (width, height)) < 1
+
+
+SIDES = st.integers(16, 1024).flatmap(
+    lambda short: st.tuples(st.just(short), st.integers(short, min(16 * short, 16_383, 1024 * 1024 // short)))
+)
+
+
+@given(SIDES, st.booleans())
+def test_a_picture_is_looked_at_in_a_size_that_ends_nothing(sides: tuple[int, int], upright: bool) -> None:
+    picture = Size(*sides) if upright else Size(*reversed(sides))
+    seen = QWEN.seen(picture)
+    assert not is_too_small(seen)
+    assert not is_nothing(seen, QWEN.canvas(Size(1, 1)))
+    assert QWEN.seen(seen) == seen
+    less = [side - left for side, left in zip(picture, seen, strict=True)]
+    assert min(less) >= 0
+    assert sum(less) <= (8 if max(sides) < 15 * min(sides) else 32)
+    assert (seen == picture) == (not is_too_small(picture) and not is_nothing(picture, Size(64, 64)))
+    assert all(family.seen(picture) == picture for family in FAMILIES if family != QWEN)
+
+
+@pytest.mark.parametrize(
+    ("picture", "seen"),
+    [
+        ((577, 391), (576, 391)),
+        ((718, 406), (718, 405)),
+        ((795, 240), (795, 239)),
+        ((896, 757), (896, 756)),
+        ((253, 577), (253, 576)),
+        ((2661, 293), (2654, 293)),
+        ((262, 16), (256, 16)),
+        ((512, 512), (512, 512)),
+        ((1, 1), (1, 1)),
+        ((1, 99), (1, 99)),
+    ],
+)
+def test_pictures_of_some_sizes_are_cut_by_a_few_pixels(picture: tuple[int, int], seen: tuple[int, int]) -> None:
+    assert QWEN.seen(Size(*picture)) == seen

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from llamaserve.images.values import ImageGeneration, PictureFile, Size
+from llamaserve.images.values import ImageGeneration, LoraFile, PictureFile, Size
 from llamaserve.registry import diffusion_memory as module
 from llamaserve.registry.diffusion_family import KLEIN, SD1, SD2, SDXL, SDXS, Z_IMAGE, Family
 from llamaserve.registry.diffusion_file import DiffusionHeader, Tensor
@@ -116,6 +116,31 @@ def test_the_largest_stage_counts_and_all_that_is_asked_for() -> None:
     assert taken() < taken(references=(Size(1024, 1024),) * 3)
     assert taken() == taken(repaints=True)  # encoding takes less than decoding does
     assert taken() < taken(prompt=4000)
+    assert taken(loras=1000) == taken() + 1000
+
+
+def test_pictures_that_are_looked_at_count_as_what_they_are_scaled_to() -> None:
+    def seen(canvas: int, *sizes: tuple[int, int]) -> list[Size]:
+        return PictureWork(Size(canvas, canvas), references=tuple(Size(*size) for size in sizes)).seen
+
+    assert seen(256, (16, 16), (1000, 1000), (256, 256)) == [Size(256, 256)] * 3
+    assert seen(2048, (2048, 2048), (64, 64)) == [Size(1024, 1024)] * 2
+    assert seen(512, (1024, 256)) == [Size(1024, 256)]
+    ((width, height),) = seen(512, (577, 391))
+    assert 512 * 512 <= width * height < 1.1 * 512 * 512
+    found = header(KLEIN, language_model() | vae(), ["vae", "llm"])
+    edit = header(KLEIN, language_model() | vae(), ["vae", "llm", "llm_vision"])
+    work = PictureWork(Size(512, 512), references=(Size(64, 64),) * 8)
+    assert estimate_diffusion(found, work, flash=True) < estimate_diffusion(edit, work, flash=True)
+
+
+def test_pictures_on_the_way_are_decoded_beside_the_steps() -> None:
+    def taken(*parts: str, partial: bool) -> int:
+        found = header(KLEIN, language_model() | vae() | {f"{MODEL}txt_in.weight": (3072, 7680)}, ["llm", *parts])
+        return estimate_diffusion(found, PictureWork(Size(1024, 1024), partial=partial), flash=True)
+
+    assert taken("vae", partial=True) == taken("vae", partial=False)  # guessed from latent ones
+    assert taken("taesd", partial=True) > taken("taesd", partial=False) + 1024 * 1024 * 14 * 64
 
 
 def test_the_work_of_a_picture_is_that_of_all_it_is_made_from() -> None:
@@ -133,8 +158,11 @@ def test_the_work_of_a_picture_is_that_of_all_it_is_made_from() -> None:
         guidance=1.0,
         init=file,
         references=(file, file),
+        loras=(LoraFile("/a", 1.0, 10), LoraFile("/b", 0.5, 20)),
+        partial_images=2,
     )
-    assert PictureWork.of(job) == PictureWork(Size(112, 80), 1000, 1, (Size(96, 64),) * 2, repaints=True)
+    seen = (Size(96, 64),) * 2
+    assert PictureWork.of(job) == PictureWork(Size(112, 80), 1000, 1, seen, repaints=True, loras=30, partial=True)
 
 
 def test_flash_attention_is_left_out_where_it_is_slower() -> None:

@@ -142,8 +142,8 @@ def test_other_safetensors_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_of_a_diffusion_model_is_left_out_or_is_to_be_listed(tmp_path: Path) -> None:
-    telling = [Tensor(name, (4,)) for name in CHECKPOINT]
-    unfinished = [Tensor(name, (4,)) for name in CHECKPOINT if "first_stage" not in name]
+    telling = [Tensor(name, shape[::-1]) for name, shape in CHECKPOINT.items()]
+    unfinished = [Tensor(name, shape[::-1]) for name, shape in TRANSFORMERS["klein"].shapes.items()]
     fill(
         tmp_path,
         {

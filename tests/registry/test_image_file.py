@@ -303,8 +303,7 @@ def test_odd_shapes_are_no_error_but_one_of_ours(
 @pytest.mark.parametrize("shape", [(), (0,), (4,), (0, 0), (0, 4, 3, 3), (4, 0), (2, 2, 2)])
 def test_a_tensor_of_an_odd_shape_is_planned(tmp_path: Path, shape: tuple[int, ...]) -> None:
     names = ("first_stage_model.decoder.conv_in.weight", "first_stage_model.encoder.conv_in.weight")
-    layers = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
-    odd = (f"{PREFIX}txt_in.weight", *(f"text_encoders.llm.model.layers.0.{layer}.weight" for layer in layers))
+    odd = (f"text_encoders.llm.model.layers.0.self_attn.{letter}_proj.weight" for letter in "qk")
     shapes = CHECKPOINT | dict.fromkeys((*names, *odd), shape)
     read = read_diffusion(write_zeros(tmp_path / "klein", shapes))
     assert plan_images("brush", ModelSpec(source="file:a.safetensors"), read, ROOMY, ()).need.host > 0
@@ -395,7 +394,6 @@ def find(folder: Path, tmp_path: Path) -> Find:
     (loras / "sub").mkdir(parents=True)
     for name in ("ink", "a b-c_d.e", "sub/deep", "../outside", ".hidden"):
         write_zeros(loras / f"{name}.safetensors", {"lora_unet_x.lora_down.weight": (2, 2)})
-    (loras / "bad.safetensors").write_bytes(b"junk")
     (loras / "other.gguf").write_bytes(tiny_llama())
     os.mkfifo(loras / "pipe.safetensors")
     (loras / "folder.safetensors").mkdir()
@@ -420,7 +418,7 @@ def test_a_lora_is_found_by_its_name_with_its_ending_and_without(find: Find) -> 
 def test_no_other_name_is_one_of_a_lora(find: Find, name: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         find(name)
-    assert refused.value.message == f"brush has no LoRA called {name[:100]!r}: there is none in loras"
+    assert refused.value.message == f"brush has no LoRA called {name[:100]!r}"
     assert refused.value.param == "prompt"
 
 
@@ -431,17 +429,12 @@ def test_an_absolute_path_names_no_lora(find: Find) -> None:
             find(name)
 
 
-def test_a_lora_that_is_damaged_is_an_error_of_its_file(find: Find) -> None:
-    with pytest.raises(GGUFError, match=r"bad\.safetensors is no good safetensors file"):
-        find("bad")
-
-
 @given(st.text(max_size=20) | st.text("/.\\~ab-", max_size=12))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_found_lies_in_the_folder(find: Find, name: str) -> None:
     try:
         path = find(name)
-    except (InvalidRequest, GGUFError):
+    except InvalidRequest:
         return
     assert path.resolve().parent == find("ink").parent.resolve()
 
@@ -454,7 +447,7 @@ def test_without_a_folder_there_are_no_loras(folder: Path) -> None:
 def test_a_folder_of_loras_may_lie_anywhere(find: Find, tmp_path: Path) -> None:
     elsewhere = ImageFile("brush", spec(image={"loras": str(tmp_path / "list/loras")}), tmp_path)
     assert elsewhere.lora("ink") == find("ink")
-    with pytest.raises(InvalidRequest, match="there is none in none"):
+    with pytest.raises(InvalidRequest, match=r"brush has no LoRA called 'ink'$"):
         ImageFile("brush", spec(image={"loras": "none"}), tmp_path).lora("ink")
 
 
@@ -462,7 +455,7 @@ def test_a_folder_of_loras_may_lie_at_home(find: Find, tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     file = ImageFile("brush", spec(image={"loras": "~/list/loras"}), tmp_path / "elsewhere")
     assert file.lora("ink") == find("ink")
-    with pytest.raises(InvalidRequest, match="there is none in ~/list/loras"):
+    with pytest.raises(InvalidRequest, match=r"brush has no LoRA called 'none'$"):
         file.lora("none")
 
 
@@ -472,5 +465,5 @@ def test_a_folder_that_may_not_be_looked_into_has_no_loras(find: Find, monkeypat
 
     monkeypatch.setattr(Path, "is_file", deny)
     monkeypatch.setattr(Path, "stat", deny)
-    with pytest.raises(InvalidRequest, match="brush has no LoRA called 'ink': there is none in loras"):
+    with pytest.raises(InvalidRequest, match=r"brush has no LoRA called 'ink'$"):
         find("ink")

@@ -290,6 +290,21 @@ def test_a_model_that_takes_more_than_the_budget_stays_when_it_is_alone() -> Non
     run(work())
 
 
+def test_what_a_model_could_take_is_what_those_in_use_leave() -> None:
+    async def work() -> None:
+        residency = Residency(Footprint(30))
+        a, b, c = (Tenant(name, residency, 8) for name in "abc")
+        for tenant in (a, b, c):
+            await tenant.use()
+        a.users += 1
+        assert residency.could_take(c, Footprint(22))
+        assert not residency.could_take(c, Footprint(23))
+        assert residency.could_take(a, Footprint(30))
+        assert (a.vacated, b.vacated, c.vacated) == (0, 0, 0)
+
+    run(work())
+
+
 @pytest.mark.parametrize(("room", "stays"), [(20, True), (18, False)])
 def test_nobody_has_to_go_when_those_that_are_leaving_leave_enough_room(room: int, stays: bool) -> None:
     async def work() -> None:
