@@ -29,6 +29,7 @@ from llamaserve.registry.diffusion_family import (
     Family,
     Shapes,
 )
+from llamaserve.registry.diffusion_names import library_name
 
 _MODEL: Final = "model.diffusion_model."
 _LLM: Final = "text_encoders.llm"
@@ -61,6 +62,7 @@ _Rules = Mapping[str, Callable[[_Shape], bool]]  # for tensors whose names end s
 
 def misfits(family: Family, shapes: Shapes) -> Iterator[str]:
     """Yield what the library can't take in a model of this family: the rest of a sentence about it."""
+    yield from _misnamed(family, shapes)
     yield from _miscounted(family, shapes)
     model = {name: shape for name, shape in shapes.items() if name.startswith(_MODEL)}
     if family in _LIKE_FLUX:
@@ -72,6 +74,14 @@ def misfits(family: Family, shapes: Shapes) -> Iterator[str]:
     if family.encoders == (("llm",),):
         yield from _language_model(family, shapes)
     yield from _unfit({name: shapes[name] for name in _DECODERS if name in shapes}, {"": _is_of_a_decoder})
+
+
+def _misnamed(family: Family, shapes: Shapes) -> Iterator[str]:
+    for name in shapes:
+        try:
+            library_name(name, family)
+        except ValueError as error:
+            yield f"it has a tensor of which {error}"
 
 
 # ---- how many there are

@@ -1,9 +1,9 @@
 """Run as a process of its own: has stable-diffusion.cpp make small pictures with LoRAs, each in a child process, which
 may end without harm.
 
-It reads from standard input how a model is loaded, as JSON in a line, and the path of a LoRA in each further line; it may
-be empty. For each it prints the line's number, from 0 on, and a sum of the picture as it is after the first of two
-steps, or how the process ended; in no order, since several are at work: they mostly sleep.
+It reads from standard input how a model is loaded, as JSON in a line, and the path of a LoRA in each further line; it
+may be empty. For each it prints the line's number, from 0 on, and a sum of the picture as it is after the first of two
+steps, or how the process ended. The order is any: some are at work at once, since they mostly sleep.
 """
 
 from __future__ import annotations

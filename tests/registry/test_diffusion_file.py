@@ -621,6 +621,7 @@ QWEN_TOKENS, MISTRAL_TOKENS = 151_669, 131_072
             {"vae.decoder.conv_in.weight": (1 << 40, 0, 3, 3)},
             "conv_in.weight' has the impossible shape 1099511627776x0x3x3",
         ),
+        ({"cond_stage_model.model.transformer.resblocks.5": (4,)}, "it has a tensor of which the name ends too early"),
         ({"vae.decoder.conv_in.weight": (8193, 1, 1, 1)}, "conv_in.weight' has the impossible shape 8193x1x1x1"),
     ],
 )

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -79,10 +79,12 @@ def write(path: Path, lora: Lora) -> Path:
 
 
 def _content(name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
-    if dtype not in ("F16", "BF16", "F32"):
-        return dtype, shape, bytes([48]) * (math.prod(shape) * SIZES[dtype])
-    random = np.random.default_rng(1).standard_normal(shape) * 0.3
-    return stored(np.full(shape, 4.0) if name.endswith(("alpha", "scale")) else np.asarray(random), dtype)
+    random = np.asarray(np.random.default_rng(1).standard_normal(shape) * 0.3)
+    values = np.full(shape, 4.0) if name.endswith(("alpha", "scale")) else random
+    if dtype in ("F16", "BF16", "F32"):
+        return stored(values, dtype)
+    content = values.astype("<f8").tobytes() if dtype == "F64" else bytes([48]) * (values.size * SIZES[dtype])
+    return dtype, shape, content
 
 
 SIZES = BYTES | {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8}
@@ -443,52 +445,31 @@ def test_odd_files_are_no_error_but_one_of_ours(klein: Model, lora: Lora) -> Non
 # ---- the library
 
 
-class Painter:
-    """stable-diffusion.cpp with a model in a process of its own, which may end without harm."""
-
-    def __init__(self, header: DiffusionHeader) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
-        )
-        params = DiffusionParams(
-            path=str(header.path),
-            whole=header.whole,
-            parts={part: str(path) for part, path in header.parts.items()},
-            encodes=False,
-            small_decoder=False,
-            flash_attention=True,
-            threads=1,
-        )
-        self._write(msgspec.json.encode(params))
-
-    def _write(self, line: bytes) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + b"\n")
-        self._process.stdin.flush()
-
-    def __call__(self, path: Path | None = None) -> str:
-        """Return a sum of the picture with a LoRA, or how the process has ended."""
-        self._write(os.fsencode(path or ""))
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().decode().strip()
-
-    def end(self) -> None:
-        self._process.communicate()
-
-
-def drawn(model: Model, loras: Mapping[str, Lora], folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield what comes out without a LoRA, and with each of these."""
-    painter = Painter(model.header)
-    try:
-        yield "", painter()
-        for name, lora in loras.items():
-            yield name, painter(write(folder / "style.safetensors", lora))
-    finally:
-        painter.end()
+def drawn(header: DiffusionHeader, loras: Mapping[str, Lora], folder: Path) -> dict[str, str]:
+    """Return sums of the pictures that stable-diffusion.cpp makes with each of these LoRAs, and without one, in
+    processes of their own; or how these have ended.
+    """
+    params = DiffusionParams(
+        path=str(header.path),
+        whole=header.whole,
+        parts={part: str(path) for part, path in header.parts.items()},
+        encodes=False,
+        small_decoder=False,
+        flash_attention=True,
+        threads=1,
+    )
+    paths = [write(folder / f"{number}.safetensors", lora) for number, lora in enumerate(loras.values())]
+    lines = [msgspec.json.encode(params), b"", *(os.fsencode(path) for path in paths)]
+    done = subprocess.run(
+        [sys.executable, str(CHILD)],
+        input=b"\n".join(lines) + b"\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+        check=True,
+    )
+    answers = dict(line.split(maxsplit=1) for line in done.stdout.decode().splitlines())
+    return {name: answers[str(number)] for number, name in enumerate(("", *loras))}
 
 
 @needs_library
@@ -497,14 +478,15 @@ def test_the_library_changes_its_pictures_with_what_fits(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     fitting = {"klein": FITTING, "ernie": FITTING_CONVOLUTION}[which]
-    (_, plain), *others = drawn(request.getfixturevalue(which), fitting, tmp_path)
+    pictures = drawn(request.getfixturevalue(which).header, fitting, tmp_path)
+    plain = pictures.pop("")
     assert len(plain) == 64
-    assert {name for name, picture in others if len(picture) != 64 or picture == plain} == set()
+    assert {name for name, picture in pictures.items() if len(picture) != 64 or picture == plain} == set()
 
 
 @needs_library
 @pytest.mark.parametrize("which", ["klein", "ernie"])
 def test_the_library_ends_at_what_does_not_fit(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     ending = {"klein": ENDING, "ernie": ENDING_CONVOLUTION}[which]
-    _, *others = drawn(request.getfixturevalue(which), ending, tmp_path)
-    assert {name for name, answer in others if not answer.startswith("ended with status")} == set()
+    answers = drawn(request.getfixturevalue(which).header, ending, tmp_path)
+    assert {name for name, answer in answers.items() if not answer.startswith("ended with status")} == {""}
