@@ -33,7 +33,7 @@ Tell = Callable[[Sequence[EngineEvent]], None]
 
 # Pictures take seconds to hours, and whoever chats beside that waits for every token. What has a low priority takes
 # little from others, and hardly longer itself where nobody else computes.
-_NICENESS: Final = 10
+_NICENESS: Final = 15
 
 
 class _Request(NamedTuple):
