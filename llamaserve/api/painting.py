@@ -91,6 +91,7 @@ class Painting:
                     if isinstance(event, ImageStep):
                         self._under_way = number, event
                     yield number, job, event
+        self._leave(answered=True)
         self.close()
 
     async def _events(self, job: ImageGeneration, *, last: bool) -> AsyncGenerator[Made, None]:
@@ -146,9 +147,11 @@ class Painting:
     async def _limit(self) -> AsyncIterator[None]:
         """Have a ``with`` block end in time."""
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as scope:
                 yield
         except TimeoutError:
+            if not scope.expired():
+                raise
             raise TimeLimitExceeded(
                 f"it took longer than the {self._time_limit:g} seconds that this model's `time_limit` leaves"
             ) from None
@@ -158,11 +161,14 @@ class Painting:
         takes to read it.
         """
         await stream.over.wait()
-        await held.aclose()
-        if last:
-            self._leave(answered=not stream.failed)
-        elif self._place is not None:
-            self._place.shrink(1)
+        answered = not stream.failed
+        try:
+            await held.aclose()
+        finally:
+            if last:
+                self._leave(answered=answered)
+            elif self._place is not None:
+                self._place.shrink(1)
 
     def _leave(self, *, answered: bool = False) -> None:
         """Let others have the model and the place in its queue."""

@@ -128,17 +128,23 @@ def test_one_that_leaves_the_queue_hurts_nobody(server: RunningServer) -> None:
 def test_a_client_that_reads_nothing_holds_up_nobody(image_model: tuple[Path, Path], tmp_path: Path) -> None:
     with (
         serving(tmp_path, tiny(image_model), LLAMASERVE_HEARTBEAT="60") as server,
-        reading_nothing(server, prompt="a lighthouse", size="256x256", steps=1, stream=True, partial_images=1),
+        reading_nothing(server, prompt="a tower", size="256x256", steps=1, stream=True, partial_images=1) as connection,
     ):
         wait_until(lambda: server.running == 1)
         wait_until(lambda: server.running == 0, LIMIT)
         assert generate(server).status_code == 200
         assert server.post("/v1/internal/model/unload", {"model_name": "tiny"}).status_code == 200
         assert loaded(server) == []
+        connection.settimeout(LIMIT)
+        read = b""
+        while not read.endswith(b"0\r\n\r\n"):
+            read += connection.recv(65536)
+        assert b"image_generation.completed" in read
+        assert b'"error"' not in read
 
 
 @contextlib.contextmanager
-def reading_nothing(server: RunningServer, **fields: object) -> Iterator[None]:
+def reading_nothing(server: RunningServer, **fields: object) -> Iterator[socket.socket]:
     """Ask for pictures, and have hardly any room for the answer."""
     request = httpx.Request("POST", server.url + GENERATIONS, json=fields)
     host, port = server.url.removeprefix("http://").split(":")
@@ -148,7 +154,7 @@ def reading_nothing(server: RunningServer, **fields: object) -> Iterator[None]:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # which makes the other side's buffer small
         connection.connect((host, int(port)))
         connection.sendall(head.encode() + request.content)
-        yield
+        yield connection
 
 
 # ---- models that are replaced
