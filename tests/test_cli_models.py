@@ -487,7 +487,8 @@ def test_parts_are_fetched_and_deleted_with_their_model(desk: Desk) -> None:
 
 
 def test_a_whole_diffusion_model_of_the_folder_is_a_model_and_others_are_none(desk: Desk) -> None:
-    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), "te.x": (2,), "vae.decoder.x": (2, 3)}
+    encoders = {f"text_encoders.{name}.transformer.x": (2,) for name in ("clip_l", "clip_g")}
+    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), **encoders, "vae.decoder.x": (2, 3)}
     write_safetensors(desk.folder / "models/sub/sd3.safetensors", whole)
     write_safetensors(desk.folder / "models/vae.safetensors", {"decoder.x": (2, 3)})
     lines = {line.split()[0]: line.split()[1:] for line in desk("models").splitlines() if line.strip()}

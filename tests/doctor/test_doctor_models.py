@@ -406,7 +406,8 @@ def test_a_diffusion_model_in_several_files_is_well(listed: Write, tmp_path: Pat
 
 def test_a_whole_diffusion_model_of_the_folder_is_well(listed: Write, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), "te.x": (2,), "vae.decoder.x": (2, 3)}
+    encoders = {f"text_encoders.{name}.transformer.x": (2,) for name in ("clip_l", "clip_g")}
+    whole = {"model.diffusion_model.joint_blocks.0.x": (2, 2), **encoders, "vae.decoder.x": (2, 3)}
     write_safetensors(tmp_path / "folder/sd3.safetensors", whole)
     write_safetensors(tmp_path / "folder/vae.safetensors", {"decoder.x": (2, 3)})
     found = findings(listed("models: {}"), folder=tmp_path / "folder")
