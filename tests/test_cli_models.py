@@ -497,7 +497,7 @@ def test_a_whole_diffusion_model_of_the_folder_is_a_model_and_others_are_none(de
     assert "vae.safetensors" not in lines
     assert desk.json("show", "sub/sd3")["image"] == {
         "family": "Stable Diffusion 3",
-        "parameters": 12,
+        "parameters": 14,
         "quantisation": "F16",
         "size": "1024x1024",
         "steps": 28,

@@ -125,13 +125,15 @@ def image_entry(files: tuple[Path, Path], settings: str) -> str:
 
 
 def write_loras(folder: Path, width: int = HEAD) -> None:
-    """Write a LoRA that changes much, and a file that is none."""
+    """Write a LoRA that changes much, one of which a half is for another model, and a file that is none."""
     name, rank = "diffusion_model.double_blocks.0.img_mlp.2", 4
     shapes: Shapes = {
         f"{name}.lora_down.weight": (rank, MLP * width),
         f"{name}.lora_up.weight": (width, rank),
     }
     write_safetensors(folder / "style.safetensors", shapes, seed=3)
+    other = {name.replace(".0.", ".1."): shape for name, shape in shapes.items()}
+    write_safetensors(folder / "水墨 (half).safetensors", shapes | other, seed=3)
     (folder / "broken.safetensors").write_bytes(b"nothing of the kind")
 
 

@@ -32,6 +32,7 @@ from llamaserve.worker.supervisor import Status
 T = TypeVar("T")
 
 EARLY = 5.0  # seconds in which an error is still an HTTP error; after that a stream has begun, and errors are in-band
+WORKING = "working"  # what a request waits for of which no more is known
 CLIENT_CLOSED = 499  # nobody reads this status; nginx logs it for the same thing
 
 
@@ -129,7 +130,7 @@ def phase_of(model: ServedModel, progress: Progress | None, begun: Callable[[Pro
     if model.status is Status.LOADING:
         return f"loading {model.progress:.0%}"
     if progress is None:
-        return "working"
+        return WORKING
     return f"queued, place {progress.place}" if progress.place else begun(progress)
 
 

@@ -36,6 +36,7 @@ MOST_BREAKS: Final = 16
 _LARGEST_SEED: Final = 2**53 - 1  # what JavaScript can count to; pictures after the first count on
 _LEAST_WEIGHT, _LARGEST_WEIGHT = 0.001, 100.0
 
+_ZERO: Final = re.compile(r"[+-]?[0.]+")  # and not what is only too small for a number
 _NEAR: Final = 1e-6  # by which logarithms are rounded, at most
 _BRACKETS: Final = {"(": 1.1, "[": 1 / 1.1}
 _BRACKET: Final = re.compile(r"\\[()\[\]\\]|([(\[])|:([+-]?[.\d]+)\)|([)\]])", re.ASCII)  # or one that is a letter
@@ -64,8 +65,8 @@ def _size(value: Any) -> Any:
     return size
 
 
-def _prompt(text: str) -> str:
-    """Refuse what the library can't take."""
+def checked_prompt(text: str) -> str:
+    """Return a prompt. Raises ``ValueError`` for what the library can't take."""
     if "\0" in text:
         raise ValueError("must not contain the character U+0000")
     if (size := len(text.encode())) > MOST_PROMPT:
@@ -111,7 +112,7 @@ def _is_weight(text: str) -> bool:
         weight = abs(float(text))
     except ValueError:
         return False
-    return weight == 0 or _LEAST_WEIGHT <= weight <= _LARGEST_WEIGHT
+    return _ZERO.fullmatch(text) is not None or _LEAST_WEIGHT <= weight <= _LARGEST_WEIGHT
 
 
 def _joined(text: str) -> str:
@@ -154,7 +155,7 @@ def _files(value: Any) -> Any:
     return value
 
 
-Prompt = Annotated[Text, AfterValidator(_prompt)]
+Prompt = Annotated[Text, AfterValidator(checked_prompt)]
 
 
 class ImageFields(TextFields):

@@ -7,6 +7,7 @@ takes the place of the oldest ones once the file is as large as it may be.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import tempfile
@@ -68,7 +69,9 @@ class ImageLinks:
 
     def close(self) -> None:
         """Forget all pictures for good."""
-        self._file.close()
+        with self._lock:
+            self._places.clear()
+            self._file.close()
 
     def put(self, data: bytes, media_type: str) -> str:
         """Keep a picture, and return the last part of its link. Raises ``Unavailable`` when it can't be kept."""
@@ -76,6 +79,8 @@ class ImageLinks:
             raise Unavailable(f"the picture has {len(data)} bytes, and links are kept for {self._space} at most")
         name = f"{secrets.token_urlsafe(24)}.{media_type.rpartition('/')[2]}"
         with self._lock:
+            if self._file.closed:
+                raise Unavailable("the server is being shut down")
             self._forget_old()
             if self._end + len(data) > self._space:
                 self._forget(self._end, self._space)
@@ -110,9 +115,10 @@ class ImageLinks:
     def _forget_old(self) -> None:
         now = self._clock()
         self._places = {name: place for name, place in self._places.items() if place.until > now}
-        if not self._places and self._end:
+        if not self._places and self._end and not self._file.closed:
             self._end = 0
-            self._file.truncate(0)
+            with contextlib.suppress(OSError):  # the next pictures write over them
+                self._file.truncate(0)
 
     async def _sweep(self) -> None:
         """Forget old pictures even if nobody asks for any."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from llamaserve import __version__
-from llamaserve.api.image_fields import EditRequest, ImageFields, VariationRequest
+from llamaserve.api.image_fields import EditRequest, ImageFields, VariationRequest, checked_prompt
 from llamaserve.errors import InvalidRequest, ModelNotCapable
 from llamaserve.images.values import Course, ImageGeneration, LoraFile, PictureFile, Size
 from llamaserve.registry.diffusion_file import DiffusionHeader
@@ -66,7 +66,7 @@ def order(body: ImageFields, file: ImageFile, contents: DiffusionHeader) -> Orde
     usual = ImageSettings.of(file.spec, contents)
     if isinstance(body, VariationRequest):
         _check_uploads(body, usual, contents)
-    prompt, loras = _without_loras(body.prompt, file, contents)
+    prompt, loras, warnings = _without_loras(body.prompt, file, contents)
     sampler, spread = body.sampler or (usual.sampler, None)
     if body.scheduler and spread not in (None, body.scheduler):
         raise InvalidRequest(f"sampler names the scheduler {spread}, and scheduler {body.scheduler}", param="scheduler")
@@ -87,7 +87,7 @@ def order(body: ImageFields, file: ImageFile, contents: DiffusionHeader) -> Orde
         quality=_quality(body),
     )
     _check_scheduler(body, first, contents)
-    made = Order(first, body.count, tuple(_idle(body, first, usual, contents)), ())
+    made = Order(first, body.count, tuple(_idle(body, first, usual, contents)), warnings)
     if isinstance(body, VariationRequest) and body.size is None:
         return made
     return sized(made, first.size, body, contents)
@@ -98,7 +98,7 @@ def sized(made: Order, size: Size, body: ImageFields, contents: DiffusionHeader)
     model can't make it.
     """
     made = made.with_first(**_sizes(size, contents))
-    return replace(made, warnings=tuple(_inexact(body, made.first, contents)))
+    return replace(made, warnings=(*made.warnings, *_inexact(body, made.first, contents)))
 
 
 def looks(body: VariationRequest, usual: ImageSettings) -> bool:
@@ -166,8 +166,12 @@ def _quality(body: ImageFields) -> int:
     return _JPEG if body.output_format == "jpeg" else _WEBP
 
 
-def _without_loras(prompt: str, file: ImageFile, contents: DiffusionHeader) -> tuple[str, tuple[LoraFile, ...]]:
-    """Return a prompt without the LoRAs that it names, and these. One that is named twice works for both."""
+def _without_loras(
+    prompt: str, file: ImageFile, contents: DiffusionHeader
+) -> tuple[str, tuple[LoraFile, ...], tuple[str, ...]]:
+    """Return a prompt without the LoRAs that it names, these, and what is to be said of them. One that is named twice
+    works for both.
+    """
     scales: dict[str, float] = {}
     for found in _LORA.finditer(prompt):
         scales[found[1]] = scales.get(found[1], 0.0) + _scale(found[2])
@@ -176,8 +180,18 @@ def _without_loras(prompt: str, file: ImageFile, contents: DiffusionHeader) -> t
     for name, scale in scales.items():
         if abs(scale) > _LARGEST_SCALE:
             raise InvalidRequest(f"the LoRA {name[:100]!r} is named too often: {scale:g} in all", param="prompt")
-    loras = [(file.lora(name), scale) for name, scale in scales.items()]
-    return _LORA.sub("", prompt), tuple(LoraFile(str(path), scale, check_lora(path, contents)) for path, scale in loras)
+    try:
+        rest = checked_prompt(_LORA.sub("", prompt))
+    except ValueError as error:
+        raise InvalidRequest(f"the prompt without its LoRAs {error}", param="prompt") from None
+    loras, warnings = [], []
+    for name, scale in scales.items():
+        path = file.lora(name)
+        fit = check_lora(path, contents)
+        loras.append(LoraFile(str(path), scale, fit.size))
+        if fit.used < fit.tensors:
+            warnings.append(f"only {fit.used} of {fit.tensors} tensors of the LoRA {path.stem!a} are for this model")
+    return rest, tuple(loras), tuple(warnings)
 
 
 def _scale(text: str | None) -> float:

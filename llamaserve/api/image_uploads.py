@@ -25,7 +25,7 @@ from llamaserve.images.pictures import PictureReader
 from llamaserve.images.values import PictureFile, Size
 from llamaserve.registry.diffusion_file import DiffusionHeader
 from llamaserve.registry.image_file import ImageSettings
-from llamaserve.registry.spec import LEAST_SIDE
+from llamaserve.registry.spec import LARGEST_SIDE, LEAST_SIDE
 
 _LOOKED_AT: Final = 1024 * 1024  # pixels of a picture that a model looks at; it sees no more
 _SMALL: Final = 512 * 512  # pixels that a picture may keep, whatever the model was made for
@@ -108,9 +108,9 @@ class UploadedPictures:
 
 
 def _shrunk(size: Size, pixels: int) -> Size:
-    """Return a size of the same shape with so many pixels at most, but no side shorter than it may be."""
+    """Return a size of the same shape with so many pixels at most, but no side shorter or longer than it may be."""
     factor = min(1.0, math.sqrt(pixels / size.pixels))
-    factor = max(factor, LEAST_SIDE / min(size))
+    factor = min(max(factor, LEAST_SIDE / min(size)), LARGEST_SIDE / max(size))
     return Size(round(size.width * factor), round(size.height * factor))
 
 

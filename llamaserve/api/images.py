@@ -164,10 +164,10 @@ async def _whole(request: _Answering, painting: Painting) -> Response:
     order = await painting.open()
     pictures: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
-    async for _, job, made in painting.pictures():
-        if isinstance(made, GeneratedImage):
-            pictures.append(await request.picture(made.data, job))
-            facts = request.facts(job)
+    async for made in painting.pictures():
+        if isinstance(made.event, GeneratedImage):
+            pictures.append(await request.picture(made.event.data, made.job))
+            facts = request.facts(made.job)
     answer = {"created": request.created, **facts, "data": pictures}
     content = await asyncio.to_thread(msgspec.json.encode, answer)  # which may have 100 MB
     return Response(content, media_type="application/json", headers=_headers(request, order))
@@ -208,22 +208,20 @@ async def _after(first: asyncio.Future[bytes], events: AsyncIterator[bytes]) -> 
 
 async def _events(request: _Answering, painting: Painting) -> AsyncIterator[bytes]:
     """Yield OpenAI's events, and one for each step."""
-    async for number, job, made in painting.pictures():
-        yield event(await _event(request, number, job, made))
+    async for made in painting.pictures():
+        yield event(await _event(request, made))
 
 
-async def _event(request: _Answering, number: int, job: ImageGeneration, made: Made) -> Mapping[str, Any]:
-    common = {"created_at": request.created, "index": number}
-    match made:
+async def _event(request: _Answering, made: Made) -> Mapping[str, Any]:
+    common, job = {"created_at": request.created, "index": made.number}, made.job
+    match made.event:
         case ImageStep(_, step, steps):
             return {"type": f"{request.kind}.progress", **common, "step": step, "steps": steps}
         case PartialImage(_, index, data):
             picture = {"b64_json": _base64(data), "partial_image_index": index}
             return {"type": f"{request.kind}.partial_image", **common, **picture, **request.facts(job)}
         case GeneratedImage(_, data):
-            return {
-                "type": f"{request.kind}.completed",
-                **common,
-                **await request.picture(data, job),
-                **request.facts(job),
-            }
+            picture = await request.picture(data, job)
+            if request.unlinked is not None:
+                picture["warning"] = request.unlinked
+            return {"type": f"{request.kind}.completed", **common, **picture, **request.facts(job)}

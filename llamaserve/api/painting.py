@@ -1,8 +1,8 @@
 """Making the pictures of an HTTP request, one after the other, until they are all made or its client has left.
 
-At each model one picture is made at a time, and requests take turns, picture by picture. The library can't be stopped
-in the middle of one. So when nobody waits for it any more, and it is not done very soon, the model's process is ended;
-the next request loads the model again.
+At each model one picture is made at a time, and requests take turns, picture by picture; nobody waits for a client that
+reads slowly. The library can't be stopped in the middle of a picture. So when nobody wants it any more, and it is not
+done very soon, the model's process is ended; the next request loads the model again.
 
 Knows the stream of engine events; what a request or an answer looks like is the endpoint's business.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator
+from typing import Final, NamedTuple
 
 import msgspec
 
-from llamaserve.api.generating import phase_of
+from llamaserve.api.generating import WORKING, phase_of
 from llamaserve.api.image_fields import ImageFields, VariationRequest
 from llamaserve.api.image_order import Order, described, order
 from llamaserve.api.image_uploads import UploadedPictures
@@ -29,11 +29,18 @@ from llamaserve.registry.diffusion_file import DiffusionHeader
 from llamaserve.registry.diffusion_memory import PictureWork
 from llamaserve.registry.image_file import ImageFile, ImageSettings, footprint, require_packages
 from llamaserve.registry.served import ServedModel, Use
-from llamaserve.worker.process import ImageStream, WorkerProcess
-
-Made = ImageStep | PartialImage | GeneratedImage
+from llamaserve.worker.process import ImageStream
 
 GRACE: Final = 0.7  # seconds in which a picture that nobody waits for may still become ready
+_UNREAD: Final = 4  # unfinished pictures that wait for a slow client; it misses the others
+
+
+class Made(NamedTuple):
+    """What has become of one of a request's pictures, by its number from 0 on and its settings."""
+
+    number: int
+    job: ImageGeneration
+    event: ImageStep | PartialImage | GeneratedImage
 
 
 class Painting:
@@ -46,14 +53,15 @@ class Painting:
         self._body = body
         self._uploaded = None if upload is None else UploadedPictures(services.pictures, upload)
         self._place: Place | None = None
-        self._use: Use | None = None  # from the first picture to the last: it is not unloaded between them
-        self._stream: ImageStream | None = None  # of the picture that is being made
-        self._under_way: tuple[int, ImageStep | None] | None = None  # the same, by number
+        self._order: Order | None = None  # known once it is open
+        self._contents: DiffusionHeader | None = None  # of the files that it was ordered from, likewise
+        self._making: asyncio.Task[None] | None = None
+        self._made: asyncio.Queue[Made | Exception | None] = asyncio.Queue()  # None: all of them
+        self._unread = 0  # unfinished pictures among them
+        self._under_way: tuple[int, ImageStep | None] | None = None  # the picture that is being made
         self._waits = True  # for the model, or for its turn
         self._time_limit: float | None = None
         self._deadline: float | None = None  # moment
-        self._order: Order | None = None  # known once it is open
-        self._contents: DiffusionHeader | None = None  # of the files that it was ordered from, likewise
 
     async def open(self) -> Order:
         """Look at what is asked for, and then at the uploads. Raises whatever makes the request impossible."""
@@ -78,51 +86,87 @@ class Painting:
             self._order = await self._uploaded.added_to(self._order, self._body, usual, contents)
         return self._order
 
-    async def pictures(self) -> AsyncIterator[tuple[int, ImageGeneration, Made]]:
-        """Yield what becomes of the pictures, each with its number from 0 on and its settings. Raises
-        ``TimeLimitExceeded`` once the model's time limit is over, and ``Unavailable`` when it has been replaced.
+    async def pictures(self) -> AsyncIterator[Made]:
+        """Yield what becomes of the pictures. Raises ``TimeLimitExceeded`` once the model's time limit is over, and
+        ``Unavailable`` when it has been replaced.
         """
         assert self._order is not None
-        for number, job in enumerate(self._order.jobs()):
-            self._under_way = number, None
-            job = msgspec.structs.replace(job, settings=described(job, self._model.name))
-            async with contextlib.aclosing(self._events(job, last=number + 1 == self._order.count)) as events:
-                async for event in events:
-                    if isinstance(event, ImageStep):
-                        self._under_way = number, event
-                    yield number, job, event
-        self._leave(answered=True)
+        self._making = self._services.background(self._make(self._order))
+        while (made := await self._made.get()) is not None:
+            if isinstance(made, Exception):
+                raise made
+            self._unread -= isinstance(made.event, PartialImage)
+            yield made
         self.close()
 
-    async def _events(self, job: ImageGeneration, *, last: bool) -> AsyncGenerator[Made, None]:
-        """Make a picture once it is its turn."""
-        async with contextlib.AsyncExitStack() as stack:
-            self._waits = True
-            worker = await self._turn(stack)
-            self._waits = False
-            spec, contents, work = self._model.spec, await self._checked_contents(), PictureWork.of(job)
-            room = self._model.more_room(lambda gpus: footprint(spec, contents, gpus, work), lasting=work.loras)
-            await stack.enter_async_context(room)
-            self._stream = stream = worker.generate_image(job)
-            self._services.background(self._see_through(stream, stack.pop_all(), last=last))
-        try:
-            async for event in self._in_time(stream):
-                yield event
-        finally:
-            self._end_current()
+    def close(self) -> None:
+        """End it if it is still going on, and let others have its place. Further calls do nothing."""
+        if self._making is not None:
+            self._making.cancel()
+        if self._place is not None:
+            self._place.leave()
+        if self._uploaded is not None:
+            self._uploaded.close()
 
-    async def _turn(self, stack: contextlib.AsyncExitStack) -> WorkerProcess:
-        """Wait until the model is loaded, and no other picture is made at it. The ``stack`` gives the turn back."""
-        if self._use is None:
-            self._use = self._model.use()
-            await self._use.worker()
-            if self._use.model is not self._model:
+    async def _make(self, wanted: Order) -> None:
+        """Make all pictures, and hold the model from the first to the last: it is not unloaded between them."""
+        use = self._model.use()
+        try:
+            await use.worker()
+            if use.model is not self._model:
                 raise self._replaced()
             if (limit := self._model.spec.time_limit) is not None:
                 self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
-        async with self._limit():
-            await stack.enter_async_context(self._model.turn())
-            return await self._use.again()  # another picture, for which nobody waited, may have ended the process
+            for number, job in enumerate(wanted.jobs()):
+                self._under_way = number, None
+                await self._draw(number, msgspec.structs.replace(job, settings=described(job, self._model.name)), use)
+            use.keep(self._body.keep_alive)
+            self._made.put_nowait(None)
+        except Exception as error:  # noqa: BLE001 - raised where the pictures are read
+            self._made.put_nowait(error)
+        finally:
+            use.leave()
+            if self._place is not None:
+                self._place.leave()
+
+    async def _draw(self, number: int, job: ImageGeneration, use: Use) -> None:
+        """Make a picture once it is its turn."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._waits = True
+            async with self._in_time():
+                await stack.enter_async_context(self._model.turn())
+            before = asyncio.get_running_loop().time()
+            worker = await use.again()  # another picture, for which nobody waited, may have ended the process
+            if self._deadline is not None:
+                self._deadline += asyncio.get_running_loop().time() - before
+            spec, contents, work = self._model.spec, await self._checked_contents(), PictureWork.of(job)
+            room = self._model.more_room(lambda gpus: footprint(spec, contents, gpus, work), lasting=work.loras)
+            await stack.enter_async_context(room)
+            self._waits = False
+            stream = worker.generate_image(job)
+            try:
+                await self._follow(number, job, stream)
+            finally:
+                await _finish(self._model, stream)
+        if self._place is not None:
+            self._place.shrink(1)
+
+    async def _follow(self, number: int, job: ImageGeneration, stream: ImageStream) -> None:
+        """Pass on what becomes of a picture."""
+        events = stream.events()
+        while True:
+            async with self._in_time():
+                event = await anext(events, None)
+            match event:
+                case None:
+                    return
+                case PartialImage() if self._unread == _UNREAD:
+                    continue
+                case PartialImage():
+                    self._unread += 1
+                case ImageStep():
+                    self._under_way = number, event
+            self._made.put_nowait(Made(number, job, event))
 
     async def _checked_contents(self) -> DiffusionHeader:
         """Return what the model's files say. Raises ``Unavailable`` when that has changed since it was ordered."""
@@ -134,17 +178,8 @@ class Painting:
     def _replaced(self) -> Unavailable:
         return Unavailable(f"{self._model.name} was replaced while the request waited for it", retry_after=1)
 
-    async def _in_time(self, stream: ImageStream) -> AsyncIterator[Made]:
-        events = stream.events()
-        while True:
-            async with self._limit():
-                event = await anext(events, None)
-            if event is None:
-                return
-            yield event
-
     @contextlib.asynccontextmanager
-    async def _limit(self) -> AsyncIterator[None]:
+    async def _in_time(self) -> AsyncIterator[None]:
         """Have a ``with`` block end in time."""
         try:
             async with asyncio.timeout_at(self._deadline) as scope:
@@ -156,55 +191,20 @@ class Painting:
                 f"it took longer than the {self._time_limit:g} seconds that this model's `time_limit` leaves"
             ) from None
 
-    async def _see_through(self, stream: ImageStream, held: contextlib.AsyncExitStack, *, last: bool) -> None:
-        """Let others have their turn as soon as a picture is done, or its process has ended, however long the client
-        takes to read it.
-        """
-        await stream.over.wait()
-        answered = not stream.failed
-        try:
-            await held.aclose()
-        finally:
-            if last:
-                self._leave(answered=answered)
-            elif self._place is not None:
-                self._place.shrink(1)
-
-    def _leave(self, *, answered: bool = False) -> None:
-        """Let others have the model and the place in its queue."""
-        if self._use is not None:
-            if answered:
-                self._use.keep(self._body.keep_alive)
-            self._use.leave()
-        if self._place is not None:
-            self._place.leave()
-
-    def _end_current(self) -> None:
-        """End the picture that is being made, unless it is done very soon."""
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            self._services.background(_give_up(self._model, stream))
-
-    def close(self) -> None:
-        """End it if it is still going on, and let others have its place. Further calls do nothing."""
-        self._end_current()
-        self._leave()
-        if self._uploaded is not None:
-            self._uploaded.close()
-
     @property
     def phase(self) -> str:
         """What the client waits for, in a few words."""
         if self._under_way is None or self._order is None:
-            return "reading"
+            return phase_of(self._model, None, str)
         number, step = self._under_way
         which = f"picture {number + 1} of {self._order.count}, " if self._order.count > 1 else ""
         if self._waits:
-            return which + ("queued" if self._model.taken else phase_of(self._model, None, str))
+            words = phase_of(self._model, None, str)
+            return which + ("queued" if words == WORKING else words)
         return which + (f"step {step.step} of {step.steps}" if step is not None else "reading the prompt")
 
 
-async def _give_up(model: ServedModel, stream: ImageStream) -> None:
+async def _finish(model: ServedModel, stream: ImageStream) -> None:
     """Wait a moment for a picture that nobody wants any more, or else end the process that makes it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(GRACE):

@@ -43,11 +43,12 @@ class Services:
     running: dict[str, GenerationStream] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have something done that no request waits for."""
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have something done that goes on even if no request waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _services(request: Request) -> Services:  # which spares a thread for each request

@@ -2,7 +2,8 @@
 
 A model is one file, or several: the diffusion model, and parts such as the text encoder. Files are safetensors or GGUF,
 and are checked as far as their headers tell; what stable-diffusion.cpp refuses by itself (a tensor that is missing, or
-of another shape) is left to it. Tensors get the names that the library gives them, from which part they come included.
+of another shape) is left to it. Tensors get the beginnings of names that the library gives them, from which part they
+come included; ``diffusion_names`` has the rest.
 
 Knows no names of models, and nothing of how much memory is there.
 """
@@ -78,7 +79,7 @@ Tensors = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class DiffusionHeader:
     """What the files of a diffusion model say of themselves. ``whole`` tells that the first may hold more than the
-    diffusion model. ``tensors`` are all, by the names that stable-diffusion.cpp gives them.
+    diffusion model. ``tensors`` are all, by names that begin as stable-diffusion.cpp has them.
     """
 
     path: Path

@@ -83,11 +83,19 @@ class _Tensor(NamedTuple):
     shape: Shape
 
 
+class LoraFit(NamedTuple):
+    """How many bytes a LoRA takes once stable-diffusion.cpp has loaded it, and how many of its tensors are of use."""
+
+    size: int
+    used: int
+    tensors: int
+
+
 _Part = dict[str, _Tensor]  # what changes a layer, or a part of it, such as lora_up and lora_down
 
 
-def check_lora(path: Path, header: DiffusionHeader) -> int:
-    """Check that a LoRA fits a model, and return how many bytes it takes once stable-diffusion.cpp has loaded it.
+def check_lora(path: Path, header: DiffusionHeader) -> LoraFit:
+    """Check that a LoRA fits a model, and return what it is for it.
 
     Raises:
         GGUFError: The file can't be read, changes nothing of the model, or is one that the library fails at.
@@ -107,7 +115,8 @@ def check_lora(path: Path, header: DiffusionHeader) -> int:
     except (_Misfit, ValueError) as error:
         raise GGUFError(f"the LoRA {path.name} can't be used with this {header.family.name} model: {error}") from error
     loaded = (tensor for name, tensor in tensors.items() if name.startswith(_LOADED))
-    return sum(math.prod(tensor.shape) * _ITEM_SIZES[tensor.type] for tensor in loaded)
+    size = sum(math.prod(tensor.shape) * _ITEM_SIZES[tensor.type] for tensor in loaded)
+    return LoraFit(size, sum(len(part) for parts in layers.values() for part in parts.values()), len(stored))
 
 
 def _model(header: DiffusionHeader) -> Tensors:

@@ -44,7 +44,7 @@ from llamaserve.worker.protocol import Device
 
 _EXTRA: Final = "images"
 _LORA: Final = ".safetensors"
-_LORA_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,199}")
+_LORA_NAME: Final = re.compile(r"[\w(\[+][^/\\<>:\x00-\x1f\x7f]{0,199}")  # a file of the folder, and not a hidden one
 
 
 class ImageFile(OtherFile[DiffusionHeader]):

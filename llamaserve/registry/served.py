@@ -94,8 +94,9 @@ class Use:
         self._worker: WorkerProcess | None = None
 
     async def worker(self) -> WorkerProcess:
-        """Return the process that runs the model, loading it first if need be; the same one each time. If the model is
-        replaced while it waits, that is the process of the one that has its name now.
+        """Return the process that runs the model, loading it first if need be; the same one each time,
+        unless ``again`` is called. If the model is replaced while it waits, that is the process of the one that has its
+        name now.
         """
         while self._worker is None:
             if self._model is None:

@@ -216,11 +216,6 @@ class ImageStream:
         self.over = asyncio.Event()  # set once the child is done with it, whether that is taken or not
         self._inbox.when_over(1, self.over.set)
 
-    @property
-    def failed(self) -> bool:
-        """Whether there is to be no picture."""
-        return self._inbox.failed
-
     async def events(self) -> AsyncIterator[ImageStep | PartialImage | GeneratedImage]:
         """Yield what becomes of it, in order; the last one is a ``GeneratedImage``."""
         while True:

@@ -218,6 +218,14 @@ def test_a_lora_changes_the_pictures_that_name_it_and_no_others(image_server: Ru
     assert differ(made(generate(image_server)), plain) == 0
     told = opened(file_of(generate(image_server, prompt="a<lora:style:0.5>").json()["data"][0])).info["parameters"]
     assert "Lora: style:0.5" in told
+    half = generate(image_server, prompt="a lighthouse<lora:水墨 (half)>")
+    assert differ(made(half), styled) == 0
+    said = "only 2 of 4 tensors of the LoRA '\\u6c34\\u58a8 (half)' are for this model"
+    assert half.headers[WARNING_HEADER] == said
+    assert WARNING_HEADER not in generate(image_server, prompt="a lighthouse<lora:style>").headers
+    for trick in ("(a:<lora:style>.)", "(a:<lora:style>100000)", "BRE<lora:style:0>AK " * 17):
+        response = generate(image_server, prompt=trick)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
     for name, status in (("nobody", 400), ("../style", 400), ("style:nan", 400), ("style:99", 400), ("broken", 500)):
         response = generate(image_server, prompt=f"a lighthouse<lora:{name}>")
         assert response.status_code == status, response.text

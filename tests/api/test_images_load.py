@@ -125,21 +125,25 @@ def test_one_that_leaves_the_queue_hurts_nobody(server: RunningServer) -> None:
         assert server.worker_pid() == before
 
 
-def test_a_client_that_reads_nothing_holds_up_nobody(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_reads_nothing_holds_up_nobody(
+    image_model: tuple[Path, Path], tmp_path: Path, count: int
+) -> None:
+    fields = {"prompt": "a tower", "n": count, "size": "256x256", "steps": 1, "stream": True, "partial_images": 1}
     with (
         serving(tmp_path, tiny(image_model), LLAMASERVE_HEARTBEAT="60") as server,
-        reading_nothing(server, prompt="a tower", size="256x256", steps=1, stream=True, partial_images=1) as connection,
+        reading_nothing(server, **fields) as connection,
     ):
         wait_until(lambda: server.running == 1)
-        wait_until(lambda: server.running == 0, LIMIT)
         assert generate(server).status_code == 200
+        wait_until(lambda: server.running == 0, LIMIT)
         assert server.post("/v1/internal/model/unload", {"model_name": "tiny"}).status_code == 200
         assert loaded(server) == []
         connection.settimeout(LIMIT)
         read = b""
         while not read.endswith(b"0\r\n\r\n"):
             read += connection.recv(65536)
-        assert b"image_generation.completed" in read
+        assert read.count(b"image_generation.completed") == count
         assert b'"error"' not in read
 
 
@@ -155,6 +159,18 @@ def reading_nothing(server: RunningServer, **fields: object) -> Iterator[socket.
         connection.connect((host, int(port)))
         connection.sendall(head.encode() + request.content)
         yield connection
+
+
+def test_a_stream_that_ends_as_its_model_is_loaded_leaves_it(image_model: tuple[Path, Path], tmp_path: Path) -> None:
+    with serving(tmp_path, tiny(image_model, ", keep_alive: -1")) as server, ThreadPoolExecutor(1) as clients:
+        for _ in range(3):
+            assert server.post("/v1/internal/model/unload", {"model_name": "tiny"}).status_code == 200
+            with waiting(server, stream=True):
+                wait_until(lambda: server.get("/v1/internal/health")["models"]["tiny"] == "loading")
+                unloading = clients.submit(server.post, "/v1/internal/model/unload", {"model_name": "tiny"})
+                time.sleep(0.05)
+            assert unloading.result().status_code == 200
+            assert generate(server).status_code == 200
 
 
 # ---- models that are replaced
@@ -253,7 +269,7 @@ def test_the_time_that_a_request_waits_counts(image_model: tuple[Path, Path], tm
     with serving(tmp_path, tiny(image_model, ", time_limit: 2")) as server, ThreadPoolExecutor(1) as clients:
         first = clients.submit(generate, server, **LONG)
         wait_until(lambda: server.running == 1)
-        second = generate(server, n=10, size="256x256")
+        second = generate(server)
         for response in (first.result(), second):
             assert (response.status_code, response.json()["error"]["code"]) == (504, "time_limit_exceeded")
         assert generate(server).status_code == 200

@@ -107,7 +107,7 @@ class Model(NamedTuple):
 def model_of(family: Family, shapes: Mapping[str, Tensor], folder: Path, *files: Path) -> Model:
     path, decoder = files or (folder / "none", None)
     header = DiffusionHeader(path, {"taesd": decoder} if decoder else {}, True, family, dict(shapes))
-    return Model(header, lambda lora: check_lora(write(folder / "style.safetensors", lora), header))
+    return Model(header, lambda lora: check_lora(write(folder / "style.safetensors", lora), header).size)
 
 
 def imagined(family: Family, shapes: Shapes, folder: Path, dtype: str = "F16") -> Model:
