@@ -226,14 +226,15 @@ def test_the_end_of_the_server_does_not_wait_for_a_hub_that_is_silent(
     registry: Registry, lock: LockFile, model_hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads_module, "CLOSE_LIMIT", 0.2)
+    model_hub.files["large-Q4_1.gguf"] = LARGE[:10_000]  # so little that nothing is reported before it is whole
     model_hub.gate = threading.Event()
 
     async def check() -> None:
         downloads = Downloads()
         download = downloads.start(registry, "large", lock)
-        await until(lambda: download.done > 0)
+        await until(lambda: any("/resolve/" in asked[1] for asked in model_hub.requests("GET")))
         await downloads.aclose()
-        assert download.state is State.CANCELLED
+        assert (download.state, download.done) == (State.CANCELLED, 0)
         assert download.ended is not None
 
     begun = time.monotonic()
