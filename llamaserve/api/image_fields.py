@@ -6,8 +6,6 @@ diffusion models. docs/images.md has all fields.
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -17,6 +15,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, WithJ
 from llamaserve.api.fields import Text
 from llamaserve.api.vectors import Plain, TextFields, lower
 from llamaserve.errors import InvalidRequest
+from llamaserve.images.prompts import checked_prompt
 from llamaserve.images.values import (
     SAMPLERS,
     SCHEDULERS,
@@ -30,18 +29,9 @@ from llamaserve.registry.spec import LARGEST_SIDE, LEAST_SIDE, MOST_GUIDANCE, MO
 MOST_IMAGES: Final = 10  # of one request,
 MOST_FILES: Final = 16  # that may be made from so many
 MOST_PIXELS: Final = 2048 * 2048
-MOST_PROMPT: Final = 4096  # bytes; language models take time and memory for the square of it
-MOST_BREAKS: Final = 16
 
 _LARGEST_SEED: Final = 2**53 - 1  # what JavaScript can count to; pictures after the first count on
-_LEAST_WEIGHT, _LARGEST_WEIGHT = 0.001, 100.0
-
-_ZERO: Final = re.compile(r"[+-]?[0.]+")  # and not what is only too small for a number
-_NEAR: Final = 1e-6  # by which logarithms are rounded, at most
-_BRACKETS: Final = {"(": 1.1, "[": 1 / 1.1}
-_BRACKET: Final = re.compile(r"\\[()\[\]\\]|([(\[])|:([+-]?[.\d]+)\)|([)\]])", re.ASCII)  # or one that is a letter
 _SIZE: Final = re.compile(r"(-?\d{1,9})\s*[x*]\s*(-?\d{1,9})", re.ASCII)
-_WEIGHT: Final = re.compile(r":([+-]?[.\d]+)\)", re.ASCII)  # as in (word:1.3); the library ends its process over others
 
 _PROMPT: Final = "What the picture shows. (word:1.3) stresses a word, <lora:name> adds a LoRA."
 _SIZE_SCHEMA: Final = {"type": "string", "examples": ["512x768"], "default": "auto"}
@@ -63,56 +53,6 @@ def _size(value: Any) -> Any:
             f"must have {LEAST_SIDE} to {LARGEST_SIDE} pixels on each side, and {MOST_PIXELS:,} in all at most"
         )
     return size
-
-
-def checked_prompt(text: str) -> str:
-    """Return a prompt. Raises ``ValueError`` for what the library can't take."""
-    if "\0" in text:
-        raise ValueError("must not contain the character U+0000")
-    if (size := len(text.encode())) > MOST_PROMPT:
-        raise ValueError(f"has {size} bytes in UTF-8; {MOST_PROMPT} are the most")
-    if (count := text.count("BREAK")) > MOST_BREAKS:
-        raise ValueError(f"has the word BREAK {count} times; {MOST_BREAKS} are the most, since each begins a new part")
-    for found in _WEIGHT.finditer(text, text.find("(")) if "(" in text else ():
-        if not _is_weight(found[1]):
-            raise ValueError(
-                f"has the weight {found[1][:40]!r} for a word in brackets; it must be 0, or from {_LEAST_WEIGHT} to "
-                f"{_LARGEST_WEIGHT:g}"
-            )
-    if not _is_bearable(text):
-        raise ValueError(
-            f"has words whose weight, for all the brackets around them, is not from {_LEAST_WEIGHT} to "
-            f"{_LARGEST_WEIGHT:g}"
-        )
-    return text
-
-
-def _is_bearable(text: str) -> bool:
-    """Whether no words are stressed too much or too little by all the brackets around them: (a) stresses by 1.1, [a] by
-    1/1.1, and (a:1.3) as it says. Source: the library's parse_prompt_attention.
-    """
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-    changes: list[tuple[int, float]] = []  # of the weight's logarithm, by place
-    for found in _BRACKET.finditer(text):
-        opening, weight, closing = found.groups()
-        kind = "[" if closing == "]" else "("
-        if opening:
-            opened[opening].append(found.start())
-        elif (weight or closing) and opened[kind]:
-            factor = abs(float(weight)) if weight else _BRACKETS[kind]
-            logarithm = math.log(factor) if factor else 0.0
-            changes += [(opened[kind].pop(), logarithm), (found.start(), -logarithm)]
-    changes += [(place, math.log(_BRACKETS[kind])) for kind, places in opened.items() for place in places]
-    stresses = itertools.accumulate(change for _, change in sorted(changes))
-    return all(math.log(_LEAST_WEIGHT) - _NEAR <= each <= math.log(_LARGEST_WEIGHT) + _NEAR for each in stresses)
-
-
-def _is_weight(text: str) -> bool:
-    try:
-        weight = abs(float(text))
-    except ValueError:
-        return False
-    return _ZERO.fullmatch(text) is not None or _LEAST_WEIGHT <= weight <= _LARGEST_WEIGHT
 
 
 def _joined(text: str) -> str:
@@ -213,12 +153,14 @@ class ImageFields(TextFields):
 
     @property
     def count(self) -> int:
-        """How many pictures are wanted. Raises ``InvalidRequest`` when that is too many."""
+        """How many pictures are wanted. Raises ``InvalidRequest`` when that is too many, for seeds as well."""
         if None not in (self.n, self.batch_size) and self.n != self.batch_size:
             raise InvalidRequest(f"n is {self.n} and batch_size is {self.batch_size}; give one", param="batch_size")
         count = (self.n or self.batch_size or 1) * self.batch_count
         if count > MOST_IMAGES:
             raise InvalidRequest(f"{count} pictures are wanted; {MOST_IMAGES} are the most", param="batch_count")
+        if self.seed + count - 1 > _LARGEST_SEED:
+            raise InvalidRequest(f"the last picture's seed would be over {_LARGEST_SEED}", param=self.called("seed"))
         return count
 
 

@@ -16,8 +16,9 @@ from typing import Any, Final
 import msgspec
 
 from llamaserve import __version__
-from llamaserve.api.image_fields import EditRequest, ImageFields, VariationRequest, checked_prompt
+from llamaserve.api.image_fields import EditRequest, ImageFields, VariationRequest
 from llamaserve.errors import InvalidRequest, ModelNotCapable
+from llamaserve.images.prompts import checked_prompt
 from llamaserve.images.values import Course, ImageGeneration, LoraFile, PictureFile, Size
 from llamaserve.registry.diffusion_file import DiffusionHeader
 from llamaserve.registry.diffusion_lora import check_lora
@@ -88,9 +89,11 @@ def order(body: ImageFields, file: ImageFile, contents: DiffusionHeader) -> Orde
     )
     _check_scheduler(body, first, contents)
     made = Order(first, body.count, tuple(_idle(body, first, usual, contents)), warnings)
-    if isinstance(body, VariationRequest) and body.size is None:
-        return made
-    return sized(made, first.size, body, contents)
+    if not isinstance(body, VariationRequest):
+        return sized(made, first.size, body, contents)
+    if body.size is not None:
+        sized(made, first.size, body, contents)  # refuses it, if that is to be done, before there is work
+    return made
 
 
 def sized(made: Order, size: Size, body: ImageFields, contents: DiffusionHeader) -> Order:

@@ -222,6 +222,6 @@ async def _event(request: _Answering, made: Made) -> Mapping[str, Any]:
             return {"type": f"{request.kind}.partial_image", **common, **picture, **request.facts(job)}
         case GeneratedImage(_, data):
             picture = await request.picture(data, job)
-            if request.unlinked is not None:
+            if request.unlinked is not None and "url" not in picture:
                 picture["warning"] = request.unlinked
             return {"type": f"{request.kind}.completed", **common, **picture, **request.facts(job)}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Final, NamedTuple
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -22,7 +23,7 @@ from llamaserve.api.image_order import Order, described, order
 from llamaserve.api.image_uploads import UploadedPictures
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload
-from llamaserve.errors import ModelNotCapable, TimeLimitExceeded, Unavailable
+from llamaserve.errors import LlamaserveError, ModelNotCapable, TimeLimitExceeded
 from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 from llamaserve.registry.admission import Place
 from llamaserve.registry.diffusion_file import DiffusionHeader
@@ -30,6 +31,8 @@ from llamaserve.registry.diffusion_memory import PictureWork
 from llamaserve.registry.image_file import ImageFile, ImageSettings, footprint, require_packages
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.worker.process import ImageStream
+
+logger = logging.getLogger(__name__)
 
 GRACE: Final = 0.7  # seconds in which a picture that nobody waits for may still become ready
 _UNREAD: Final = 4  # unfinished pictures that wait for a slow client; it misses the others
@@ -52,6 +55,7 @@ class Painting:
         self._model = model
         self._body = body
         self._uploaded = None if upload is None else UploadedPictures(services.pictures, upload)
+        self._closed = False
         self._place: Place | None = None
         self._order: Order | None = None  # known once it is open
         self._contents: DiffusionHeader | None = None  # of the files that it was ordered from, likewise
@@ -101,8 +105,12 @@ class Painting:
 
     def close(self) -> None:
         """End it if it is still going on, and let others have its place. Further calls do nothing."""
-        if self._making is not None:
+        if self._making is not None and not self._closed:
             self._making.cancel()
+        self._closed = True
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._place is not None:
             self._place.leave()
         if self._uploaded is not None:
@@ -110,11 +118,9 @@ class Painting:
 
     async def _make(self, wanted: Order) -> None:
         """Make all pictures, and hold the model from the first to the last: it is not unloaded between them."""
-        use = self._model.use()
+        use = self._model.use(follows=False)  # other files would have to be asked for in other words
         try:
             await use.worker()
-            if use.model is not self._model:
-                raise self._replaced()
             if (limit := self._model.spec.time_limit) is not None:
                 self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
             for number, job in enumerate(wanted.jobs()):
@@ -122,12 +128,13 @@ class Painting:
                 await self._draw(number, msgspec.structs.replace(job, settings=described(job, self._model.name)), use)
             use.keep(self._body.keep_alive)
             self._made.put_nowait(None)
-        except Exception as error:  # noqa: BLE001 - raised where the pictures are read
+        except Exception as error:
+            if self._closed and not isinstance(error, LlamaserveError):
+                logger.exception("%s: a picture that nobody waits for could not be given up", self._model.name)
             self._made.put_nowait(error)
         finally:
             use.leave()
-            if self._place is not None:
-                self._place.leave()
+            self._give_back()
 
     async def _draw(self, number: int, job: ImageGeneration, use: Use) -> None:
         """Make a picture once it is its turn."""
@@ -141,13 +148,15 @@ class Painting:
                 self._deadline += asyncio.get_running_loop().time() - before
             spec, contents, work = self._model.spec, await self._checked_contents(), PictureWork.of(job)
             room = self._model.more_room(lambda gpus: footprint(spec, contents, gpus, work), lasting=work.loras)
-            await stack.enter_async_context(room)
+            async with self._in_time():
+                await stack.enter_async_context(room)
+            self._check_time()
             self._waits = False
             stream = worker.generate_image(job)
             try:
                 await self._follow(number, job, stream)
             finally:
-                await _finish(self._model, stream)
+                await _undisturbed(_finish(self._model, stream))
         if self._place is not None:
             self._place.shrink(1)
 
@@ -172,11 +181,8 @@ class Painting:
         """Return what the model's files say. Raises ``Unavailable`` when that has changed since it was ordered."""
         file = self._model.file
         if not isinstance(file, ImageFile) or (contents := await file.read_contents()) != self._contents:
-            raise self._replaced()
+            raise self._model.replaced()
         return contents
-
-    def _replaced(self) -> Unavailable:
-        return Unavailable(f"{self._model.name} was replaced while the request waited for it", retry_after=1)
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -187,9 +193,16 @@ class Painting:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise TimeLimitExceeded(
-                f"it took longer than the {self._time_limit:g} seconds that this model's `time_limit` leaves"
-            ) from None
+            raise self._late() from None
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            raise self._late()
+
+    def _late(self) -> TimeLimitExceeded:
+        return TimeLimitExceeded(
+            f"it took longer than the {self._time_limit:g} seconds that this model's `time_limit` leaves"
+        )
 
     @property
     def phase(self) -> str:
@@ -212,3 +225,16 @@ async def _finish(model: ServedModel, stream: ImageStream) -> None:
     if not stream.over.is_set():
         await model.unload("cancelled")
     stream.close()
+
+
+async def _undisturbed(work: Coroutine[Any, Any, None]) -> None:
+    """Have something done to its end, and only then be cancelled, however often that is asked for."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled

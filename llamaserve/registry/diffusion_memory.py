@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+from llamaserve.images.prompts import breaks
 from llamaserve.images.values import ImageGeneration, Size
 from llamaserve.registry.diffusion_family import SDXL, Z_IMAGE
 from llamaserve.registry.diffusion_file import DiffusionHeader
@@ -66,7 +67,7 @@ class PictureWork(NamedTuple):
         return cls(
             job.canvas,
             max(_SHORT_PROMPT, *(len(prompt.encode()) for prompt in prompts)),
-            max(prompt.count("BREAK") for prompt in prompts),
+            max(breaks(prompt) for prompt in prompts),
             tuple(Size(each.width, each.height) for each in job.references),
             job.init is not None,
             sum(lora.size for lora in job.loras),

@@ -89,14 +89,17 @@ class _Replaced(Exception):
 class Use:
     """A request's hold on a model. It must be left."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, *, follows: bool = True) -> None:
+        """If the model is replaced while the request waits for it, it ``follows`` to the one that has its name then, or
+        else is refused.
+        """
         self._model: ServedModel | None = model
+        self._follows = follows
         self._worker: WorkerProcess | None = None
 
     async def worker(self) -> WorkerProcess:
-        """Return the process that runs the model, loading it first if need be; the same one each time,
-        unless ``again`` is called. If the model is replaced while it waits, that is the process of the one that has its
-        name now.
+        """Return the process that runs the model, loading it first if need be; the same one each time, unless ``again``
+        is called.
         """
         while self._worker is None:
             if self._model is None:
@@ -104,6 +107,8 @@ class Use:
             try:
                 self._worker = await self._model.attach()
             except _Replaced as replaced:
+                if not self._follows:
+                    raise self._model.replaced() from None
                 self._model.detach(attached=False)
                 self._model = replaced.successor
                 self._model.hold()
@@ -267,10 +272,10 @@ class ServedModel:
 
     # ---- using it ------------------------------------------------------------------------------------------------
 
-    def use(self) -> Use:
-        """Take hold of it for a request."""
+    def use(self, *, follows: bool = True) -> Use:
+        """Take hold of it for a request. See ``Use``."""
         self.hold()
-        return Use(self)
+        return Use(self, follows=follows)
 
     def keep(self, seconds: float | None) -> None:
         """See ``Use``."""
@@ -327,14 +332,22 @@ class ServedModel:
         if self._facilities.closing:
             raise Unavailable("the server is being shut down", retry_after=1)
         if self._successor is not None:
-            raise Unavailable(f"{self.name} was replaced while the request waited for it", retry_after=1)
+            raise self.replaced()
         self._active -= 1
         self._waiting += 1
         try:
             return await self._arrive()
+        except Unavailable:
+            if self._successor is None:
+                raise
+            raise self.replaced() from None
         finally:
             self._waiting -= 1
             self._active += 1
+
+    def replaced(self) -> Unavailable:
+        """Return what is said to requests that can't go on with the model that has its name now."""
+        return Unavailable(f"{self.name} was replaced while the request waited for it", retry_after=1)
 
     async def _arrive(self) -> WorkerProcess:
         self._arriving += 1

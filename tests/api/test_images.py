@@ -321,6 +321,8 @@ def test_an_edit_may_have_another_size(image_server: RunningServer) -> None:
     assert edited.shape == (64, 64, 3)
     assert differ(edited[:, :32], original[:, 16:48]) == 0
     assert response.headers[WARNING_HEADER] == "the picture of 96x64 is cut to the shape of 64x64"
+    told = edit(image_server, files={"image": photo(96, 64)}, size="100x70", steps="1").headers[WARNING_HEADER]
+    assert told.count("can't make 100x70") == 1
 
 
 def test_a_photo_is_turned_and_made_smaller(image_server: RunningServer) -> None:

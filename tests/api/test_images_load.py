@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from api_helpers import LIMIT, events
-from image_helpers import GENERATIONS, LONG, edit, file_of, generate, made, opened, photo, streaming
-from model_helpers import Listener, loaded
+from api_helpers import ENDLESS, LIMIT, events
+from image_helpers import EDITS, GENERATIONS, LONG, edit, file_of, generate, made, opened, photo, streaming
+from model_helpers import Listener, loaded, replace
 from running_server import RunningServer, wait_until
 from tiny_diffusion import HEAD, image_entry, write_model
 
@@ -70,13 +70,17 @@ def server(shared: RunningServer, folder: Path) -> Iterator[RunningServer]:
 
 @contextlib.contextmanager
 def waiting(server: RunningServer, **fields: object) -> Iterator[None]:
-    """Ask for a picture without a stream, and hang up at the end of the block."""
+    """Ask for a picture, read nothing, and hang up at the end of the block."""
     request = httpx.Request("POST", server.url + GENERATIONS, json={"prompt": "a lighthouse", **fields})
-    host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(request.read())}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(head.encode() + request.content)
+    with socket.create_connection((request.url.host, request.url.port or 80), timeout=10) as connection:
+        connection.sendall(written(request))
         yield
+
+
+def written(request: httpx.Request) -> bytes:
+    """Return a request as it goes over the wire."""
+    lines = [f"{request.method} {request.url.path} HTTP/1.1", *(": ".join(each) for each in request.headers.items())]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode() + request.read()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -91,6 +95,18 @@ def test_a_client_that_leaves_ends_the_work_and_the_next_one_is_answered(server:
     assert time.monotonic() - left < 2 * SOON
     assert server.worker_pid() != before
     assert server.get("/v1/internal/health")["models"]["tiny"] == "loaded"
+
+
+def test_a_client_that_leaves_before_its_stream_begins_ends_the_work(server: RunningServer) -> None:
+    generate(server)
+    before = server.worker_pid()
+    os.kill(before, signal.SIGSTOP)  # so that there is no first event
+    with waiting(server, stream=True, **LONG):
+        time.sleep(1)
+    time.sleep(0.2)
+    os.kill(before, signal.SIGCONT)
+    wait_until(lambda: not psutil.pid_exists(before), SOON)
+    assert made(generate(server)).shape == (64, 64, 3)
 
 
 def test_a_picture_that_is_nearly_done_costs_no_new_load(server: RunningServer) -> None:
@@ -126,39 +142,39 @@ def test_one_that_leaves_the_queue_hurts_nobody(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("path", [GENERATIONS, EDITS])
 def test_a_client_that_reads_nothing_holds_up_nobody(
-    image_model: tuple[Path, Path], tmp_path: Path, count: int
+    image_model: tuple[Path, Path], tmp_path: Path, count: int, path: str
 ) -> None:
     fields = {"prompt": "a tower", "n": count, "size": "256x256", "steps": 1, "stream": True, "partial_images": 1}
-    with (
-        serving(tmp_path, tiny(image_model), LLAMASERVE_HEARTBEAT="60") as server,
-        reading_nothing(server, **fields) as connection,
-    ):
+    with serving(tmp_path, tiny(image_model), LLAMASERVE_HEARTBEAT="60") as server:
+        url = server.url + path
+        files = {"image": photo()}
+        edits = httpx.Request("POST", url, data={name: f"{value}" for name, value in fields.items()}, files=files)
+        connection = reading_nothing(httpx.Request("POST", url, json=fields) if path == GENERATIONS else edits)
         wait_until(lambda: server.running == 1)
         assert generate(server).status_code == 200
         wait_until(lambda: server.running == 0, LIMIT)
         assert server.post("/v1/internal/model/unload", {"model_name": "tiny"}).status_code == 200
         assert loaded(server) == []
+        assert list((tmp_path / "tmp").iterdir()) == []
         connection.settimeout(LIMIT)
         read = b""
         while not read.endswith(b"0\r\n\r\n"):
             read += connection.recv(65536)
-        assert read.count(b"image_generation.completed") == count
+        connection.close()
+        assert read.count(b".completed") == count
         assert b'"error"' not in read
 
 
-@contextlib.contextmanager
-def reading_nothing(server: RunningServer, **fields: object) -> Iterator[socket.socket]:
+def reading_nothing(request: httpx.Request) -> socket.socket:
     """Ask for pictures, and have hardly any room for the answer."""
-    request = httpx.Request("POST", server.url + GENERATIONS, json=fields)
-    host, port = server.url.removeprefix("http://").split(":")
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(request.read())}\r\n\r\n"
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # which makes the other side's buffer small
-        connection.connect((host, int(port)))
-        connection.sendall(head.encode() + request.content)
-        yield connection
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # which makes the other side's buffer small
+    connection.connect((request.url.host, request.url.port or 80))
+    connection.sendall(written(request))
+    return connection
 
 
 def test_a_stream_that_ends_as_its_model_is_loaded_leaves_it(image_model: tuple[Path, Path], tmp_path: Path) -> None:
@@ -188,6 +204,23 @@ def test_who_waits_for_a_model_that_is_replaced_is_told(image_model: tuple[Path,
         assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
         assert "was replaced" in response.json()["error"]["message"]
         assert int(response.headers["retry-after"]) > 0
+        assert generate(server).status_code == 200
+
+
+def test_who_waits_for_room_for_a_model_that_is_replaced_is_told_at_once(
+    image_model: tuple[Path, Path], starter_model: Path, tmp_path: Path
+) -> None:
+    entries, models = [chat(starter_model), tiny(image_model)], tmp_path / "models.yaml"
+    with serving(tmp_path, *entries, LLAMASERVE_MEMORY="420MB") as server, ThreadPoolExecutor(1) as clients:
+        chatting = {**ENDLESS, "model": "starter", "max_tokens": 800, "stream": True}
+        with httpx.stream("POST", server.url + "/v1/completions", json=chatting, timeout=LIMIT):
+            waits = clients.submit(generate, server)
+            wait_until(lambda: server.get("/v1/internal/health")["models"]["tiny"] == "loading")
+            replace(models, models.read_text().replace(entries[1], tiny(image_model, ", threads: 1")))
+            response = waits.result(5)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+            assert "was replaced" in response.json()["error"]["message"]
+            assert loaded(server) == ["starter"]
         assert generate(server).status_code == 200
 
 
