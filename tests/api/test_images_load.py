@@ -21,6 +21,8 @@ from model_helpers import Listener, loaded, replace
 from running_server import RunningServer, wait_until
 from tiny_diffusion import HEAD, image_entry, write_model
 
+from llamaserve.api.options import WARNING_HEADER
+
 SOON = 2.0  # seconds within which a picture that nobody waits for must end
 
 
@@ -367,6 +369,30 @@ def test_uploads_leave_nothing_behind(server: RunningServer, folder: Path) -> No
     with waiting(server, **LONG):
         wait_until(lambda: server.running == 1)
     assert edit(server, files={"image": photo()}, steps=1).status_code == 200
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="only Linux limits files of a running process")
+def test_a_picture_that_can_be_kept_under_no_link_is_sent_and_it_is_told(server: RunningServer) -> None:
+    generate(server)
+    process = psutil.Process(server.process.pid)
+    usual = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (100, usual[1]))  # bytes of a file, as if the disk were full
+    try:
+        whole = generate(server)
+        linked = generate(server, response_format="url")
+        with streaming(server, n=2, size="256x256", steps=2) as stream:
+            completed = []
+            for each in events(stream.iter_lines()):
+                if each != "[DONE]" and each["type"] == "image_generation.completed":
+                    completed.append(each)
+                    process.rlimit(psutil.RLIMIT_FSIZE, usual)
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, usual)
+    told = whole.headers[WARNING_HEADER]
+    assert told.startswith("the picture can't be kept in the temporary folder: ")
+    assert ("url" in whole.json()["data"][0], made(whole).shape) == (False, (64, 64, 3))
+    assert (linked.status_code, linked.json()["error"]["code"]) == (503, "unavailable")
+    assert [("url" in each, each.get("warning")) for each in completed] == [(False, told), (True, None)]
 
 
 # ---- beside chats
