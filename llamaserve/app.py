@@ -10,7 +10,6 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from llamaserve import __version__
 from llamaserve.api import (
@@ -30,7 +29,9 @@ from llamaserve.api import (
     moderations,
     rerank,
 )
+from llamaserve.api.access import KeyGate
 from llamaserve.api.handlers import add_error_handlers
+from llamaserve.api.hosts import HostGate, Hosts, OriginHeaders, Origins
 from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
@@ -41,6 +42,7 @@ from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer, guest_renderer
 from llamaserve.images.pictures import PictureReader
+from llamaserve.keys.watched import WatchedKeys
 from llamaserve.registry.downloads import Download, Downloads, State
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.watching import watch
@@ -52,10 +54,14 @@ _RESOURCES = (
     *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, images, models, internal),
     *(model_admin, lora, downloads_api, model_events),
 )
+_EXPOSED = (IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After")  # to web pages
 
 
-def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
-    """Return the application. It begins to load the pool's models when it starts, and ends them when it stops."""
+def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = None) -> FastAPI:
+    """Return the application. It begins to load the pool's models when it starts, and ends them when it stops. Without
+    ``keys`` everybody may use it.
+    """
+    keys = keys or WatchedKeys([], None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +88,7 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
                 links,
             )
             pool.start_loading()
-            beside = [asyncio.create_task(renderer.warm()), asyncio.create_task(watch(pool))]
+            beside = [asyncio.create_task(each) for each in (renderer.warm(), watch(pool), keys.watch())]
             try:
                 with _reloading_on_hangup(pool):
                     yield
@@ -104,15 +110,10 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
         app.include_router(resource.router)
     add_error_handlers(app)
     app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=[
-            *(IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After"),
-        ],
-    )
+    app.add_middleware(KeyGate, keys=keys)
+    origins = Origins(settings.cors_origins, lambda: keys.needed)
+    app.add_middleware(OriginHeaders, origins=origins, expose_headers=_EXPOSED)
+    app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins)
     return app
 
 

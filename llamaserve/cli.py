@@ -18,9 +18,10 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from llamaserve import __version__, cli_doctor, cli_models, cli_plan
-from llamaserve.cli_models import ModelsDir, ModelsFile, fetch_model, require_local
-from llamaserve.cli_output import err, models_folder, out, print_error, read_registry, read_settings
+from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan
+from llamaserve.cli_models import fetch_model, require_local
+from llamaserve.cli_output import err, models_folder, out, print_error, read_registry
+from llamaserve.cli_settings import takes_settings
 from llamaserve.errors import LlamaserveError, RegistryError
 from llamaserve.registry.image_file import ImageFile, ImageSettings
 from llamaserve.registry.spec import Registry, Task
@@ -66,28 +67,13 @@ def _options(
     """Serve quantised GGUF models behind an OpenAI-compatible API."""
 
 
-Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1 and ::1]")]
-Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 5000]")]
-Memory = Annotated[
-    str | None, typer.Option(help="Main memory that models may take: 6GB, 75%.  [default: 80 % of what is free]")
-]
-LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.  [default: info]")]
-
-
 @app.command(epilog=_EXAMPLES)
+@takes_settings
 def run(
+    settings: Settings,
     model: Annotated[str | None, typer.Argument(help="Name, alias, path or hf:owner/repo:QUANT.")] = None,
-    host: Host = None,
-    port: Port = None,
-    models_file: ModelsFile = None,
-    models_dir: ModelsDir = None,
-    memory: Memory = None,
-    log_level: LogLevel = None,
 ) -> None:
     """Fetch a model if need be, and serve it."""
-    settings = read_settings(
-        host=host, port=port, models_file=models_file, models_dir=models_dir, memory=memory, log_level=log_level
-    )
     registry = read_registry(settings)
     reference = model or registry.default_model
     if reference is None:
@@ -99,19 +85,12 @@ def run(
 
 
 @app.command()
+@takes_settings
 def serve(
+    settings: Settings,
     models: Annotated[list[str] | None, typer.Argument(help="Names, aliases or paths; none: start empty.")] = None,
-    host: Host = None,
-    port: Port = None,
-    models_file: ModelsFile = None,
-    models_dir: ModelsDir = None,
-    memory: Memory = None,
-    log_level: LogLevel = None,
 ) -> None:
     """Serve models that are on this machine; nothing is downloaded."""
-    settings = read_settings(
-        host=host, port=port, models_file=models_file, models_dir=models_dir, memory=memory, log_level=log_level
-    )
     registry = read_registry(settings)
     for reference in models or []:
         require_local(registry, models_folder(settings), reference, settings.options)
@@ -121,6 +100,7 @@ def serve(
 cli_models.register(app)
 cli_plan.register(app)
 cli_doctor.register(app)
+cli_keys.register(app)
 
 
 def main() -> None:
@@ -135,9 +115,10 @@ def main() -> None:
 
 
 def _serve(settings: Settings, registry: Registry, references: Sequence[str]) -> None:
-    from llamaserve.serving import make_pool, serve_forever
+    from llamaserve.serving import make_keys, make_pool, serve_forever
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keys = make_keys(settings)
     pool = make_pool(settings, registry, references)
 
     async def announce(url: str) -> None:
@@ -147,10 +128,10 @@ def _serve(settings: Settings, registry: Registry, references: Sequence[str]) ->
             raise next(iter(failures.values()))
         for failure in failures.values():
             print_error(failure)
-        _print_ready(pool, url)
+        _print_ready(pool, url, needs_key=keys.needed)
 
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server is meant to end
-        serve_forever(settings, pool, announce)
+        serve_forever(settings, pool, keys, announce)
 
 
 @contextlib.contextmanager
@@ -199,7 +180,7 @@ _TO_TRY: dict[Task, tuple[str, ...]] = {  # where a task is asked for, and curl'
 }
 
 
-def _print_ready(pool: ModelPool, url: str) -> None:
+def _print_ready(pool: ModelPool, url: str, *, needs_key: bool) -> None:
     loaded = [model for model in pool.models if model.live_worker is not None]
     names = "; ".join(_described(model) for model in loaded) or "no model"
     lines = [f"[bold green]llamaserve {__version__} is ready:[/] {escape(names)}", ""]
@@ -209,6 +190,7 @@ def _print_ready(pool: ModelPool, url: str) -> None:
         lines.append(f"  also       {others} more, loaded when a request names one: {url}/v1/models")
     if loaded:
         path, *body = _TO_TRY[task_of(loaded[0].spec, loaded[0].file.known_header)]
-        lines.append(f"  try it     curl -N {url}{path} {escape(shlex.join(body))}")
+        header = '-H "Authorization: Bearer $KEY" ' if needs_key else ""
+        lines.append(f"  try it     curl -N {header}{url}{path} {escape(shlex.join(body))}")
     out.print("\n".join(lines), highlight=False, soft_wrap=True)
     sys.stdout.flush()

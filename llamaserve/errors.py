@@ -10,6 +10,10 @@ The tree::
     │   ├── ChatTemplateError       400 invalid_request_error   chat_template_error
     │   ├── BodyTooLarge            413 invalid_request_error   body_too_large
     │   ├── RequestTimeout          408 invalid_request_error   request_timeout
+    │   ├── Unauthenticated         401 invalid_request_error   invalid_api_key
+    │   ├── AdminKeyRequired        403 invalid_request_error   admin_key_required
+    │   ├── HostNotAllowed          403 invalid_request_error   host_not_allowed
+    │   ├── OriginNotAllowed        403 invalid_request_error   origin_not_allowed
     │   └── ModelNotFound           404 invalid_request_error   model_not_found
     ├── NotSupported                501 not_supported_error     not_supported
     ├── Unavailable                 503 server_error            unavailable
@@ -18,7 +22,9 @@ The tree::
     │   ├── ModelQuarantined        503 server_error            model_quarantined
     │   ├── InsufficientMemory      507 server_error            insufficient_memory
     │   ├── QueueFull               429 rate_limit_error        queue_full
+    │   ├── RateLimitExceeded       429 rate_limit_error        rate_limit_exceeded
     │   └── TimeLimitExceeded       504 server_error            time_limit_exceeded
+    ├── KeysError                   500 server_error            keys_error              keys.yaml or a key is wrong
     ├── EngineError                 500 server_error            engine_error
     │   └── OutOfCells              500 server_error            engine_error
     └── ModelError                  500 server_error            model_error
@@ -108,6 +114,34 @@ class RequestTimeout(InvalidRequest):
     code = "request_timeout"
 
 
+class Unauthenticated(InvalidRequest):
+    """The server has keys, and the request brings none of them."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class AdminKeyRequired(InvalidRequest):
+    """The key is good, but not for what changes the server."""
+
+    status = 403
+    code = "admin_key_required"
+
+
+class HostNotAllowed(InvalidRequest):
+    """The request is for a host that is not this one, as when a web page has its name lead here."""
+
+    status = 403
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(InvalidRequest):
+    """A web page asks that may not."""
+
+    status = 403
+    code = "origin_not_allowed"
+
+
 class ModelNotFound(InvalidRequest):
     """No served model has this name or alias."""
 
@@ -163,11 +197,25 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class RateLimitExceeded(Unavailable):
+    """The key has used up for now what its limits allow."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class TimeLimitExceeded(Unavailable):
     """The request's time was up before its answer had begun."""
 
     status = 504
     code = "time_limit_exceeded"
+
+
+class KeysError(LlamaserveError):
+    """A key or keys.yaml is no good, so it is not known who may use the server."""
+
+    code = "keys_error"
 
 
 class EngineError(LlamaserveError):

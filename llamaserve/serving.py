@@ -1,23 +1,28 @@
-"""Listening on sockets and running the application on them with uvicorn, and the pool of models that the settings want.
-Knows nothing of terminals.
+"""Listening on sockets and running the application on them with uvicorn, with the pool of models and the keys that the
+settings want. Knows nothing of terminals.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from llamaserve.api.hosts import host_problem, origin_problem
 from llamaserve.app import create_app
-from llamaserve.errors import LlamaserveError
+from llamaserve.errors import KeysError, LlamaserveError
+from llamaserve.keys.keyring import given_keys, is_guessable
+from llamaserve.keys.watched import WatchedKeys
 from llamaserve.registry.budget import memory_budget
 from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
@@ -51,13 +56,29 @@ def make_pool(settings: Settings, registry: Registry, references: Sequence[str])
     )
 
 
-def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], Awaitable[None]]) -> None:
+def make_keys(settings: Settings) -> WatchedKeys:
+    """Return the keys that the settings want. Raises ``KeysError`` for those that are no good."""
+    api, admin = ([secret.get_secret_value() for secret in each] for each in (settings.api_key, settings.admin_key))
+    if settings.keys_file is not None and not settings.keys_file.expanduser().is_file():
+        raise KeysError(f"there is no file {settings.keys_file}", hint="llamaserve keys create NAME --keys-file FILE")
+    if any(map(is_guessable, (*api, *admin))):
+        logger.warning("a key of the command line or environment is so short that it could be guessed")
+    return WatchedKeys(given_keys(api, admin), settings.keys_path)
+
+
+def serve_forever(
+    settings: Settings, pool: ModelPool, keys: WatchedKeys, beside: Callable[[str], Awaitable[None]]
+) -> None:
     """Serve until a signal comes. ``beside`` runs as soon as requests are taken, with the base URL's beginning, such as
     ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
     """
+    _check_names(settings)
+    tls = _tls(settings)
     sockets = listen(settings.host, settings.port)
     try:
-        app = create_app(settings, pool)
+        if not keys.needed and not settings.insecure:
+            _refuse_the_world(sockets)
+        app = create_app(settings, pool, keys)
         config = uvicorn.Config(
             app,
             lifespan="on",
@@ -65,10 +86,12 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
             log_level="warning",
             access_log=False,
             server_header=False,
+            ws="none",
+            ssl_context_factory=None if tls is None else lambda *_: tls,
             timeout_graceful_shutdown=_STOP_LIMIT,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(_Server(config, app, pool), sockets, beside(base_url(sockets[0]))))
+            runner.run(_serve(_Server(config, app, pool), sockets, beside(base_url(sockets[0], tls=tls is not None))))
     finally:
         for sock in sockets:
             sock.close()
@@ -147,8 +170,49 @@ def _cannot_listen(address: str, port: int, error: OSError) -> LlamaserveError:
     return LlamaserveError(f"cannot listen on {address}, port {port}: {error.strerror or error}")
 
 
-def base_url(sock: socket.socket) -> str:
+def _refuse_the_world(sockets: Sequence[socket.socket]) -> None:
+    """Raise if other machines could reach a socket."""
+    for sock in sockets:
+        address = sock.getsockname()[0]
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            raise KeysError(
+                f"{address} can be reached from other machines, and the server has no key: everybody could use it",
+                hint="llamaserve keys create NAME (or --insecure, if everybody shall)",
+            )
+
+
+def _check_names(settings: Settings) -> None:
+    """Raise if a host or an origin that is allowed can't be one."""
+    for setting, values, problem_of in (
+        ("allowed_hosts", settings.allowed_hosts, host_problem),
+        ("cors_origins", settings.cors_origins or [], origin_problem),
+    ):
+        for value in values:
+            if (problem := problem_of(value)) is not None:
+                raise LlamaserveError(f"setting {setting}: {value!r} {problem}", hint="llamaserve run --help")
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return what speaks TLS with the certificate of the settings, if they have one."""
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise LlamaserveError("there is a private key and no certificate", hint="--ssl-certfile FILE")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    paths = [None if path is None else path.expanduser() for path in (settings.ssl_certfile, settings.ssl_keyfile)]
+    try:
+        context.load_cert_chain(paths[0] or "", paths[1], password="")  # an encrypted key would be asked for otherwise
+    except (OSError, ValueError) as error:  # of which ssl.SSLError is one
+        files = " and ".join(str(path) for path in paths if path is not None)
+        raise LlamaserveError(
+            f"TLS can't be spoken with {files}: {error}",
+            hint="give a certificate and its private key as PEM files, the key without a password",
+        ) from error
+    return context
+
+
+def base_url(sock: socket.socket, *, tls: bool = False) -> str:
     """Return the URL by which clients on this machine reach the socket."""
     address, port = sock.getsockname()[:2]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - compared, not bound
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{address}]' if ':' in address else address}:{port}"

@@ -5,13 +5,15 @@ Settings of models are in models.yaml. This module reads the environment and not
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import platformdirs
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 
@@ -40,6 +42,23 @@ def _size(text: str) -> str:
 
 
 Size = Annotated[str, AfterValidator(_size)]
+
+
+def _words(value: Any) -> Any:
+    """Take a JSON list, or words with commas between them, as environment variables have them."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"is no JSON list: {error}") from None
+    return [word.strip() for word in text.split(",")]
+
+
+Words = Annotated[list[str], NoDecode, BeforeValidator(_words)]
+Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(_words)]
 
 
 class Settings(BaseSettings):
@@ -74,6 +93,16 @@ class Settings(BaseSettings):
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = Field(
         "reasoning_content", description="The name under which thoughts are sent."
     )
+    state_dir: Path | None = Field(None, description="Folder in which the server keeps its records: keys and usage.")
+    api_key: Secrets = Field([], description="Keys that let somebody use the server.")
+    admin_key: Secrets = Field([], description="Keys that let somebody change the server, too.")
+    keys_file: Path | None = Field(None, description="File with named keys; keys.yaml in the state folder, if there.")
+    insecure: bool = Field(default=False, description="Listen beyond this machine without any key.")
+    allowed_hosts: Words = Field(
+        [], description="Names by which clients may call this machine, beside its own; *.example.com for all below it."
+    )
+    ssl_certfile: Path | None = Field(None, description="Certificate chain, as PEM; with it the server speaks TLS.")
+    ssl_keyfile: Path | None = Field(None, description="Private key of the certificate, as PEM, if not in that file.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
@@ -86,9 +115,22 @@ class Settings(BaseSettings):
         le=24 * 3600,
         description="Longest audio that is transcribed, in seconds; a longer one is refused.",
     )
-    cors_origins: list[str] = Field(
-        ["*"], description="Origins of web pages that may call the API, never with credentials."
+    cors_origins: Words | None = Field(
+        None,
+        description="Origins of web pages that may call the API; by default all if a key is needed, else local ones.",
     )
+
+    @property
+    def state_folder(self) -> Path:
+        """Where the server keeps its records."""
+        if self.state_dir is not None:
+            return self.state_dir.expanduser().absolute()
+        return platformdirs.user_state_path("llamaserve")
+
+    @property
+    def keys_path(self) -> Path:
+        """The file with named keys, which need not be there."""
+        return (self.keys_file or self.state_folder / "keys.yaml").expanduser().absolute()
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ from typing import Any, Self
 import httpx
 
 _CACHE = tempfile.mkdtemp(prefix="llamaserve-tests-")
+_STATE = tempfile.mkdtemp(prefix="llamaserve-tests-state-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 
 START_LIMIT = 60  # seconds
 STOP_LIMIT = 20
@@ -31,7 +33,8 @@ class RunningServer:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", "llamaserve", *arguments, "--port", "0"]
         # No test shall find what an earlier one has evaluated, unless it wants to, or touch what a user keeps.
-        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0", "LLAMASERVE_CACHE": _CACHE}
+        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0"}
+        defaults |= {"LLAMASERVE_CACHE": _CACHE, "LLAMASERVE_STATE_DIR": _STATE}
         self._environment = {**os.environ, **defaults, **(environment or {})}
         self.lines: list[str] = []
         self.url = ""

@@ -1,9 +1,78 @@
-"""Who may call what: the seam between ordinary routes and those of whoever runs the server."""
+"""Who may call what: the key of a request, and the routes that are for those who run the server.
+
+A key comes as ``Authorization: Bearer``, ``x-api-key`` or ``api-key``, whichever a client knows; one good key is
+enough. Where the server has no keys, everybody may do everything. Knows nothing of what a request is about.
+"""
 
 from __future__ import annotations
+
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llamaserve.api.caller import EVERYBODY, Caller, caller, current
+from llamaserve.api.middleware import refuse
+from llamaserve.errors import AdminKeyRequired, Unauthenticated
+from llamaserve.keys.watched import WatchedKeys
+
+_HEALTH: Final = ("/health", "/v1/internal/health")
+_LINKS: Final = "/v1/images/files/"  # whose names nobody can guess: whoever has a link may follow it
+_NAMES: Final = ("x-api-key", "api-key")
 
 
 async def admin() -> None:
     """Let whoever runs the server pass. The routers of routes that change the server, or show what others do, depend on
-    this; every other route is for everybody. There are no keys yet, so everybody passes; the admin's is checked here.
+    this; every other route is for everybody with a key.
     """
+    if not caller().admin:
+        raise AdminKeyRequired("this needs an admin key; the one that came is for ordinary requests")
+
+
+class KeyGate:
+    """Refuses requests without a good key, before they are looked at, if the server has keys; health is open to all."""
+
+    def __init__(self, app: ASGIApp, keys: WatchedKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        found = self._caller(scope)
+        if isinstance(found, Unauthenticated):
+            await refuse(scope, receive, send, found, {"www-authenticate": "Bearer"})
+            return
+        current.set(found)
+        await self._app(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller | Unauthenticated:
+        if not self._keys.needed:
+            return EVERYBODY
+        secrets = _presented(Headers(scope=scope))
+        keyring = self._keys.keyring
+        for secret in secrets:
+            if (key := keyring.find(secret)) is not None:
+                return Caller(key.name, admin=key.admin)
+        if scope["method"] in ("GET", "HEAD") and _is_open(scope["path"]):
+            return Caller(None, admin=False)
+        return Unauthenticated(
+            "this is none of the server's keys"
+            if secrets
+            else "the server needs a key: send it as `Authorization: Bearer KEY`, `x-api-key` or `api-key`"
+        )
+
+
+def _presented(headers: Headers) -> list[bytes]:
+    """Return what a request brings as keys."""
+    secrets = [headers[name] for name in _NAMES if name in headers]
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        secrets.append(credentials)
+    return [secret.strip().encode("latin-1") for secret in secrets if secret.strip()]
+
+
+def _is_open(path: str) -> bool:
+    return path.rstrip("/") in _HEALTH or path.startswith(_LINKS)

@@ -53,14 +53,19 @@ def server_bug() -> LlamaserveError:
     return LlamaserveError("the server failed to answer; its log has the details")
 
 
-def _respond(request: Request, error: LlamaserveError, status: int | None = None) -> JSONResponse:
-    body = error_body(request.url.path, error)
+def error_response(path: str, error: LlamaserveError, status: int | None = None) -> JSONResponse:
+    """Return the answer that an error makes of a request to this path."""
+    body = error_body(path, error)
     headers = {} if error.retry_after is None else {"retry-after": str(max(1, math.ceil(error.retry_after)))}
     if isinstance(error, TimeLimitExceeded | NotSupported):
         headers["x-should-retry"] = "false"  # to the openai SDK, which would try twice more, and wait as long
     if isinstance(error, RequestTimeout):
         headers["connection"] = "close"  # the rest of the request may still come
     return JSONResponse(body, status or error.status, headers)
+
+
+def _respond(request: Request, error: LlamaserveError, status: int | None = None) -> JSONResponse:
+    return error_response(request.url.path, error, status)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
+from llamaserve.api.caller import caller
 from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
 from llamaserve.api.image_fields import MOST_FILES, EditRequest, GenerationRequest, ImageFields, VariationRequest
 from llamaserve.api.image_order import Order
@@ -23,7 +24,7 @@ from llamaserve.api.painting import Made, Painting
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
 from llamaserve.api.uploads import KIND, Expected, Upload, receive, validated, values_of
-from llamaserve.errors import InvalidRequest, Unavailable
+from llamaserve.errors import InvalidRequest, Unauthenticated, Unavailable
 from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep, PartialImage
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ async def vary_image(request: Request, services: UsesServices) -> Response:
 def get_image(name: str, services: UsesServices) -> Response:
     """Return a picture that was made within the last hour."""
     found = services.image_links.get(name)
+    if found is None and caller().is_stranger:
+        raise Unauthenticated("there is no picture under this link, and nothing else here without a key")
     if found is None:
         raise _Gone("there is no picture under this link, or no longer: links are good for an hour")
     headers = {"cache-control": f"private, max-age={found.seconds:.0f}", "x-content-type-options": "nosniff"}

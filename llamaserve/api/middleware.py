@@ -1,22 +1,24 @@
-"""What happens to a request before it is routed: size limit, trailing slash, content type."""
+"""What happens to a request before it is routed: size limit, trailing slash, content type; and how one is refused."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+from collections.abc import Mapping
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaserve.api.handlers import error_body
-from llamaserve.errors import BodyTooLarge
+from llamaserve.api.handlers import error_response
+from llamaserve.errors import BodyTooLarge, LlamaserveError
 
 _UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
 PATIENCE: Final = 60.0  # seconds in which a client must send something
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
+_STRANGERS_BODY: Final = 1024 * 1024  # bytes that are read and dropped of those who are refused before that
+_STRANGERS_PATIENCE: Final = 5.0  # seconds
 
 
 class RequestGate:
@@ -42,29 +44,41 @@ class RequestGate:
         limit = self._max_upload if is_form and scope["path"].startswith(_UPLOADS) else self._max_body
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
-            await self._refuse(scope["path"], limit, receive, send)
+            await _drain(receive, limit * _DRAIN_FACTOR, PATIENCE)
+            await refuse(scope, receive, send, _too_large(limit), drain=False)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
         await self._app(scope, _Counted(receive, limit), send)
 
-    async def _refuse(self, path: str, limit: int, receive: Receive, send: Send) -> None:
-        left = limit * _DRAIN_FACTOR
-        with contextlib.suppress(TimeoutError):
-            while left > 0:
-                async with asyncio.timeout(PATIENCE):
-                    message = await receive()
-                left -= len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    break
-        error = _too_large(limit)
-        body = json.dumps(error_body(path, error)).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+async def refuse(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    error: LlamaserveError,
+    headers: Mapping[str, str] | None = None,
+    *,
+    drain: bool = True,
+) -> None:
+    """Answer a request with an error, and close the connection. What is on its way of the body is read first: some
+    clients don't see an answer that comes before they have sent all.
+    """
+    if drain:
+        await _drain(receive, _STRANGERS_BODY, _STRANGERS_PATIENCE)
+    response = error_response(scope["path"], error)
+    response.headers.update({"connection": "close", **(headers or {})})
+    await response(scope, receive, send)
+
+
+async def _drain(receive: Receive, size: int, patience: float) -> None:
+    """Read and drop a body: at most about so many bytes, and no longer than so many seconds for each piece."""
+    with contextlib.suppress(TimeoutError):
+        while size > 0:
+            async with asyncio.timeout(patience):
+                message = await receive()
+            size -= len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
 
 
 def _too_large(limit: int) -> BodyTooLarge:
