@@ -20,7 +20,6 @@ keys = typer.Typer(help="Make, list and revoke keys for the server.", no_args_is
 KeysFile = Annotated[
     Path | None, typer.Option(help="The file with the keys.  [default: keys.yaml in the state folder]")
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N")]
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +56,7 @@ def create(
 
 @keys.command("list")
 def list_keys(
-    as_json: Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")] = False,
+    as_json: Json = False,
     keys_file: KeysFile = None,
 ) -> None:
     """List the keys by name, with what they may use."""

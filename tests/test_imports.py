@@ -13,21 +13,9 @@ import llamaserve
 PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
-    *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_keys", "cli_settings", "cli_output"),
-    *(
-        "doctor",
-        "serving",
-        "app",
-        "api",
-        "chat",
-        "moderation",
-        "keys",
-        "registry",
-        "worker",
-        "engine",
-        "speech",
-        "images",
-    ),
+    *("cli", "cli_keys", "cli_settings", "cli_doctor", "cli_models", "cli_plan", "cli_output"),
+    *("doctor", "serving", "app", "api", "chat", "moderation", "keys", "registry"),
+    *("worker", "engine", "speech", "images"),
 ]
 SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
 
