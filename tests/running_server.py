@@ -88,7 +88,7 @@ class RunningServer:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
-            if (match := re.search(r"base URL\s+(http://\S+)/v1", line)) is not None:
+            if (match := re.search(r"base URL\s+(https?://\S+)/v1", line)) is not None:
                 self.url = match[1]
             if "API docs" in line:
                 self._ready.set()

@@ -6,6 +6,7 @@ enough. Where the server has no keys, everybody may do everything. Knows nothing
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -17,7 +18,7 @@ from llamaserve.errors import AdminKeyRequired, Unauthenticated
 from llamaserve.keys.watched import WatchedKeys
 
 _HEALTH: Final = ("/health", "/v1/internal/health")
-_LINKS: Final = "/v1/images/files/"  # whose names nobody can guess: whoever has a link may follow it
+_LINK: Final = re.compile(r"/v1/images/files/[\w.-]+")  # whose name nobody can guess: whoever has it may follow it
 _NAMES: Final = ("x-api-key", "api-key")
 
 
@@ -55,7 +56,7 @@ class KeyGate:
         keyring = self._keys.keyring
         for secret in secrets:
             if (key := keyring.find(secret)) is not None:
-                return Caller(key.name, admin=key.admin)
+                return Caller(key, admin=key.admin)
         if scope["method"] in ("GET", "HEAD") and _is_open(scope["path"]):
             return Caller(None, admin=False)
         return Unauthenticated(
@@ -75,4 +76,5 @@ def _presented(headers: Headers) -> list[bytes]:
 
 
 def _is_open(path: str) -> bool:
-    return path.rstrip("/") in _HEALTH or path.startswith(_LINKS)
+    path = path.rstrip("/")
+    return path in _HEALTH or _LINK.fullmatch(path) is not None

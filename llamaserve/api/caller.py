@@ -6,20 +6,27 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
+from llamaserve.keys.keyring import Key
+
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request: the name of the key, None if it has none, and whether it may change the server. One without
-    a name that may not is a stranger, to whom next to nothing is told.
+    """Who sends a request: the key, if it has one, and whether it may change the server. One without a key that may not
+    is a stranger, to whom next to nothing is told.
     """
 
-    name: str | None
+    key: Key | None
     admin: bool
+
+    @property
+    def name(self) -> str | None:
+        """The name of the key."""
+        return self.key and self.key.name
 
     @property
     def is_stranger(self) -> bool:
         """Whether the server has keys, and this request none of them."""
-        return self.name is None and not self.admin
+        return self.key is None and not self.admin
 
 
 EVERYBODY: Final = Caller(None, admin=True)  # where there are no keys

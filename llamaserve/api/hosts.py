@@ -98,7 +98,9 @@ class Origins:
 def _compiled(origin: str) -> re.Pattern[str]:
     if origin == "*":
         return re.compile(".*")
-    return re.compile(r"[a-z0-9.-]*".join(map(re.escape, origin.split("*"))), re.IGNORECASE)
+    host, any_port, _ = origin.partition(":*")
+    pattern = r"[a-z0-9.-]*".join(map(re.escape, host.split("*")))
+    return re.compile(pattern + (r":\d{1,5}" if any_port else ""), re.IGNORECASE)
 
 
 class HostGate:

@@ -43,7 +43,12 @@ class KeyEntry(Limits):
 
     def key(self, name: str, defaults: Limits) -> Key:
         """Return the key that this describes."""
-        return Key(name, bytes.fromhex(self.sha256), self.admin, self.limits(defaults))
+        limits = self.limits(defaults)
+        if limits.queue is not None and limits.concurrent is None:
+            raise KeysError(
+                f"keys.{name}: queue is how many may wait for their turn beyond concurrent, which is not given"
+            )
+        return Key(name, bytes.fromhex(self.sha256), self.admin, limits)
 
     def limits(self, defaults: Limits) -> Limits:
         """Return what the key may use."""

@@ -30,8 +30,8 @@ _Number = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 class Limits(BaseModel):
     """What a key may use at most; None: as much as there is.
 
-    ``concurrent`` requests are worked on at once and ``queue`` more may wait; of requests and of tokens (prompt and
-    answer together) there may be so many a minute.
+    ``concurrent`` requests are worked on at once and ``queue`` more may wait for that; of requests and of tokens
+    (prompt and answer together) there may be so many a minute.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,10 +78,17 @@ def given_keys(api: Sequence[str], admin: Sequence[str]) -> list[Key]:
     Raises ``KeysError`` for what no header can carry.
     """
     return [
-        Key(name if number == 1 else f"{name}-{number}", digest_of(_checked(name, secret)), admin=is_admin)
-        for name, all_secrets, is_admin in (("api-key", api, False), ("admin-key", admin, True))
-        for number, secret in enumerate(all_secrets, 1)
+        _given(kind if number == 1 else f"{kind}-{number}", secret, admin=is_admin)
+        for kind, secrets_of_kind, is_admin in (("api-key", api, False), ("admin-key", admin, True))
+        for number, secret in enumerate(secrets_of_kind, 1)
     ]
+
+
+def _given(name: str, secret: str, *, admin: bool) -> Key:
+    if not _VISIBLE.fullmatch(secret):
+        what = "is empty" if not secret else "must be of up to 512 visible ASCII characters, without spaces"
+        raise KeysError(f"the {name} {what}", hint="llamaserve keys create NAME")
+    return Key(name, digest_of(secret.encode()), admin)
 
 
 def is_given_name(name: str) -> bool:
@@ -92,13 +99,6 @@ def is_given_name(name: str) -> bool:
 def is_guessable(secret: str) -> bool:
     """Whether a key is so short that it might be found out by trying."""
     return len(secret) < _GUESSABLE
-
-
-def _checked(name: str, secret: str) -> bytes:
-    if not _VISIBLE.fullmatch(secret):
-        what = "is empty" if not secret else "must be of up to 512 visible ASCII characters, without spaces"
-        raise KeysError(f"the {name} {what}", hint="llamaserve keys create NAME")
-    return secret.encode()
 
 
 class Keyring:

@@ -1,0 +1,199 @@
+"""What a request may use, what it has used, and how it ended: it is let in by the limits of its key, and has its row in
+the ledger before its client has the whole answer.
+
+Endpoints whose work counts depend on ``metered``, and say with ``used`` what they have used. Knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextvars import ContextVar
+from typing import Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llamaserve.api.caller import Caller, caller
+from llamaserve.keys.allowance import Allowance, Allowances, Bucket
+from llamaserve.usage.ledger import Ledger
+from llamaserve.usage.record import Outcome, UsageRecord
+
+_CANCELLED: Final = 499
+_current: ContextVar[Account] = ContextVar("account")
+
+
+class Account:
+    """One request's account."""
+
+    def __init__(self, scope: Scope, asking: Caller, allowance: Allowance | None, ledger: Ledger | None) -> None:
+        self.allowance = allowance
+        self.model: str | None = None
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0
+        self.audio_seconds = 0.0
+        self.images = 0
+        self.streamed = False
+        self.waits = False  # for its turn, since others of its key are worked on
+        self.status = 0
+        self._caller = asking
+        self._ledger = ledger
+        self._path: str = scope["path"]
+        self._request_id: str = scope["state"]["request_id"]
+        self._at, self._began = time.time(), time.monotonic()
+        self._first_token: float | None = None
+        self._counts = self._entered = self._has_turn = self._settled = False
+
+    def enter(self) -> None:
+        """Let it in. Raises ``RateLimitExceeded``."""
+        self._counts = True
+        if self.allowance is not None:
+            self.allowance.enter()
+            self._entered = True
+
+    async def turn(self) -> None:
+        """Wait until it may be worked on, which it may until it is over. Further calls do nothing."""
+        if self.allowance is None or self._has_turn:
+            return
+        self.waits = True
+        try:
+            await self.allowance.turn()
+        finally:
+            self.waits = False
+        self._has_turn = True
+
+    def begun(self) -> None:
+        """Take note that the first piece of the answer is there."""
+        if self._first_token is None:
+            self._first_token = time.monotonic() - self._began
+
+    def used(
+        self, model: str, *, prompt: int = 0, cached: int = 0, completion: int = 0, audio: float = 0.0, images: int = 0
+    ) -> None:
+        """Take note that so much more has been used: tokens of prompts, of which some were cached, and of answers,
+        seconds of audio, and images.
+        """
+        self.model = model
+        self.prompt_tokens += prompt
+        self.cached_tokens += cached
+        self.completion_tokens += completion
+        self.audio_seconds += audio
+        self.images += images
+
+    async def settle(self, outcome: Outcome | None = None) -> None:
+        """Write the row, which says what was used until now; further calls do nothing. Answers that a client gets piece
+        by piece have this done before the last one; else the ``outcome`` is what the status says.
+        """
+        if self._settled or not self._counts:
+            return
+        self._settled = True
+        if self.allowance is not None:
+            self.allowance.spend(self.prompt_tokens + self.completion_tokens)
+        if self._ledger is not None:
+            await self._ledger.record(self._record(outcome or _outcome_of(self.status)))
+
+    def close(self) -> None:
+        """Let others of its key have its place."""
+        if self.allowance is not None and self._has_turn:
+            self.allowance.end_turn()
+        if self.allowance is not None and self._entered:
+            self.allowance.leave()
+        self._has_turn = self._entered = False
+
+    def _record(self, outcome: Outcome) -> UsageRecord:
+        return UsageRecord(
+            request_id=self._request_id,
+            at=self._at,
+            key=self._caller.name,
+            endpoint=self._path,
+            model=self.model,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.completion_tokens,
+            audio_seconds=self.audio_seconds,
+            images=self.images,
+            first_token=self._first_token,
+            seconds=time.monotonic() - self._began,
+            streamed=self.streamed,
+            status=self.status,
+            outcome=outcome,
+        )
+
+
+def _outcome_of(status: int) -> Outcome:
+    if status < 400:
+        return "answered"
+    if status == _CANCELLED:
+        return "cancelled"
+    return "refused" if status < 500 else "failed"
+
+
+def account() -> Account:
+    """Return the account of the request that is being answered."""
+    return _current.get()
+
+
+async def metered() -> None:
+    """Have a request count, and let it in by the limits of its key. Routers of routes whose work counts depend on this."""
+    account().enter()
+
+
+class Accounting:
+    """Opens an account for each request, and closes it."""
+
+    def __init__(self, app: ASGIApp, allowances: Allowances, ledger: Ledger | None) -> None:
+        self._app = app
+        self._allowances = allowances
+        self._ledger = ledger
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asking = caller()
+        allowance = None if asking.key is None else self._allowances.of(asking.key)
+        opened = Account(scope, asking, allowance, self._ledger)
+        _current.set(opened)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                opened.status = message["status"]
+                if not opened.streamed:
+                    await opened.settle()
+                if allowance is not None:
+                    MutableHeaders(raw=message["headers"]).update(_headers(allowance))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            opened.close()
+            await opened.settle("cancelled")
+
+
+def _headers(allowance: Allowance) -> dict[str, str]:
+    """Return OpenAI's headers for what is left of the limits."""
+    headers: dict[str, str] = {}
+    for name, bucket in (("requests", allowance.requests), ("tokens", allowance.tokens)):
+        if bucket is not None:
+            headers |= _headers_of(name, bucket)
+    return headers
+
+
+def _headers_of(name: str, bucket: Bucket) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{name}": str(bucket.size),
+        f"x-ratelimit-remaining-{name}": str(max(0, math.floor(bucket.level))),
+        f"x-ratelimit-reset-{name}": duration(bucket.seconds_until(bucket.size)),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Return a time as OpenAI's headers have it: ``0s``, ``20ms``, ``6m0s``, ``1h0m30s``."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms" if seconds > 0 else "0s"
+    whole = math.ceil(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if whole >= 60 else "") + f"{whole % 60}s"
