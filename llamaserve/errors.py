@@ -18,7 +18,8 @@ The tree::
     │   ├── ModelQuarantined        503 server_error            model_quarantined
     │   ├── InsufficientMemory      507 server_error            insufficient_memory
     │   ├── QueueFull               429 rate_limit_error        queue_full
-    │   └── TimeLimitExceeded       504 server_error            time_limit_exceeded
+    │   ├── TimeLimitExceeded       504 server_error            time_limit_exceeded
+    │   └── LedgerUnavailable       503 server_error            ledger_unavailable
     ├── EngineError                 500 server_error            engine_error
     │   └── OutOfCells              500 server_error            engine_error
     └── ModelError                  500 server_error            model_error
@@ -168,6 +169,12 @@ class TimeLimitExceeded(Unavailable):
 
     status = 504
     code = "time_limit_exceeded"
+
+
+class LedgerUnavailable(Unavailable):
+    """The ledger of usage can't be read or written as it is: damaged, out of reach, or of a newer program."""
+
+    code = "ledger_unavailable"
 
 
 class EngineError(LlamaserveError):

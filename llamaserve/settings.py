@@ -66,6 +66,12 @@ class Settings(BaseSettings):
         "4GB",
         description="Disk space for what unloaded models have evaluated, so that they need not do it again; 0: none.",
     )
+    state_dir: Path | None = Field(
+        None, description="Folder in which the server keeps its records: usage and keys; by default the user's own."
+    )
+    usage_retention: int = Field(
+        400, ge=0, le=1_000_000, description="Days for which the usage of requests is kept; 0: it is not recorded."
+    )
     presets_dir: Path | None = Field(None, description="Folder with presets of sampling options, beside the shipped.")
     characters_dir: Path | None = Field(None, description="Folder with characters, beside the shipped.")
     instruction_templates_dir: Path | None = Field(

@@ -18,8 +18,9 @@ from typing import Any, Self
 
 import httpx
 
-_CACHE = tempfile.mkdtemp(prefix="llamaserve-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+_CACHE, _STATE = (tempfile.mkdtemp(prefix=f"llamaserve-{what}-") for what in ("tests", "state"))
+for _folder in (_CACHE, _STATE):
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 START_LIMIT = 60  # seconds
 STOP_LIMIT = 20
@@ -31,7 +32,8 @@ class RunningServer:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", "llamaserve", *arguments, "--port", "0"]
         # No test shall find what an earlier one has evaluated, unless it wants to, or touch what a user keeps.
-        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0", "LLAMASERVE_CACHE": _CACHE}
+        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0"}
+        defaults |= {"LLAMASERVE_CACHE": _CACHE, "LLAMASERVE_STATE_DIR": _STATE}
         self._environment = {**os.environ, **defaults, **(environment or {})}
         self.lines: list[str] = []
         self.url = ""
