@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Final, Self
 
 from llamaserve.errors import LedgerUnavailable
 from llamaserve.usage.backlog import Backlog
+from llamaserve.usage.damage import remedy, what_is_wrong
 from llamaserve.usage.database import Database
 from llamaserve.usage.record import UsageRecord
 from llamaserve.usage.retention import BATCH, Retention
@@ -27,7 +27,6 @@ _AT_ONCE: Final = 1000  # records in a transaction
 _RETRY: Final = 3.0  # seconds between two attempts while there is a problem
 _PATIENCE: Final = 2.0  # seconds that a request waits for its record, such as for a disk that does not answer
 _CLOSE_LIMIT: Final = 3.0  # seconds for what is pending when the ledger is closed
-_DAMAGED: Final = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 _Waiter = asyncio.Future[None]
 
@@ -162,13 +161,10 @@ class Ledger:
             self._database.close()
         self._database = None
 
-    def _described(self, error: Exception) -> str:
+    def _described(self, error: sqlite3.Error | OSError | LedgerUnavailable) -> str:
         if isinstance(error, LedgerUnavailable):
             return error.message
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if getattr(error, "sqlite_errorcode", None) in _DAMAGED:
-            return f"{self._path} is damaged ({what}). Move it away, and another one is begun: {_moving(self._path)}"
-        return f"{self._path} can't be written: {what}"
+        return f"{self._path} can't be written: {what_is_wrong(error)}; try: {remedy(error, self._path)}"
 
     def _tell(self, waiters: Sequence[_Waiter]) -> None:
         if waiters:
@@ -183,10 +179,3 @@ def _end(waiters: Sequence[_Waiter]) -> None:
     for waiter in waiters:
         if not waiter.done():  # whoever waited may have been cancelled
             waiter.set_result(None)
-
-
-def _moving(path: Path) -> str:
-    """Return the command that moves a file away, with what SQLite keeps beside it."""
-    names = " ".join(shlex.quote(f"{path}{ending}") for ending in ("", "-wal", "-shm"))
-    folder = shlex.quote(f"{path.parent / 'damaged'}")
-    return f"mkdir -p {folder} && mv {names} {folder}"

@@ -20,6 +20,7 @@ from urllib.parse import quote
 import msgspec
 
 from llamaserve.errors import LedgerUnavailable
+from llamaserve.usage.damage import remedy, what_is_wrong
 from llamaserve.usage.migrations import require_known, version
 from llamaserve.usage.record import Outcome
 
@@ -72,7 +73,7 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     images: int = 0
 
 
-_NUMBERS: Final = tuple(name for name in Total.__struct_fields__ if name not in GROUPS)
+NUMBERS: Final = tuple(name for name in Total.__struct_fields__ if name not in GROUPS)
 
 
 def totals(
@@ -148,7 +149,7 @@ def _condition(
 
 
 def _total(groups: Sequence[Group], row: Sequence[object]) -> Total:
-    values = dict(zip((*groups, *_NUMBERS), row, strict=True))
+    values = dict(zip((*groups, *NUMBERS), row, strict=True))
     if isinstance(day := values.get("day"), int):
         values["day"] = day_of(day * DAY)
     return msgspec.convert(values, Total)
@@ -163,10 +164,8 @@ def _read(path: Path, query: str, values: Sequence[float | str]) -> list[tuple[A
             return connection.execute(query, values).fetchall() if version(connection) else []
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise LedgerUnavailable(f"{path} can't be read: {error.strerror or error}") from error
-    except sqlite3.Error as error:
-        raise LedgerUnavailable(f"{path} can't be read: {error}") from error
+    except (OSError, sqlite3.Error) as error:
+        raise LedgerUnavailable(f"{path} can't be read: {what_is_wrong(error)}", hint=remedy(error, path)) from error
 
 
 @contextlib.contextmanager
