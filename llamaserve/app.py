@@ -8,12 +8,14 @@ import functools
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI
 
 from llamaserve import __version__
 from llamaserve.api import (
     audio,
+    billing,
     chat,
     completions,
     downloads as downloads_api,
@@ -30,31 +32,38 @@ from llamaserve.api import (
     rerank,
 )
 from llamaserve.api.access import KeyGate
+from llamaserve.api.accounting import Accounting
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.hosts import HostGate, Hosts, OriginHeaders, Origins
 from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
+from llamaserve.api.request_ids import HEADER as REQUEST_ID_HEADER, RequestIds
 from llamaserve.api.services import Services
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer, guest_renderer
 from llamaserve.images.pictures import PictureReader
+from llamaserve.keys.allowance import Allowances
 from llamaserve.keys.watched import WatchedKeys
 from llamaserve.registry.downloads import Download, Downloads, State
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.watching import watch
 from llamaserve.settings import Settings
 from llamaserve.speech.audio import AudioDecoder
+from llamaserve.usage.ledger import Ledger
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, images, models, internal),
+    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, images, models, internal, billing),
     *(model_admin, lora, downloads_api, model_events),
 )
-_EXPOSED = (IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After")  # to web pages
+_EXPOSED = (
+    *(IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After", REQUEST_ID_HEADER),
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+)  # headers that web pages may see
 
 
 def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = None) -> FastAPI:
@@ -62,6 +71,8 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     ``keys`` everybody may use it.
     """
     keys = keys or WatchedKeys([], None)
+    days = settings.usage_retention
+    ledger = Ledger(settings.ledger_path, days) if days else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +83,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
             AudioDecoder(longest=settings.max_audio) as decoder,
             PictureReader() as pictures,
             ImageLinks() as links,
+            _started(ledger),
         ):
             downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(
@@ -86,6 +98,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
                 decoder,
                 pictures,
                 links,
+                ledger,
             )
             pool.start_loading()
             beside = [asyncio.create_task(each) for each in (renderer.warm(), watch(pool), keys.watch())]
@@ -110,11 +123,17 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
         app.include_router(resource.router)
     add_error_handlers(app)
     app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
+    app.add_middleware(Accounting, allowances=Allowances(), ledger=ledger)
     app.add_middleware(KeyGate, keys=keys)
     origins = Origins(settings.cors_origins, lambda: keys.needed)
     app.add_middleware(OriginHeaders, origins=origins, expose_headers=_EXPOSED)
     app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins)
+    app.add_middleware(RequestIds)
     return app
+
+
+def _started(ledger: Ledger | None) -> AbstractAsyncContextManager[object]:
+    return contextlib.nullcontext() if ledger is None else ledger
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ The tree::
     │   ├── InsufficientMemory      507 server_error            insufficient_memory
     │   ├── QueueFull               429 rate_limit_error        queue_full
     │   ├── RateLimitExceeded       429 rate_limit_error        rate_limit_exceeded
-    │   └── TimeLimitExceeded       504 server_error            time_limit_exceeded
+    │   ├── TimeLimitExceeded       504 server_error            time_limit_exceeded
+    │   └── LedgerUnavailable       503 server_error            ledger_unavailable
     ├── KeysError                   500 server_error            keys_error              keys.yaml or a key is wrong
     ├── EngineError                 500 server_error            engine_error
     │   └── OutOfCells              500 server_error            engine_error
@@ -210,6 +211,12 @@ class TimeLimitExceeded(Unavailable):
 
     status = 504
     code = "time_limit_exceeded"
+
+
+class LedgerUnavailable(Unavailable):
+    """The ledger of usage can't be read or written as it is: damaged, out of reach, or of a newer program."""
+
+    code = "ledger_unavailable"
 
 
 class KeysError(LlamaserveError):

@@ -85,6 +85,12 @@ class Settings(BaseSettings):
         "4GB",
         description="Disk space for what unloaded models have evaluated, so that they need not do it again; 0: none.",
     )
+    state_dir: Path | None = Field(
+        None, description="Folder in which the server keeps its records: usage and keys; by default the user's own."
+    )
+    usage_retention: int = Field(
+        400, ge=0, le=1_000_000, description="Days for which the usage of requests is kept; 0: it is not recorded."
+    )
     presets_dir: Path | None = Field(None, description="Folder with presets of sampling options, beside the shipped.")
     characters_dir: Path | None = Field(None, description="Folder with characters, beside the shipped.")
     instruction_templates_dir: Path | None = Field(
@@ -93,7 +99,6 @@ class Settings(BaseSettings):
     reasoning_field: Literal["reasoning_content", "reasoning", "both"] = Field(
         "reasoning_content", description="The name under which thoughts are sent."
     )
-    state_dir: Path | None = Field(None, description="Folder in which the server keeps its records: keys and usage.")
     api_key: Secrets = Field([], description="Keys that let somebody use the server.")
     admin_key: Secrets = Field([], description="Keys that let somebody change the server, too.")
     keys_file: Path | None = Field(None, description="File with named keys; keys.yaml in the state folder, if there.")
@@ -126,6 +131,11 @@ class Settings(BaseSettings):
         if self.state_dir is not None:
             return self.state_dir.expanduser().absolute()
         return platformdirs.user_state_path("llamaserve")
+
+    @property
+    def ledger_path(self) -> Path:
+        """The database in which usage is recorded, which need not be there."""
+        return self.state_folder / "usage.sqlite3"
 
     @property
     def keys_path(self) -> Path:

@@ -18,10 +18,9 @@ from typing import Any, Self
 
 import httpx
 
-_CACHE = tempfile.mkdtemp(prefix="llamaserve-tests-")
-_STATE = tempfile.mkdtemp(prefix="llamaserve-tests-state-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
+_CACHE, _STATE = (tempfile.mkdtemp(prefix=f"llamaserve-{what}-") for what in ("tests", "state"))
+for _folder in (_CACHE, _STATE):
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 START_LIMIT = 60  # seconds
 STOP_LIMIT = 20
@@ -74,6 +73,21 @@ class RunningServer:
             self.process.stdout.close()
         assert not leftovers, "the server left processes behind"
         return code
+
+    def kill(self) -> None:
+        """Kill the server and all of its processes, as a machine that loses its power does."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        wait_until(lambda: not self.has_processes)
+
+    @property
+    def has_processes(self) -> bool:
+        """Whether there is anything of the server."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _kill_group(self) -> bool:
         """Kill what is left of the server's process group, and tell whether there was anything."""

@@ -14,7 +14,7 @@ from typing import Final
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaserve.api.caller import Caller, caller
+from llamaserve.api.caller import EVERYBODY, Caller, caller
 from llamaserve.keys.allowance import Allowance, Allowances, Bucket
 from llamaserve.usage.ledger import Ledger
 from llamaserve.usage.record import Outcome, UsageRecord
@@ -26,7 +26,14 @@ _current: ContextVar[Account] = ContextVar("account")
 class Account:
     """One request's account."""
 
-    def __init__(self, scope: Scope, asking: Caller, allowance: Allowance | None, ledger: Ledger | None) -> None:
+    def __init__(
+        self,
+        asking: Caller = EVERYBODY,
+        path: str = "",
+        request_id: str = "",
+        allowance: Allowance | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.allowance = allowance
         self.model: str | None = None
         self.prompt_tokens = 0
@@ -39,11 +46,16 @@ class Account:
         self.status = 0
         self._caller = asking
         self._ledger = ledger
-        self._path: str = scope["path"]
-        self._request_id: str = scope["state"]["request_id"]
+        self._path = path
+        self._request_id = request_id
         self._at, self._began = time.time(), time.monotonic()
         self._first_token: float | None = None
         self._counts = self._entered = self._has_turn = self._settled = False
+
+    @property
+    def owner(self) -> str:
+        """The name of its key; empty without one."""
+        return self._caller.name or ""
 
     def enter(self) -> None:
         """Let it in. Raises ``RateLimitExceeded``."""
@@ -52,8 +64,9 @@ class Account:
             self.allowance.enter()
             self._entered = True
 
-    async def turn(self) -> None:
-        """Wait until it may be worked on, which it may until it is over. Further calls do nothing."""
+    async def turn(self, model: str) -> None:
+        """Wait until a model may work on it, which it may until it is over. Further calls do nothing else."""
+        self.model = model
         if self.allowance is None or self._has_turn:
             return
         self.waits = True
@@ -69,12 +82,11 @@ class Account:
             self._first_token = time.monotonic() - self._began
 
     def used(
-        self, model: str, *, prompt: int = 0, cached: int = 0, completion: int = 0, audio: float = 0.0, images: int = 0
+        self, *, prompt: int = 0, cached: int = 0, completion: int = 0, audio: float = 0.0, images: int = 0
     ) -> None:
         """Take note that so much more has been used: tokens of prompts, of which some were cached, and of answers,
         seconds of audio, and images.
         """
-        self.model = model
         self.prompt_tokens += prompt
         self.cached_tokens += cached
         self.completion_tokens += completion
@@ -130,12 +142,12 @@ def _outcome_of(status: int) -> Outcome:
 
 
 def account() -> Account:
-    """Return the account of the request that is being answered."""
-    return _current.get()
+    """Return the account of the request that is being answered; where none is, one that nobody looks at."""
+    return _current.get(None) or Account()
 
 
 async def metered() -> None:
-    """Have a request count, and let it in by the limits of its key. Routers of routes whose work counts depend on this."""
+    """Have a request count, and let it in by the limits of its key. Routes whose work counts depend on this."""
     account().enter()
 
 
@@ -154,7 +166,8 @@ class Accounting:
             return
         asking = caller()
         allowance = None if asking.key is None else self._allowances.of(asking.key)
-        opened = Account(scope, asking, allowance, self._ledger)
+        path, request_id = scope["path"].rstrip("/"), scope["state"]["request_id"]
+        opened = Account(asking, path, request_id, allowance, self._ledger)
         _current.set(opened)
 
         async def counted(message: Message) -> None:

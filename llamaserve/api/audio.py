@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Request, Response, UploadFile
 from pydantic import AfterValidator, BeforeValidator, Field
 from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
 
 from llamaserve.api import transcripts
+from llamaserve.api.accounting import account, metered
 from llamaserve.api.fields import Text
 from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
 from llamaserve.api.options import TRUNCATED_HEADER, WARNING_HEADER
@@ -29,7 +30,7 @@ from llamaserve.speech.audio import Audio
 from llamaserve.speech.languages import code_of
 from llamaserve.speech.values import Heard, Transcribed, Transcription
 
-router = APIRouter(tags=["audio"])
+router = APIRouter(tags=["audio"], dependencies=[Depends(metered)])
 
 _Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
@@ -155,6 +156,7 @@ async def _whole(body: AudioRequest, hearing: Hearing, headers: dict[str, str]) 
     transcript = Transcript(audio.seconds)
     async for each in hearing.events():
         _take(transcript, each, headers)
+    _count(transcript)
     return _formatted(body, transcript, translate=hearing.translates, headers=headers)
 
 
@@ -192,6 +194,7 @@ async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Au
     logprobs = bool(body.include)
     notes = _warnings(audio)
     async for each in hearing.events():
+        account().begun()
         known = len(transcript.segments)
         _take(transcript, each, notes)
         for number, segment in enumerate(transcript.segments[known:], known):
@@ -203,7 +206,14 @@ async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Au
             if body.response_format == "verbose_json":
                 described = transcripts.described(segment, number) | {"id": str(number)}  # as OpenAI has it in a stream
                 yield event({"type": "transcript.text.segment", **described})
+    _count(transcript)
+    await account().settle("answered")
     yield event({"type": "transcript.text.done", **_json(body, transcript, translate=hearing.translates), **notes})
+
+
+def _count(transcript: Transcript) -> None:
+    """Put into the account what the answer says of its usage."""
+    account().used(audio=transcripts.usage(transcript)["seconds"])
 
 
 def _take(transcript: Transcript, each: Heard | Transcribed, headers: dict[str, str]) -> None:

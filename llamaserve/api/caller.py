@@ -21,7 +21,7 @@ class Caller:
     @property
     def name(self) -> str | None:
         """The name of the key."""
-        return self.key and self.key.name
+        return None if self.key is None else self.key.name
 
     @property
     def is_stranger(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.chat_answers import AnswerStyle, Chunks, answer_object, choice, truncated
 from llamaserve.api.chat_options import ChatRequest
@@ -22,7 +23,7 @@ from llamaserve.registry.served import ServedModel, Use
 from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(metered)])
 
 Count = Callable[[str], Awaitable[int]]
 

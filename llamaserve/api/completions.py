@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text, check_text
 from llamaserve.api.fim_prompt import Gaps, fim_prompts, fim_tokens
@@ -30,7 +31,7 @@ from llamaserve.engine.params import Logprobs
 from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], dependencies=[Depends(metered)])
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_TOKENS = 1024 * 1024  # of all prompts together; more could not fit, and looking at each takes time

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.fields import check_text
 from llamaserve.api.generating import unless_client_leaves
 from llamaserve.api.options import asked_of
@@ -36,7 +37,7 @@ from llamaserve.errors import InvalidRequest
 from llamaserve.registry.served import ServedModel
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(tags=["embeddings"], dependencies=[Depends(metered)])
 
 Kind = Literal["query", "document", "plain"]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, Field
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text
 from llamaserve.api.fim_prompt import Gaps, fim_prompts, fim_tokens
@@ -30,7 +31,7 @@ from llamaserve.engine.events import Delta, Finished, FinishReason
 from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], dependencies=[Depends(metered)])
 
 _INT64 = 2**63 - 1
 

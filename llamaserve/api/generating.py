@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from llamaserve.api.services import Services
+from llamaserve.api.accounting import Account, account
+from llamaserve.api.services import Running, Services
 from llamaserve.api.sse import EventStream, TextEvent, event
 from llamaserve.engine.events import Delta, Finished, FinishReason, Progress
 from llamaserve.engine.params import Generation
@@ -32,6 +33,7 @@ from llamaserve.worker.supervisor import Status
 T = TypeVar("T")
 
 EARLY = 5.0  # seconds in which an error is still an HTTP error; after that a stream has begun, and errors are in-band
+WAITS_FOR_TURN = "waiting for other requests with this key"
 WORKING = "working"  # what a request waits for of which no more is known
 CLIENT_CLOSED = 499  # nobody reads this status; nginx logs it for the same thing
 
@@ -56,6 +58,9 @@ class Job:
     place: Place | None = None
     use: Use | None = None
     stream: GenerationStream | None = None
+    account: Account = field(default_factory=account)
+    generated: int = 0  # tokens that have come
+    counted: bool = False  # in the account
 
     @property
     def answering(self) -> ServedModel:
@@ -79,11 +84,12 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         await job.model.require(*GENERATING)
         if job.generation.constraint is not None:
             await services.grammars.check(job.generation.constraint)
+        await job.account.turn(job.model.name)
         job.place = job.model.admission.enter(job.sequences)
         job.use = job.model.use()
         worker = await job.worker()
         job.stream = stream = worker.generate(list(await job.prompts()), job.answering.limited(job.generation))
-        services.running[job.id] = stream
+        services.running[job.id] = Running(stream, job.account.owner)
         accepted = await stream.accepted()
         job.use.keep(job.keep_alive)
         if job.model.closing:  # and all that was generated has been told so before this came
@@ -101,12 +107,20 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
 def close_generation(services: Services, job: Job) -> None:
     """End the generation if it is still going on, and let others have its place."""
     services.running.pop(job.id, None)
+    if not job.counted:
+        count_used(job, job.generated)
     if job.stream is not None:
         job.stream.close()
     if job.use is not None:
         job.use.leave()
     if job.place is not None:
         job.place.leave()
+
+
+def count_used(job: Job, completion: int, cached: int = 0) -> None:
+    """Put into the account what the generation has used."""
+    job.counted = True
+    job.account.used(prompt=sum(job.prompt_tokens), cached=cached, completion=completion)
 
 
 def let_go_when_over(job: Job, stream: GenerationStream) -> None:
@@ -119,6 +133,8 @@ def let_go_when_over(job: Job, stream: GenerationStream) -> None:
 
 def phase(job: Job) -> str:
     """Say in a few words what a client waits for."""
+    if job.account.waits:
+        return WAITS_FOR_TURN
     progress = job.stream.progress if job.stream is not None else None
     return phase_of(job.answering, progress, lambda at: f"prompt {at.evaluated / at.prompt_tokens:.0%}")
 
@@ -134,8 +150,8 @@ def phase_of(model: ServedModel, progress: Progress | None, begun: Callable[[Pro
     return f"queued, place {progress.place}" if progress.place else begun(progress)
 
 
-def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
-    """Return OpenAI's usage object: each prompt counts once, every answer counts."""
+def counted_usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
+    """Return OpenAI's usage object, and put it into the account: each prompt counts once, every answer counts."""
     choices = job.generation.choices
     prompt = sum(job.prompt_tokens)
     completion = sum(each.completion_tokens for each in finished)
@@ -143,6 +159,7 @@ def usage(job: Job, finished: Sequence[Finished]) -> dict[str, Any]:
     for each in finished:  # where several answers share a prompt, what all of them reused
         number = each.index // choices
         cached[number] = min(each.cached_tokens, cached.get(number, each.cached_tokens))
+    count_used(job, completion, sum(cached.values()))
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -161,10 +178,10 @@ async def generate_whole(
         if opened is not None:
             await opened()
         finished = [event async for event in stream.events() if isinstance(event, Finished)]
+        finished.sort(key=lambda event: event.index)
+        return finished, counted_usage(job, finished)
     finally:
         close_generation(services, job)
-    finished.sort(key=lambda event: event.index)
-    return finished, usage(job, finished)
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
@@ -290,8 +307,9 @@ async def _events(
     for chunk in start:
         yield event(chunk)
     finished: list[Finished] = []
-    pace = _Pace(job)
+    pace, totals = _Pace(job), None
     while arrived := await stream.arrived():
+        job.account.begun()
         step: list[bytes] = []
         for each in arrived:
             if (seconds := pace.wait(each)) > 0:
@@ -301,6 +319,11 @@ async def _events(
             step += chunks.events(each)
             if isinstance(each, Finished):
                 finished.append(each)
+            else:
+                job.generated += each.tokens
+        if len(finished) == job.sequences:
+            totals = counted_usage(job, finished)
+            await job.account.settle("answered")
         yield b"".join(step)
-    if include_usage:
-        yield event(chunks.usage(usage(job, finished)))
+    if include_usage and totals is not None:
+        yield event(chunks.usage(totals))

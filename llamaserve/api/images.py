@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
 
+from llamaserve.api.accounting import account, metered
 from llamaserve.api.caller import caller
 from llamaserve.api.generating import CLIENT_CLOSED, EARLY, unless_client_leaves
 from llamaserve.api.image_fields import MOST_FILES, EditRequest, GenerationRequest, ImageFields, VariationRequest
@@ -30,6 +31,7 @@ from llamaserve.images.values import GeneratedImage, ImageGeneration, ImageStep,
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["images"])
 
+_METERED = [Depends(metered)]
 _LINKS: Final = "/v1/images/files/"
 _PICTURES: Final = Expected("the picture", "image", MOST_FILES + 1)  # and a mask
 _FILES: Final = ("image", "mask")
@@ -40,19 +42,28 @@ def _form(model: type[ImageFields]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {KIND: {"schema": schema}}}}
 
 
-@router.post("/v1/images/generations", summary="Make pictures from a prompt", response_model=None)
+@router.post(
+    "/v1/images/generations", summary="Make pictures from a prompt", dependencies=_METERED, response_model=None
+)
 async def create_image(body: GenerationRequest, request: Request, services: UsesServices) -> Response:
     """Answer with pictures of what a prompt says."""
     return await _answer(_Answering(request, services, body, "image_generation"))
 
 
-@router.post("/v1/images/edits", summary="Make pictures from others", openapi_extra=_form(EditRequest))
+@router.post(
+    "/v1/images/edits", summary="Make pictures from others", dependencies=_METERED, openapi_extra=_form(EditRequest)
+)
 async def edit_image(request: Request, services: UsesServices) -> Response:
     """Answer with a picture that is changed as a prompt says, in whole or where a mask says so."""
     return await _with_uploads(request, services, EditRequest, "image_edit")
 
 
-@router.post("/v1/images/variations", summary="Make pictures like another", openapi_extra=_form(VariationRequest))
+@router.post(
+    "/v1/images/variations",
+    summary="Make pictures like another",
+    dependencies=_METERED,
+    openapi_extra=_form(VariationRequest),
+)
 async def vary_image(request: Request, services: UsesServices) -> Response:
     """Answer with pictures that are like another one."""
     return await _with_uploads(request, services, VariationRequest, "image_variation")
@@ -169,6 +180,7 @@ async def _whole(request: _Answering, painting: Painting) -> Response:
     facts: dict[str, Any] = {}
     async for made in painting.pictures():
         if isinstance(made.event, GeneratedImage):
+            account().used(images=1)
             pictures.append(await request.picture(made.event.data, made.job))
             facts = request.facts(made.job)
     answer = {"created": request.created, **facts, "data": pictures}
@@ -211,8 +223,17 @@ async def _after(first: asyncio.Future[bytes], events: AsyncIterator[bytes]) -> 
 
 async def _events(request: _Answering, painting: Painting) -> AsyncIterator[bytes]:
     """Yield OpenAI's events, and one for each step."""
+    count = painting.order.count
     async for made in painting.pictures():
-        yield event(await _event(request, made))
+        written = event(await _event(request, made))
+        if isinstance(made.event, GeneratedImage):
+            account().used(images=1)
+            count -= 1
+            if not count:
+                await account().settle("answered")
+        else:
+            account().begun()
+        yield written
 
 
 async def _event(request: _Answering, made: Made) -> Mapping[str, Any]:

@@ -13,16 +13,18 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterat
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.fields import Text
 from llamaserve.api.fim_prompt import Gaps, Snippet, fim_prompts, fim_tokens
 from llamaserve.api.generating import (
     Job,
     close_generation,
+    count_used,
     let_go_when_over,
     new_id,
     open_early,
@@ -43,7 +45,7 @@ from llamaserve.registry.tasks import GENERATING
 from llamaserve.worker.process import GenerationStream
 from llamaserve.worker.protocol import Prompt
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], dependencies=[Depends(metered)])
 
 T = TypeVar("T")
 
@@ -141,9 +143,9 @@ async def infill(body: InfillRequest, request: Request, services: UsesServices) 
         stream = await open_generation(services, job)
         try:
             content = "".join([text async for text in run.pieces(stream)])
+            return JSONResponse(run.answer(content), headers=job.headers)
         finally:
             close_generation(services, job)
-        return JSONResponse(run.answer(content), headers=job.headers)
 
     return await unless_client_leaves(request, answer())
 
@@ -205,9 +207,12 @@ class _Run:
         content: list[str] = []
         async with aclosing(self.pieces(stream)) as pieces:
             async for text in pieces:
+                self.job.account.begun()
                 content.append(text)
                 yield event(self._piece(text))
-        yield event(self.answer("".join(content)) | ({"content": ""} if self._body.wants("content") else {}))
+        answer = self.answer("".join(content))
+        await self.job.account.settle("answered")
+        yield event(answer | ({"content": ""} if self._body.wants("content") else {}))
 
     async def pieces(self, stream: GenerationStream) -> AsyncGenerator[str, None]:
         """Yield the pieces of the answer."""
@@ -280,7 +285,7 @@ class _Run:
         if predicted:
             self._last = time.monotonic()
             self._first = self._first if self._predicted else self._last
-        self._predicted = predicted
+        self._predicted = self.job.generated = predicted
         text = self._indent.push(self._stops.push(piece.text))
         if isinstance(piece, Finished) and self._stops.matched is None:
             text += self._indent.push(self._stops.finish())
@@ -321,6 +326,7 @@ class _Run:
         """Return the answer: all of it, or the wanted fields, which have the names that they were asked for by."""
         assert self._finished is not None
         job, finished = self.job, self._finished
+        count_used(job, self._predicted, finished.cached_tokens)
         full = finished.reason == "length" and sum(job.prompt_tokens) + self._predicted >= job.model.context
         answer = self._piece(content) | {
             "model": job.model.name,

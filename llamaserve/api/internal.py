@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.caller import caller
 from llamaserve.api.fields import Text
@@ -28,6 +29,7 @@ from llamaserve.worker.protocol import Prompt
 
 router = APIRouter(tags=["internal"])
 
+_METERED = [Depends(metered)]
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -59,20 +61,20 @@ async def _tokens(body: TextRequest, services: UsesServices) -> list[int]:
         return await worker.tokenize(body.text, add_bos=body.add_bos_token, parse_special=body.parse_special)
 
 
-@router.post("/v1/internal/encode", summary="Turn text into token ids")
+@router.post("/v1/internal/encode", summary="Turn text into token ids", dependencies=_METERED)
 async def encode(body: TextRequest, services: UsesServices) -> dict[str, Any]:
     """Return the token ids of the text and their number."""
     tokens = await _tokens(body, services)
     return {"tokens": tokens, "length": len(tokens)}
 
 
-@router.post("/v1/internal/token-count", summary="Count the tokens of a text")
+@router.post("/v1/internal/token-count", summary="Count the tokens of a text", dependencies=_METERED)
 async def token_count(body: TextRequest, services: UsesServices) -> dict[str, int]:
     """Return the number of tokens of the text, begin token included."""
     return {"length": len(await _tokens(body, services))}
 
 
-@router.post("/v1/internal/decode", summary="Turn token ids into text")
+@router.post("/v1/internal/decode", summary="Turn token ids into text", dependencies=_METERED)
 async def decode(body: TokensRequest, services: UsesServices) -> dict[str, str]:
     """Return the text of the token ids; bytes that are no UTF-8 become U+FFFD."""
     async with services.pool.get(body.model).in_use() as worker:
@@ -89,7 +91,7 @@ class LogitsRequest(GenerationOptions):
     top_logits: int = Field(50, ge=1, le=_MAX_TOKEN_ID, description="How many of the most probable tokens.")
 
 
-@router.post("/v1/internal/logits", summary="How probable is each next token?")
+@router.post("/v1/internal/logits", summary="How probable is each next token?", dependencies=_METERED)
 async def logits(body: LogitsRequest, request: Request, services: UsesServices) -> Response:
     """Return a map from the most probable next tokens to their probabilities."""
     model = services.pool.get(body.model)
@@ -114,11 +116,17 @@ async def logits(body: LogitsRequest, request: Request, services: UsesServices) 
 
 @router.post("/v1/internal/stop-generation", summary="Stop generating")
 async def stop_generation(services: UsesServices, body: StopRequest | None = None) -> str:
-    """End one generation, or all, with a normal finish and the text so far. Answers at once, also when nothing runs."""
-    if body is None or body.id is None:
+    """End one generation, or all, with a normal finish and the text so far. Answers at once, also when nothing runs.
+    With a key that is no admin's, these are the generations that the key has asked for.
+    """
+    asking = caller()
+    if asking.admin and (body is None or body.id is None):
         services.pool.stop_all()
-    elif (stream := services.running.get(body.id)) is not None:
-        stream.stop()
+        return "OK"
+    for name, running in services.running.items():
+        mine = asking.admin or running.owner == asking.name
+        if mine and (body is None or body.id in (None, name)):
+            running.stream.stop()
     return "OK"
 
 

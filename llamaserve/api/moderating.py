@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, TypeVar
 
+from llamaserve.api.accounting import account
 from llamaserve.api.services import Services
 from llamaserve.api.vectors import in_use, place_for, places
 from llamaserve.chat.conversation import Conversations
@@ -162,6 +163,7 @@ async def _of_chunks(
         return [_NOTHING] * len(texts)
     with places(lambda number: place(numbers[number])):
         embedded = await worker.embed(inputs, Embedding())
+        account().used(prompt=sum(embedded.tokens))
     found = dict(zip(inputs, await _scores(heads, embedded, inputs), strict=True))
     return [merged([found[chunk] for chunk in each]) for each in chunked]
 
@@ -313,7 +315,8 @@ class _Guard:
         async with self._turns:
             stream = self._worker.generate([prompt], _LOOK)
             try:
-                await stream.accepted()
+                accepted = await stream.accepted()
+                account().used(prompt=sum(accepted.prompt_tokens))
                 if self._model.closing:  # and all that was generated has been told so before this came
                     stream.stop()
                 found = [each.next_tokens async for each in stream.events() if isinstance(each, Finished)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field, PlainValidator, WithJsonSchema
 
+from llamaserve.api.accounting import account, metered
 from llamaserve.api.fields import Text, check_text
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.moderating import Judgement, judged
@@ -24,7 +25,7 @@ from llamaserve.moderation.categories import CATEGORIES
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
 
-router = APIRouter(tags=["moderation"])
+router = APIRouter(tags=["moderation"], dependencies=[Depends(metered)])
 
 # OpenAI's models, which stand for this server's unless models.yaml has one of that name.
 _OPENAI: Final = frozenset(
@@ -142,6 +143,7 @@ def _answer(model: ServedModel, judgement: Judgement) -> dict[str, Any]:
         "method": judgement.method,
         "category_models": dict(judgement.judges),
         "results": _results(judgement),
+        "usage": {"prompt_tokens": account().prompt_tokens, "total_tokens": account().prompt_tokens},
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from llamaserve.api.accounting import account
 from llamaserve.api.generating import WORKING, phase_of
 from llamaserve.api.image_fields import ImageFields, VariationRequest
 from llamaserve.api.image_order import Order, described, order
@@ -84,6 +85,7 @@ class Painting:
         self._contents = contents = await file.read_contents()
         self._order = await asyncio.to_thread(order, self._body, file, contents)  # which may read LoRAs
         self._body.ignored_header(self._order.idle)  # refuses what is strict, before there is work
+        await account().turn(self._model.name)
         self._place = self._model.admission.enter(self._order.count)
         if self._uploaded is not None and isinstance(self._body, VariationRequest):
             usual = ImageSettings.of(file.spec, contents)
@@ -94,8 +96,7 @@ class Painting:
         """Yield what becomes of the pictures. Raises ``TimeLimitExceeded`` once the model's time limit is over, and
         ``Unavailable`` when it has been replaced.
         """
-        assert self._order is not None
-        self._making = self._services.background(self._make(self._order))
+        self._making = self._services.background(self._make(self.order))
         while (made := await self._made.get()) is not None:
             if isinstance(made, Exception):
                 raise made
@@ -115,6 +116,12 @@ class Painting:
             self._place.leave()
         if self._uploaded is not None:
             self._uploaded.close()
+
+    @property
+    def order(self) -> Order:
+        """What is asked for; known once it is open."""
+        assert self._order is not None
+        return self._order
 
     async def _make(self, wanted: Order) -> None:
         """Make all pictures, and hold the model from the first to the last: it is not unloaded between them."""

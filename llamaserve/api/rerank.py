@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from operator import mul
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, Field, PlainValidator, WithJsonSchema
 
+from llamaserve.api.accounting import metered
 from llamaserve.api.fields import Text
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.options import TRUNCATED_HEADER, asked_of
@@ -39,7 +40,7 @@ from llamaserve.errors import InvalidRequest, ModelNotLoaded, UnsupportedParamet
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.served import ServedModel
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(tags=["embeddings"], dependencies=[Depends(metered)])
 
 METHOD_HEADER: Final = "x-llamaserve-rerank-method"
 TOKENS_HEADER: Final = "x-compute-tokens"  # TEI's name; its answer has no place for the usage

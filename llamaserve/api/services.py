@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Request
 
@@ -20,8 +20,16 @@ from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
 from llamaserve.speech.audio import AudioDecoder
+from llamaserve.usage.ledger import Ledger
 from llamaserve.worker.grammar_check import GrammarChecker
 from llamaserve.worker.process import GenerationStream
+
+
+class Running(NamedTuple):
+    """A generation under way, and the name of the key that asks for it; empty without one."""
+
+    stream: GenerationStream
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,9 @@ class Services:
     audio: AudioDecoder
     pictures: PictureReader
     image_links: ImageLinks
+    ledger: Ledger | None
     upload_admission: UploadAdmission = field(default_factory=UploadAdmission)
-    running: dict[str, GenerationStream] = field(default_factory=dict)
+    running: dict[str, Running] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

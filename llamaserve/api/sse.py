@@ -14,6 +14,7 @@ import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
+from llamaserve.api.accounting import account
 from llamaserve.api.handlers import server_bug
 from llamaserve.errors import LlamaserveError
 
@@ -44,14 +45,18 @@ class TextEvent:
 
 
 async def _stream(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    failed: bytes | None = None
     try:
         async for some in events:
             yield some
     except LlamaserveError as error:
-        yield event(error.body())
+        failed = event(error.body())
     except Exception:
         logger.exception("a stream failed")
-        yield event(server_bug().body())
+        failed = event(server_bug().body())
+    await account().settle("answered" if failed is None else "failed")
+    if failed is not None:
+        yield failed
     yield b"data: [DONE]\n\n"
 
 
@@ -87,6 +92,7 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, and clean up whatever happens."""
+        account().streamed = True
         try:
             await super().__call__(scope, receive, send)
         finally:

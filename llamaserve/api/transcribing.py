@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from llamaserve.api.accounting import account
 from llamaserve.api.generating import phase_of
 from llamaserve.api.models import known_speech
 from llamaserve.api.services import Services
@@ -77,6 +78,7 @@ class Hearing:
 
     async def _open(self) -> Audio:
         await self._check()
+        await account().turn(self._model.name)
         self._place = self._model.admission.enter(1)
         with kept():
             self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-audio-"))

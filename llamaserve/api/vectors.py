@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from llamaserve.api.accounting import account
 from llamaserve.api.fields import RequestFields, Text, check_text
 from llamaserve.api.options import KeepAlive, header_words, ignored_header
 from llamaserve.engine.events import Embedded
@@ -143,7 +144,9 @@ async def embed(
     """
     await model.require("embedding")
     async with in_use(model, place_for(model, inputs), keep_alive) as (worker, _):
-        return await worker.embed(inputs, embedding)
+        embedded = await worker.embed(inputs, embedding)
+        account().used(prompt=sum(embedded.tokens))
+        return embedded
 
 
 async def rank(
@@ -151,7 +154,9 @@ async def rank(
 ) -> Embedded:
     """Return what a model that scores pairs makes of each document together with the query, the score first."""
     async with in_use(model, place_for(model, [query, *documents]), keep_alive) as (worker, _):
-        return await worker.rank(query, documents, truncate=truncate)
+        ranked = await worker.rank(query, documents, truncate=truncate)
+        account().used(prompt=sum(ranked.tokens))
+        return ranked
 
 
 def place_for(model: ServedModel, inputs: Sequence[Prompt]) -> Place:
@@ -169,6 +174,7 @@ async def in_use(
     """
     use = model.use()
     try:
+        await account().turn(model.name)
         worker = await use.worker()
         used = use.model or model
         try:

@@ -138,7 +138,7 @@ def moderate(server: RunningServer, inputs: object, **options: Any) -> dict[str,
     response = send(server, {"input": inputs, **options})
     assert response.status_code == 200, response.text[:500]
     body: dict[str, Any] = response.json()
-    assert set(body) == {"id", "model", "method", "category_models", "results"}
+    assert set(body) == {"id", "model", "method", "category_models", "results", "usage"}
     assert body["id"].startswith("modr-")
     assert tuple(body["category_models"]) == CATEGORIES
     for result in body["results"]:

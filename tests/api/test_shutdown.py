@@ -198,12 +198,4 @@ def test_a_second_signal_ends_the_server_at_once(server: RunningServer, how: sig
             server.process.wait(0.5)
         server.process.send_signal(how)
         assert server.process.wait(0.5) == -how
-        wait_until(lambda: not _has_processes(server))
-
-
-def _has_processes(server: RunningServer) -> bool:
-    try:
-        os.killpg(server.process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        wait_until(lambda: not server.has_processes)
