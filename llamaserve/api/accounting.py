@@ -205,8 +205,8 @@ def _headers_of(name: str, bucket: Bucket) -> dict[str, str]:
 
 def duration(seconds: float) -> str:
     """Return a time as OpenAI's headers have it: ``0s``, ``20ms``, ``6m0s``, ``1h0m30s``."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms" if seconds > 0 else "0s"
-    whole = math.ceil(seconds)
+    milliseconds, whole = math.ceil(seconds * 1000), math.ceil(seconds)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
     hours, minutes = whole // 3600, whole // 60 % 60
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if whole >= 60 else "") + f"{whole % 60}s"

@@ -107,6 +107,8 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, HTTPException)
     if error.status_code == BodyTooLarge.status:
         return _respond(request, BodyTooLarge(error.detail))
+    if error.status_code == RequestTimeout.status:
+        return _respond(request, RequestTimeout(error.detail))
     if error.status_code == HTTPStatus.NOT_FOUND:
         return _respond(request, _RouteError(f"there is no {request.method} {request.url.path}"), error.status_code)
     response = _respond(request, _RouteError(error.detail), error.status_code)

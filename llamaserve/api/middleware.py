@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaserve.api.handlers import error_response
-from llamaserve.errors import BodyTooLarge, LlamaserveError
+from llamaserve.errors import BodyTooLarge, LlamaserveError, RequestTimeout
 
 _UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
 PATIENCE: Final = 60.0  # seconds in which a client must send something
+SILENT: Final = f"nothing more of the request has come for {PATIENCE:g} seconds"
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 _STRANGERS_BODY: Final = 1024 * 1024  # bytes that are read and dropped of those who are refused before that
 _STRANGERS_PATIENCE: Final = 5.0  # seconds
@@ -86,15 +87,25 @@ def _too_large(limit: int) -> BodyTooLarge:
 
 
 class _Counted:
-    """Counts the body's bytes as they come, for bodies that don't tell their length."""
+    """Counts the body's bytes as they come, for bodies that don't tell their length, and does not wait for ever for the
+    next ones.
+    """
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
         self._left = limit
+        self._whole = False
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        if self._whole:  # what comes now is that the client leaves
+            return await self._receive()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(RequestTimeout.status, SILENT) from None
+        self._whole = not message.get("more_body")
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             error = _too_large(self._limit)

@@ -1,0 +1,61 @@
+"""Bodies that don't come: a client that stops sending is not waited for, one that waits for its answer is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+
+from llamaserve.api import middleware
+from llamaserve.api.handlers import add_error_handlers
+from llamaserve.api.middleware import RequestGate
+
+
+def ask(*pieces: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+    """Send a request whose body comes in these pieces and then no more; return status, headers and answer."""
+    app = FastAPI()
+    add_error_handlers(app)
+
+    @app.post("/")
+    async def echo(body: dict[str, str], request: Request) -> dict[str, str]:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(request.receive(), 0.3)  # it would hear that the client leaves
+        return body
+
+    gate = RequestGate(app, max_body=100, max_upload=100)
+    left, answer = list(pieces), []
+
+    async def receive() -> dict[str, Any]:
+        if not left:
+            await asyncio.Event().wait()
+        return {"type": "http.request", **left.pop(0)}
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [], "root_path": ""}
+    asyncio.run(asyncio.wait_for(gate(scope, receive, send), 10))
+    start, body = answer
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], headers, json.loads(body["body"])
+
+
+def test_a_body_of_which_no_more_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    status, headers, answer = ask({"body": b'{"a":', "more_body": True})
+    assert (status, answer["error"]["code"]) == (408, "request_timeout")
+    assert headers["connection"] == "close"
+
+
+def test_a_whole_body_is_not_followed_by_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    status, _, answer = ask({"body": b'{"a":', "more_body": True}, {"body": b'"b"}'})
+    assert (status, answer) == (200, {"a": "b"})
+
+
+def test_a_body_that_does_not_tell_its_length_is_counted() -> None:
+    status, _, answer = ask({"body": b'{"a": "' + b"x" * 60, "more_body": True}, {"body": b"y" * 60, "more_body": True})
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
