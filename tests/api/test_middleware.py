@@ -1,4 +1,4 @@
-"""Bodies that don't come: a client that stops sending is not waited for, one that waits for its answer is left alone."""
+"""Bodies that don't come: who stops sending is not waited for, and who waits for an answer is left alone."""
 
 from __future__ import annotations
 

@@ -128,9 +128,11 @@ def test_who_leaves_while_waiting_leaves_no_gap(limited: RunningServer, headers:
     one = headers["one-by-one"]
     body = {**ENDLESS, "stream": True}
     with httpx.stream("POST", limited.url + COMPLETIONS, json=body, headers=one, timeout=60) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()
+        next(lines)
         for _ in range(3):
             wait_until(lambda: waited_in_vain(limited, one))
+        assert next(lines) is not None  # it goes on
     answer = httpx.post(limited.url + COMPLETIONS, json=TINY, headers=one, timeout=30)
     assert answer.status_code == 200
 
