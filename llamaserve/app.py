@@ -29,17 +29,19 @@ from llamaserve.api import (
     model_events,
     models,
     moderations,
+    observation,
     rerank,
 )
 from llamaserve.api.access import KeyGate
-from llamaserve.api.accounting import Accounting
+from llamaserve.api.accounting import Accounting, Books
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.hosts import HostGate, Hosts, OriginHeaders, Origins
 from llamaserve.api.image_links import ImageLinks
+from llamaserve.api.metrics import Metrics
 from llamaserve.api.middleware import RequestGate
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
-from llamaserve.api.request_ids import HEADER as REQUEST_ID_HEADER, RequestIds
+from llamaserve.api.request_log import HEADER as REQUEST_ID_HEADER, RequestLog
 from llamaserve.api.services import Services
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
@@ -57,7 +59,21 @@ from llamaserve.usage.ledger import Ledger
 from llamaserve.worker.grammar_check import GrammarChecker
 
 _RESOURCES = (
-    *(completions, chat, fim, infill, embeddings, rerank, moderations, audio, images, models, internal, billing),
+    *(
+        completions,
+        chat,
+        fim,
+        infill,
+        embeddings,
+        rerank,
+        moderations,
+        audio,
+        images,
+        models,
+        internal,
+        billing,
+        observation,
+    ),
     *(model_admin, lora, downloads_api, model_events),
 )
 _EXPOSED = (
@@ -73,6 +89,9 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     keys = keys or WatchedKeys([], None)
     days = settings.usage_retention
     ledger = Ledger(settings.ledger_path, days) if days else None
+    metrics = Metrics(pool, ledger)
+    pool.events.witness(metrics.model_event)
+    books = Books(metrics, ledger, log_prompts=settings.log_prompts)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -99,9 +118,14 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
                 pictures,
                 links,
                 ledger,
+                metrics,
+                keys,
             )
             pool.start_loading()
-            beside = [asyncio.create_task(each) for each in (renderer.warm(), watch(pool), keys.watch())]
+            beside = [
+                asyncio.create_task(each)
+                for each in (renderer.warm(), watch(pool), keys.watch(), metrics.watch_the_loop())
+            ]
             try:
                 with _reloading_on_hangup(pool):
                     yield
@@ -123,12 +147,12 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
         app.include_router(resource.router)
     add_error_handlers(app)
     app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
-    app.add_middleware(Accounting, allowances=Allowances(), ledger=ledger)
-    app.add_middleware(KeyGate, keys=keys)
+    app.add_middleware(Accounting, allowances=Allowances(), books=books)
+    app.add_middleware(KeyGate, keys=keys, refused=metrics.refused)
     origins = Origins(settings.cors_origins, lambda: keys.needed)
     app.add_middleware(OriginHeaders, origins=origins, expose_headers=_EXPOSED)
-    app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins)
-    app.add_middleware(RequestIds)
+    app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins, refused=metrics.refused)
+    app.add_middleware(RequestLog)
     return app
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_usage
+from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_usage, logs
 from llamaserve.cli_models import fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry
 from llamaserve.cli_settings import takes_settings
@@ -118,7 +117,7 @@ def main() -> None:
 def _serve(settings: Settings, registry: Registry, references: Sequence[str]) -> None:
     from llamaserve.serving import make_keys, make_pool, serve_forever
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(settings.log_level, settings.log_format)
     keys = make_keys(settings)
     pool = make_pool(settings, registry, references)
 

@@ -45,6 +45,7 @@ _OPTIONS: Final[dict[str, Any]] = {
     ],
     "ssl_certfile": Annotated[Path | None, typer.Option(help="Certificate as PEM; with it the server speaks TLS.")],
     "ssl_keyfile": Annotated[Path | None, typer.Option(help="Its private key as PEM, if not in that file.")],
+    "log_format": Annotated[str | None, typer.Option(help="human or json.  [default: human]")],
     "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error.  [default: info]")],
 }
 

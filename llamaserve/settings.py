@@ -109,6 +109,8 @@ class Settings(BaseSettings):
     ssl_certfile: Path | None = Field(None, description="Certificate chain, as PEM; with it the server speaks TLS.")
     ssl_keyfile: Path | None = Field(None, description="Private key of the certificate, as PEM, if not in that file.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+    log_format: Literal["human", "json"] = Field("human", description="Lines for people, or JSON for programs.")
+    log_prompts: bool = Field(default=False, description="Log what requests say, which may be confidential.")
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
     max_upload: int = Field(

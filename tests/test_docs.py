@@ -236,7 +236,13 @@ def test_every_preset_is_documented() -> None:
 
 def test_every_error_code_is_documented() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
-    inner = {"internal_error", "model_error", "registry_error", "model_source_error"}  # bases, and the command line's
+    inner = {
+        "internal_error",
+        "model_error",
+        "registry_error",
+        "model_source_error",
+        "keys_error",
+    }  # bases, and the command line's
     codes = {error.code for error in _tree(LlamaserveError).values() if error.code} - inner
     assert {code for code in codes if f"`{code}`" not in text} == set()
 

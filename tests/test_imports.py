@@ -17,7 +17,7 @@ LAYERS = [
     *("doctor", "serving", "app", "api", "chat", "moderation", "keys", "usage", "registry"),
     *("worker", "engine", "speech", "images"),
 ]
-SHARED = {"errors", "frames", "sandbox", "settings", "__init__"}
+SHARED = {"errors", "frames", "logs", "sandbox", "settings", "__init__"}
 
 
 def modules() -> dict[str, Path]:

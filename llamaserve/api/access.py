@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,8 +34,9 @@ async def admin() -> None:
 class KeyGate:
     """Refuses requests without a good key, before they are looked at, if the server has keys; health is open to all."""
 
-    def __init__(self, app: ASGIApp, keys: WatchedKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: WatchedKeys, refused: Counter) -> None:
         self._app = app
+        self._refused = refused
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,6 +46,7 @@ class KeyGate:
             return
         found = self._caller(scope)
         if isinstance(found, Unauthenticated):
+            self._refused.labels(found.code).inc()
             await refuse(scope, receive, send, found, {"www-authenticate": "Bearer"})
             return
         current.set(found)

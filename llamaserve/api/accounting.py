@@ -6,21 +6,44 @@ Endpoints whose work counts depend on ``metered``, and say with ``used`` what th
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final
 
+from fastapi import Request
+from prometheus_client import Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaserve.api.caller import EVERYBODY, Caller, caller
+from llamaserve.api.metrics import Metrics
 from llamaserve.keys.allowance import Allowance, Allowances, Bucket
 from llamaserve.usage.ledger import Ledger
 from llamaserve.usage.record import Outcome, UsageRecord
 
+prompts = logging.getLogger("llamaserve.prompts")
+
 _CANCELLED: Final = 499
 _current: ContextVar[Account] = ContextVar("account")
+
+
+class Books:
+    """Where requests are entered that are over: the metrics, and the ledger if there is one. What they say is logged
+    only if somebody wants that.
+    """
+
+    def __init__(self, metrics: Metrics, ledger: Ledger | None, *, log_prompts: bool) -> None:
+        self.metrics = metrics
+        self.log_prompts = log_prompts
+        self._ledger = ledger
+
+    async def enter(self, record: UsageRecord) -> None:
+        """Return once the row is written."""
+        self.metrics.request(record)
+        if self._ledger is not None:
+            await self._ledger.record(record)
 
 
 class Account:
@@ -32,7 +55,7 @@ class Account:
         path: str = "",
         request_id: str = "",
         allowance: Allowance | None = None,
-        ledger: Ledger | None = None,
+        books: Books | None = None,
     ) -> None:
         self.allowance = allowance
         self.model: str | None = None
@@ -45,17 +68,24 @@ class Account:
         self.waits = False  # for its turn, since others of its key are worked on
         self.status = 0
         self._caller = asking
-        self._ledger = ledger
+        self._books = books
         self._path = path
         self._request_id = request_id
         self._at, self._began = time.time(), time.monotonic()
         self._first_token: float | None = None
+        self._last_token = self._began
+        self._gaps: Histogram | None = None
         self._counts = self._entered = self._has_turn = self._settled = False
 
     @property
     def owner(self) -> str:
         """The name of its key; empty without one."""
         return self._caller.name or ""
+
+    @property
+    def logs_prompt(self) -> bool:
+        """Whether what it says shall be in the log."""
+        return self._books is not None and self._books.log_prompts
 
     def enter(self) -> None:
         """Let it in. Raises ``RateLimitExceeded``."""
@@ -76,10 +106,16 @@ class Account:
             self.waits = False
         self._has_turn = True
 
-    def begun(self) -> None:
-        """Take note that the first piece of the answer is there."""
+    def progressed(self, tokens: int = 0) -> None:
+        """Take note that a piece of a streamed answer is there, of so many tokens."""
+        now = time.monotonic()
         if self._first_token is None:
-            self._first_token = time.monotonic() - self._began
+            self._first_token = now - self._began
+            if self._books is not None:
+                self._gaps = self._books.metrics.inter_token.labels(self.model)
+        elif tokens and self._gaps is not None:
+            self._gaps.observe((now - self._last_token) / tokens)
+        self._last_token = now
 
     def used(
         self, *, prompt: int = 0, cached: int = 0, completion: int = 0, audio: float = 0.0, images: int = 0
@@ -102,8 +138,8 @@ class Account:
         self._settled = True
         if self.allowance is not None:
             self.allowance.spend(self.prompt_tokens + self.completion_tokens)
-        if self._ledger is not None:
-            await self._ledger.record(self._record(outcome or _outcome_of(self.status)))
+        if self._books is not None:
+            await self._books.enter(self._record(outcome or _outcome_of(self.status)))
 
     def close(self) -> None:
         """Let others of its key have its place."""
@@ -112,6 +148,13 @@ class Account:
         if self.allowance is not None and self._entered:
             self.allowance.leave()
         self._has_turn = self._entered = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the log says of it."""
+        found: dict[str, Any] = {"key": self._caller.name, "model": self.model}
+        found |= {"prompt_tokens": self.prompt_tokens or None, "completion_tokens": self.completion_tokens or None}
+        return found | {"streamed": self.streamed or None}
 
     def _record(self, outcome: Outcome) -> UsageRecord:
         return UsageRecord(
@@ -146,18 +189,21 @@ def account() -> Account:
     return _current.get(None) or Account()
 
 
-async def metered() -> None:
+async def metered(request: Request) -> None:
     """Have a request count, and let it in by the limits of its key. Routes whose work counts depend on this."""
-    account().enter()
+    opened = account()
+    opened.enter()
+    if opened.logs_prompt and not request.headers.get("content-type", "").lower().startswith("multipart/"):
+        prompts.info("%s", (await request.body()).decode("utf-8", "backslashreplace"))
 
 
 class Accounting:
     """Opens an account for each request, and closes it."""
 
-    def __init__(self, app: ASGIApp, allowances: Allowances, ledger: Ledger | None) -> None:
+    def __init__(self, app: ASGIApp, allowances: Allowances, books: Books) -> None:
         self._app = app
         self._allowances = allowances
-        self._ledger = ledger
+        self._books = books
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -167,7 +213,7 @@ class Accounting:
         asking = caller()
         allowance = None if asking.key is None else self._allowances.of(asking.key)
         path, request_id = scope["path"].rstrip("/"), scope["state"]["request_id"]
-        opened = Account(asking, path, request_id, allowance, self._ledger)
+        opened = Account(asking, path, request_id, allowance, self._books)
         _current.set(opened)
 
         async def counted(message: Message) -> None:
@@ -183,6 +229,7 @@ class Accounting:
             await self._app(scope, receive, counted)
         finally:
             opened.close()
+            scope["state"]["facts"].update(opened.facts)
             await opened.settle("cancelled")
 
 

@@ -194,7 +194,7 @@ async def _events(body: AudioRequest, hearing: Hearing, opening: asyncio.Task[Au
     logprobs = bool(body.include)
     notes = _warnings(audio)
     async for each in hearing.events():
-        account().begun()
+        account().progressed()
         known = len(transcript.segments)
         _take(transcript, each, notes)
         for number, segment in enumerate(transcript.segments[known:], known):

@@ -309,7 +309,7 @@ async def _events(
     finished: list[Finished] = []
     pace, totals = _Pace(job), None
     while arrived := await stream.arrived():
-        job.account.begun()
+        job.account.progressed(sum(each.tokens for each in arrived if isinstance(each, Delta)))
         step: list[bytes] = []
         for each in arrived:
             if (seconds := pace.wait(each)) > 0:

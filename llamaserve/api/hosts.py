@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -106,14 +107,16 @@ def _compiled(origin: str) -> re.Pattern[str]:
 class HostGate:
     """Refuses requests for other hosts, and those of web pages that may not make any, before they are looked at."""
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, origins: Origins) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, origins: Origins, refused: Counter) -> None:
         self._app = app
+        self._refused = refused
         self._hosts = hosts
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))) is not None:
+            self._refused.labels(error.code).inc()
             await refuse(scope, receive, send, error)
             return
         await self._app(scope, receive, send)

@@ -232,7 +232,7 @@ async def _events(request: _Answering, painting: Painting) -> AsyncIterator[byte
             if not count:
                 await account().settle("answered")
         else:
-            account().begun()
+            account().progressed()
         yield written
 
 

@@ -207,7 +207,7 @@ class _Run:
         content: list[str] = []
         async with aclosing(self.pieces(stream)) as pieces:
             async for text in pieces:
-                self.job.account.begun()
+                self.job.account.progressed()
                 content.append(text)
                 yield event(self._piece(text))
         answer = self.answer("".join(content))

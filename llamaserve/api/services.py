@@ -10,12 +10,14 @@ from typing import Annotated, Any, NamedTuple
 from fastapi import Depends, Request
 
 from llamaserve.api.image_links import ImageLinks
+from llamaserve.api.metrics import Metrics
 from llamaserve.api.presets import Presets
 from llamaserve.api.uploads import UploadAdmission
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.images.pictures import PictureReader
+from llamaserve.keys.watched import WatchedKeys
 from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
@@ -48,6 +50,8 @@ class Services:
     pictures: PictureReader
     image_links: ImageLinks
     ledger: Ledger | None
+    metrics: Metrics
+    keys: WatchedKeys
     upload_admission: UploadAdmission = field(default_factory=UploadAdmission)
     running: dict[str, Running] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)

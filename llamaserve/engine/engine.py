@@ -53,6 +53,7 @@ from llamaserve.errors import (
 )
 
 _PROGRESS_INTERVAL = 0.5  # seconds
+_REPORT_INTERVAL = 1.0  # seconds between reports of how busy it is, where the number of sequences stays the same
 _PLAIN = Generation(sampling=Sampling(seed=0))
 _MAX_SHOWN = 64  # names of control tokens
 _MAX_NAME = 256  # characters
@@ -102,6 +103,8 @@ class Engine(TextWork):
             clock=clock,
         )
         self._reported = Occupancy()
+        self._next_report = 0.0  # moment
+        self._drafted = self._confirmed = 0  # tokens
         self._next_progress = -math.inf
         self._next_deadline = math.inf
         self._begun: set[int] = set()  # requests of which some token was sampled
@@ -332,12 +335,16 @@ class Engine(TextWork):
         return self._cache.export(path, self._identity, size)
 
     def occupancy(self) -> Occupancy | None:
-        """Return how busy the engine is when that has changed since the last call, else None."""
-        now = self._scheduler.occupancy
-        if (now.running, now.waiting) == (self._reported.running, self._reported.waiting):
+        """Return how busy the engine is when that has changed since the last call, and now and then; else None."""
+        now, moment = self._scheduler.occupancy, self._clock()
+        if (now.running, now.waiting) == (
+            self._reported.running,
+            self._reported.waiting,
+        ) and moment < self._next_report:
             return None
-        self._reported = now
-        return now
+        self._next_report = moment + _REPORT_INTERVAL
+        self._reported = msgspec.structs.replace(now, drafted=self._drafted, accepted=self._confirmed)
+        return self._reported
 
     def progress(self) -> list[Progress]:
         """Return where the streamed requests stand that have no token yet; empty when that was done a moment ago."""
@@ -362,6 +369,8 @@ class Engine(TextWork):
         """Take the tokens sampled after a chunk into its sequence and return what there is to report of it."""
         sequence = chunk.sequence
         wrong = len(chunk.draft) - max(0, len(tokens) - 1)
+        self._drafted += len(chunk.draft)
+        self._confirmed += len(chunk.draft) - wrong
         if wrong:
             self._cache.rewind(sequence, sequence.evaluated - wrong)
         self._begun.add(sequence.request)

@@ -121,11 +121,17 @@ class Progress(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Occupancy(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """How busy the engine is: sequences being evaluated, sequences waiting, and cells of the key-value cache in use."""
+    """How busy the engine is: sequences being evaluated, sequences waiting, and cells of the key-value cache in use.
+    And since the model was loaded: guessed tokens that were evaluated, those of them that were right, and how often a
+    sequence had to wait again.
+    """
 
     running: int = 0
     waiting: int = 0
     cells: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
 
 
 EngineEvent = (

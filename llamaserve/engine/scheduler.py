@@ -97,6 +97,7 @@ class Scheduler:
         self._cells = cache.cells
         self._batch = batch
         self._arrivals = count()
+        self._preempted = 0
         self._waiting: list[Sequence] = []  # both in order of arrival
         self._running: list[Sequence] = []
         self._clock = clock
@@ -134,7 +135,7 @@ class Scheduler:
     @property
     def occupancy(self) -> Occupancy:
         """How busy the engine is."""
-        return Occupancy(len(self._running), len(self._waiting), self._cache.used_cells)
+        return Occupancy(len(self._running), len(self._waiting), self._cache.used_cells, preempted=self._preempted)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence behind those that came before it."""
@@ -319,6 +320,7 @@ class Scheduler:
 
     def _preempt_newest(self) -> None:
         sequence = self._running.pop()
+        self._preempted += 1
         self._leave_turns(sequence.adapters)
         self._cache.release(sequence)
         sequence.state = State.WAITING

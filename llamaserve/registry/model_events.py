@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -69,12 +69,19 @@ class ModelEvents:
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._witnesses: list[Callable[[ModelEvent], None]] = []
         self._ended = False
+
+    def witness(self, call: Callable[[ModelEvent], None]) -> None:
+        """Have a function called with each event, at once."""
+        self._witnesses.append(call)
 
     def publish(self, kind: str, model: str | None = None, **data: Any) -> None:
         """Tell all listeners."""
-        if self._subscriptions:
+        if self._subscriptions or self._witnesses:
             event = ModelEvent(kind, model, time.time(), data)
+            for call in self._witnesses:
+                call(event)
             for subscription in self._subscriptions:
                 subscription.put(event)
 

@@ -261,6 +261,12 @@ class ServedModel:
         """Return how many requests are worked on at once; speech and pictures are worked on one by one."""
         return 1 if isinstance(self.file, OtherFile) else spec.parallel
 
+    @property
+    def cells(self) -> int | None:
+        """How many tokens its key-value cache holds, if it is loaded and has one."""
+        params = self.plan and self.plan.params
+        return params.kv_cells if isinstance(params, LoadParams) and self.live_worker is not None else None
+
     def load_params(self) -> ModelParams:
         """Return how it was loaded last, or else how its settings say."""
         return self.plan.params if self.plan else self.file.load_params()

@@ -25,6 +25,7 @@ ADMINS = {
     "GET /lora-adapters",
     "POST /lora-adapters",
     "GET /v1/internal/events",
+    "GET /v1/internal/status",
 }
 
 
