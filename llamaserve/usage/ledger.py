@@ -88,6 +88,7 @@ class Ledger:
         if self._thread is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), _CLOSE_LIMIT)
+                self._thread.join()  # it has done all it had to
         self._backlog.abandon()
 
     async def record(self, record: UsageRecord) -> None:
