@@ -89,7 +89,7 @@ class Ledger:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), _CLOSE_LIMIT)
                 self._thread.join()  # it has done all it had to
-        self._backlog.abandon()
+        _end(self._backlog.abandon())
 
     async def record(self, record: UsageRecord) -> None:
         """Return when the record is committed; at once where that can't be done now, which raises nothing."""

@@ -89,7 +89,7 @@ def test_what_comes_after_the_end_is_lost(caplog: pytest.LogCaptureFixture) -> N
     backlog = filled("a")
     backlog.close()
     assert not backlog.add(made(request_id="late"), "")
-    backlog.abandon()
+    assert backlog.abandon() == ["a waits"]
     assert (len(backlog), backlog.lost) == (0, 2)
     assert [record.message for record in caplog.records] == [
         "usage of the request late is lost: the ledger is closed",
