@@ -110,6 +110,7 @@ class Ledger:
     def _run(self) -> None:
         """Write what comes, in the thread, until all is over."""
         try:
+            self._attempt(())  # so that a problem is known before the first request is over
             going_on = True
             while going_on:
                 records = self._next()

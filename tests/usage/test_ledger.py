@@ -514,6 +514,19 @@ def test_a_ledger_that_nothing_is_written_to_ends_at_once(path: Path) -> None:
     assert not [each for each in threading.enumerate() if each.name == "usage ledger"]
 
 
+def test_a_problem_is_known_from_the_start_and_over_without_a_request(path: Path) -> None:
+    async def run() -> None:
+        with ExitStack() as trouble:
+            trouble.enter_context(unwritable(path))
+            async with Ledger(path, None) as ledger:
+                await until(lambda: ledger.problem is not None)
+                trouble.close()
+                await until(lambda: ledger.problem is None)
+
+    asyncio.run(run())
+    assert ids(path) == []
+
+
 def test_a_newer_server_that_comes_meanwhile_is_noticed(path: Path) -> None:
     async def run() -> None:
         async with Ledger(path, None) as ledger:

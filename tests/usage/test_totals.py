@@ -22,7 +22,7 @@ from llamaserve.usage.totals import ALL, GROUPS, NUMBERS, OUTCOMES, Group, Total
 
 DAY = 86400
 NAMES = st.sampled_from([None, "ann", "a'; DROP TABLE requests; --", "", "Ann"])
-# Moments around midnights, at which a quotient or SQLite's own dates would be rounded to the wrong day.
+# Moments around midnights, at which SQLite's own dates are rounded to the wrong day.
 MIDNIGHTS = st.integers(20_000, 20_003).map(lambda day: float(day * DAY))
 MOMENTS = st.one_of(MIDNIGHTS, MIDNIGHTS.map(lambda at: math.nextafter(at, 0)), st.floats(20_000 * DAY, 20_003 * DAY))
 RECORDS = st.builds(
