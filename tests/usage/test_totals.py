@@ -191,7 +191,13 @@ def test_names_that_there_are_not_are_refused(tmp_path: Path) -> None:
         totals(tmp_path / "a", outcomes=[unknown])
 
 
-def test_days_are_those_of_utc() -> None:
+def test_days_are_those_of_utc(tmp_path: Path) -> None:
+    midnights = [float(day * DAY) for day in range(20_000, 20_010)]
+    moments = [moment for midnight in midnights for moment in (math.nextafter(midnight, 0), midnight)]
+    path = written(tmp_path / "a.sqlite3", *(made(at=moment) for moment in moments))
+    found = totals(path, group_by=["day"])
+    assert [each.requests for each in found] == [1, *[2] * 9, 1]
+    assert found[-1].day == (date(1970, 1, 1) + timedelta(days=20_009)).isoformat()
     assert day_of(1_767_225_600.0) == "2026-01-01"
     assert day_of(math.nextafter(1_767_225_600.0, 0)) == "2025-12-31"
 
