@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from llamaserve.registry.gguf import read_header
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.spec import Defaults, ImageDefaults, load_registry
 from llamaserve.settings import Settings
+from llamaserve.usage.database import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEECH = ROOT / "tests" / "speech" / "jfk.flac"
@@ -256,6 +259,14 @@ def test_every_model_setting_is_documented() -> None:
     pages = (ROOT / "docs" / "models.md").read_text(), (ROOT / "models.yaml").read_text()
     for text in pages:
         assert {name for name in Defaults.model_fields if name != "model" and name not in text} == set()
+
+
+def test_every_column_of_the_ledger_is_documented_with_its_type(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "usage.md").read_text().partition("## With SQL")[2]
+    Database(tmp_path / "usage.sqlite3").close()
+    with closing(sqlite3.connect(tmp_path / "usage.sqlite3")) as connection:
+        columns = connection.execute("SELECT name, type FROM pragma_table_info('requests') ORDER BY cid").fetchall()
+    assert re.findall(r"^\| `(\w+)` \| ([A-Z]+) \|", text, re.MULTILINE) == columns
 
 
 def test_every_command_is_documented() -> None:

@@ -104,14 +104,16 @@ class Backlog(Generic[_Waiter]):
             self.closed = True
             self.changed.notify()
 
-    def abandon(self) -> None:
-        """Give up what is left."""
+    def abandon(self) -> list[_Waiter]:
+        """Give up what is left. Returns all who wait."""
         with self.changed:
+            told = _waiters([*self._taken, *self._waiting])
             if left := len(self):
                 log.error("usage of %d requests is lost: %s", left, self.problem or "it could not be written in time")
             self.lost += left
             self._waiting.clear()
             self._taken = []
+            return told
 
     def _lose_oldest(self) -> None:
         if not self._overflowing:

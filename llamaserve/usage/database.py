@@ -80,6 +80,7 @@ class Database:
         lost = 0
         self._connection.execute("BEGIN IMMEDIATE")
         try:
+            require_known(self._connection, self._path)  # a newer server may have come meanwhile
             for start in range(0, len(records), _ROWS):
                 lost += self._insert_some([_row(record) for record in records[start : start + _ROWS]])
             self._connection.execute("COMMIT")

@@ -88,7 +88,8 @@ class Ledger:
         if self._thread is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), _CLOSE_LIMIT)
-        self._backlog.abandon()
+                self._thread.join()  # it has done all it had to
+        _end(self._backlog.abandon())
 
     async def record(self, record: UsageRecord) -> None:
         """Return when the record is committed; at once where that can't be done now, which raises nothing."""
@@ -109,6 +110,7 @@ class Ledger:
     def _run(self) -> None:
         """Write what comes, in the thread, until all is over."""
         try:
+            self._attempt(())  # so that a problem is known before the first request is over
             going_on = True
             while going_on:
                 records = self._next()

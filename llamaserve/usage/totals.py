@@ -39,7 +39,7 @@ class AllKeys(enum.Enum):
 
 ALL: Final = AllKeys.ALL  # requests with whatever key, or none; None means those with none
 
-# Days are counted with whole seconds: a quotient of two floats can be rounded up to the next day.
+# Days are counted: SQLite's own dates are rounded to milliseconds, and so up to the next day.
 _EXPRESSIONS: Final[dict[Group, str]] = {
     "day": f"CAST(at AS INTEGER) / {DAY}",
     "model": "model",
