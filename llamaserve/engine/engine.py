@@ -103,8 +103,8 @@ class Engine(TextWork):
             clock=clock,
         )
         self._reported = Occupancy()
-        self._next_report = 0.0  # moment
         self._drafted = self._confirmed = 0  # tokens
+        self._next_report = clock() + _REPORT_INTERVAL
         self._next_progress = -math.inf
         self._next_deadline = math.inf
         self._begun: set[int] = set()  # requests of which some token was sampled
@@ -336,15 +336,12 @@ class Engine(TextWork):
 
     def occupancy(self) -> Occupancy | None:
         """Return how busy the engine is when that has changed since the last call, and now and then; else None."""
-        now, moment = self._scheduler.occupancy, self._clock()
-        if (now.running, now.waiting) == (
-            self._reported.running,
-            self._reported.waiting,
-        ) and moment < self._next_report:
+        now, before, moment = self._scheduler.occupancy, self._reported, self._clock()
+        if (now.running, now.waiting) == (before.running, before.waiting) and moment < self._next_report:
             return None
         self._next_report = moment + _REPORT_INTERVAL
         self._reported = msgspec.structs.replace(now, drafted=self._drafted, accepted=self._confirmed)
-        return self._reported
+        return None if self._reported == before else self._reported
 
     def progress(self) -> list[Progress]:
         """Return where the streamed requests stand that have no token yet; empty when that was done a moment ago."""

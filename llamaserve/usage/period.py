@@ -25,7 +25,7 @@ def parse_period(start: str | None, end: str | None) -> tuple[float | None, floa
     """
     begins = None if start is None else parse_moment(start)
     ends = None if end is None else parse_moment(end, end=True)
-    if begins is not None and ends is not None and ends <= begins:
+    if begins is not None and ends is not None and (ends < begins or (ends == begins and start != end)):
         raise ValueError(f"the period ends ({end}) before it begins ({start})")
     return begins, ends
 

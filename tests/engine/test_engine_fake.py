@@ -655,6 +655,22 @@ def test_wrong_drafts_cost_no_token() -> None:
     assert all(right == 0 for _, right in model.runner.drafts)
 
 
+def test_drafts_are_counted_and_told_now_and_then() -> None:
+    model = _drafted(b"The answer is long.", frozenset({5}))
+    model.submit(1, "p")
+    model.run()
+    lengths, right = map(sum, zip(*model.runner.drafts, strict=True))
+    assert isinstance(model.runner.clock, SimulatedClock)
+    assert model.engine.occupancy() is None, "nothing runs, as it was first reported"
+    model.runner.clock.now += 2
+    told = model.engine.occupancy()
+    assert told is not None
+    assert (told.running, told.drafted, told.accepted) == (0, lengths, right)
+    assert 0 < right < lengths
+    model.runner.clock.now += 2
+    assert model.engine.occupancy() is None, "that has been told"
+
+
 def test_what_repeats_is_guessed_from_the_text_itself() -> None:
     model = FakeModel({(1, 0): b"one two three. " * 4}, context=200, drafted_rows=8, clock=SimulatedClock(row=1e-6))
     model.submit(1, "one two three. ")
