@@ -117,8 +117,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
                 decoder,
                 pictures,
                 links,
-                ledger,
-                metrics,
+                books,
                 keys,
             )
             pool.start_loading()

@@ -5,6 +5,7 @@ settings want. Knows nothing of terminals.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -17,8 +18,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 
 from llamaserve.api.hosts import host_problem, origin_problem
+from llamaserve.api.services import Services
 from llamaserve.app import create_app
 from llamaserve.errors import KeysError, LlamaserveError
 from llamaserve.keys.keyring import given_keys, is_guessable
@@ -72,6 +75,7 @@ def serve_forever(
     """Serve until a signal comes. ``beside`` runs as soon as requests are taken, with the base URL's beginning, such as
     ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
     """
+    AppStatus.enable_automatic_graceful_drain = False  # streams end once we say so
     _check_names(settings)
     tls = _tls(settings)
     sockets = listen(settings.host, settings.port)
@@ -114,11 +118,33 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections, and end all requests, models and listeners."""
+        """Take no more connections, let answers be finished, and end all requests, models and listeners."""
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # once its request is over, if it has one
+        await self._let_finish()
+        AppStatus.should_exit = True  # which ends streams
         closing = asyncio.gather(self._pool.aclose(), self._app.state.services.audio.aclose())
         asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
         await super().shutdown(sockets)
         await closing
+
+    async def _let_finish(self) -> None:
+        """Wait until all answers are finished, or their time is up."""
+        services: Services = self._app.state.services
+        limit = services.settings.shutdown_limit
+        if services.books.open and limit:
+            logger.info(
+                "ending: %d requests have %g seconds to be answered; a second signal ends them now",
+                services.books.open,
+                limit,
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await services.books.balanced.wait()
 
 
 async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None]) -> None:

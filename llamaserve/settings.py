@@ -111,6 +111,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     log_format: Literal["human", "json"] = Field("human", description="Lines for people, or JSON for programs.")
     log_prompts: bool = Field(default=False, description="Log what requests say, which may be confidential.")
+    shutdown_limit: float = Field(
+        5.0,
+        ge=0,
+        le=3600,
+        description="Seconds for answers to be finished once the server is told to end; then they end as they are.",
+    )
     heartbeat: float = Field(10.0, gt=0, description="Seconds between the comment lines that keep a stream alive.")
     max_body: int = Field(16 * MEBIBYTE, gt=0, description="Largest request body in bytes; over it the answer is 413.")
     max_upload: int = Field(

@@ -32,7 +32,7 @@ class RunningServer:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", "llamaserve", *arguments, "--port", "0"]
         # No test shall find what an earlier one has evaluated, unless it wants to, or touch what a user keeps.
-        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0"}
+        defaults = {"PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "0", "LLAMASERVE_SHUTDOWN_LIMIT": "0"}
         defaults |= {"LLAMASERVE_CACHE": _CACHE, "LLAMASERVE_STATE_DIR": _STATE}
         self._environment = {**os.environ, **defaults, **(environment or {})}
         self.lines: list[str] = []

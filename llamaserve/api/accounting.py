@@ -6,6 +6,7 @@ Endpoints whose work counts depend on ``metered``, and say with ``used`` what th
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -36,14 +37,17 @@ class Books:
 
     def __init__(self, metrics: Metrics, ledger: Ledger | None, *, log_prompts: bool) -> None:
         self.metrics = metrics
+        self.ledger = ledger
         self.log_prompts = log_prompts
-        self._ledger = ledger
+        self.open = 0  # requests that are not over
+        self.balanced = asyncio.Event()  # whether there are none
+        self.balanced.set()
 
     async def enter(self, record: UsageRecord) -> None:
         """Return once the row is written."""
         self.metrics.request(record)
-        if self._ledger is not None:
-            await self._ledger.record(record)
+        if self.ledger is not None:
+            await self.ledger.record(record)
 
 
 class Account:
@@ -90,6 +94,9 @@ class Account:
     def enter(self) -> None:
         """Let it in. Raises ``RateLimitExceeded``."""
         self._counts = True
+        if self._books is not None:
+            self._books.open += 1
+            self._books.balanced.clear()
         if self.allowance is not None:
             self.allowance.enter()
             self._entered = True
@@ -143,6 +150,10 @@ class Account:
 
     def close(self) -> None:
         """Let others of its key have its place."""
+        if self._counts and self._books is not None:
+            self._books.open -= 1
+            if not self._books.open:
+                self._books.balanced.set()
         if self.allowance is not None and self._has_turn:
             self.allowance.end_turn()
         if self.allowance is not None and self._entered:

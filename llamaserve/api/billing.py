@@ -55,7 +55,7 @@ def billing_usage(
         "end_date": _shown(end),
         **_numbers(answered),
         "unanswered": [{"outcome": total.outcome, **_numbers(total)} for total in others],
-        "recorded": services.ledger is not None,
+        "recorded": services.books.ledger is not None,
     }
     if groups:
         answer["group_by"] = groups
@@ -138,7 +138,7 @@ def _totals(
     whose: str | AllKeys | None,
     groups: Sequence[Group] = (),
 ) -> list[Total]:
-    if services.ledger is None:
+    if services.books.ledger is None:
         return [] if groups else [Total()]
     return totals(services.settings.ledger_path, start=start, end=end, key=whose, group_by=groups)
 

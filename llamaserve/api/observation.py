@@ -25,7 +25,7 @@ _STARTED = time.monotonic()
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
 async def metrics(services: UsesServices) -> Response:
     """Return all metrics in Prometheus' text format."""
-    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(services.books.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/internal/status", summary="How is the server?", dependencies=[Depends(admin)])
@@ -49,7 +49,7 @@ def status(services: UsesServices) -> dict[str, Any]:
 
 
 def _usage(services: Services) -> dict[str, Any] | None:
-    ledger = services.ledger
+    ledger = services.books.ledger
     if ledger is None:
         return None
     return {

@@ -9,8 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 from fastapi import Depends, Request
 
+from llamaserve.api.accounting import Books
 from llamaserve.api.image_links import ImageLinks
-from llamaserve.api.metrics import Metrics
 from llamaserve.api.presets import Presets
 from llamaserve.api.uploads import UploadAdmission
 from llamaserve.chat.characters import Characters
@@ -22,7 +22,6 @@ from llamaserve.registry.downloads import Downloads
 from llamaserve.registry.pool import ModelPool
 from llamaserve.settings import Settings
 from llamaserve.speech.audio import AudioDecoder
-from llamaserve.usage.ledger import Ledger
 from llamaserve.worker.grammar_check import GrammarChecker
 from llamaserve.worker.process import GenerationStream
 
@@ -49,8 +48,7 @@ class Services:
     audio: AudioDecoder
     pictures: PictureReader
     image_links: ImageLinks
-    ledger: Ledger | None
-    metrics: Metrics
+    books: Books
     keys: WatchedKeys
     upload_admission: UploadAdmission = field(default_factory=UploadAdmission)
     running: dict[str, Running] = field(default_factory=dict)

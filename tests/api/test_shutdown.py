@@ -188,6 +188,60 @@ def test_an_answer_that_does_not_end_holds_up_the_server_for_some_seconds_only(s
     assert not any("Traceback" in line for line in server.lines)
 
 
+@pytest.fixture
+def patient(models_file: Path, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
+    """A server that lets answers be finished, for as many seconds as the test says."""
+    environment = {"LLAMASERVE_SHUTDOWN_LIMIT": str(request.param)}
+    with RunningServer("serve", FIRST, "--models-file", str(models_file), environment=environment) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("patient", "how"), [(60, signal.SIGTERM), (60, signal.SIGINT)], indirect=["patient"])
+def test_answers_are_finished_and_nobody_else_is_let_in(patient: RunningServer, how: signal.Signals) -> None:
+    body = {**LONG, "max_tokens": 300, "n": 2}
+    with (
+        Client(patient, COMPLETIONS, {**body, "stream": True}) as stream,
+        Client(patient, COMPLETIONS, body) as whole,
+        Client(patient, EVENTS, None) as events,
+    ):
+        wait_until(lambda: stream.text.count("data: ") > 5 and patient.running == 4 and "snapshot" in events.text)
+        patient.process.send_signal(how)
+        wait_until(lambda: not reachable(patient))
+        assert patient.process.poll() is None
+        reasons = [event["choices"][0]["finish_reason"] for event in stream.events()]
+        assert sorted(filter(None, reasons)) == ["length", "length"]
+        assert whole.whole().json()["usage"]["completion_tokens"] == 600
+        assert patient.process.wait(20) in (0, 130, -how)
+        assert "unloaded" in events.text
+    assert complaints(patient.lines) == []
+    assert any("have 60 seconds" in line for line in patient.lines)
+
+
+def reachable(server: RunningServer) -> bool:
+    try:
+        return httpx.get(server.url + "/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("patient", [1], indirect=True)
+def test_answers_that_take_too_long_end_as_they_are(patient: RunningServer) -> None:
+    with Client(patient, COMPLETIONS, {**LONG, "n": 4, "stream": True}) as client:
+        wait_until(lambda: client.text.count("data: ") > 5)
+        before = time.monotonic()
+        patient.process.send_signal(signal.SIGTERM)
+        assert client.events()[-1]["choices"][0]["finish_reason"] == "stop"
+        assert 0.9 < time.monotonic() - before < 1 + SOON
+    assert patient.process.wait(20) in (0, -signal.SIGTERM, 143)
+
+
+@pytest.mark.parametrize("patient", [60], indirect=True)
+def test_without_a_request_nothing_is_waited_for(patient: RunningServer) -> None:
+    with Client(patient, EVENTS, None) as client:
+        wait_until(lambda: "snapshot" in client.text)
+        end(patient, signal.SIGTERM)
+
+
 @pytest.mark.parametrize("how", SIGNALS)
 def test_a_second_signal_ends_the_server_at_once(server: RunningServer, how: signal.Signals) -> None:
     with Client(server, COMPLETIONS, {**LONG, "stream": True}) as client:
