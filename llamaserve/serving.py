@@ -1,12 +1,11 @@
-"""Listening on sockets and running the application on them with uvicorn, with the pool of models and the keys that the
-settings want. Knows nothing of terminals.
+"""Running the application with uvicorn, with the pool of models and the keys that the settings want. Knows nothing of
+terminals.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
@@ -23,9 +22,11 @@ from sse_starlette.sse import AppStatus
 from llamaserve.api.hosts import host_problem, origin_problem
 from llamaserve.api.services import Services
 from llamaserve.app import create_app
+from llamaserve.connections import Connection
 from llamaserve.errors import KeysError, LlamaserveError
 from llamaserve.keys.keyring import given_keys, is_guessable
 from llamaserve.keys.watched import WatchedKeys
+from llamaserve.listening import base_url, listen, raise_limit_of_open_files
 from llamaserve.registry.budget import memory_budget
 from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
@@ -35,9 +36,6 @@ from llamaserve.settings import Settings, parse_size
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = ("127.0.0.1", "::1")  # both, since `localhost` means the one to some clients and the other to others
-_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a machine without IPv6
-_BACKLOG = 2048
 _STOP_LIMIT = 5  # seconds for answers under way when the server stops
 _EVENTS_LIMIT = 3  # seconds of these in which listeners hear how models leave, for which saving may take longer
 
@@ -76,6 +74,7 @@ def serve_forever(
     ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
     """
     AppStatus.enable_automatic_graceful_drain = False  # streams end once we say so
+    raise_limit_of_open_files()
     _check_names(settings)
     tls = _tls(settings)
     sockets = listen(settings.host, settings.port)
@@ -90,6 +89,7 @@ def serve_forever(
             log_level="warning",
             access_log=False,
             server_header=False,
+            http=Connection,
             ws="none",
             ssl_context_factory=None if tls is None else lambda *_: tls,
             timeout_graceful_shutdown=_STOP_LIMIT,
@@ -163,39 +163,6 @@ async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: A
         companion.result()
 
 
-def listen(host: str | None, port: int) -> list[socket.socket]:
-    """Return listening sockets: on ``host``, or on the IPv4 and IPv6 loopback addresses, all with the same port."""
-    sockets: list[socket.socket] = []
-    for address in (host,) if host else _LOOPBACK:
-        try:
-            sockets.append(_listen_on(address, sockets[0].getsockname()[1] if sockets else port))
-        except OSError as error:
-            if sockets and error.errno in _NO_SUCH_ADDRESS:
-                logger.debug("not listening on %s: %s", address, error)
-                continue
-            for sock in sockets:
-                sock.close()
-            if sockets and port == 0:
-                return listen(host, port)  # the free port of one address is taken on the other
-            raise _cannot_listen(address, port, error) from error
-    return sockets
-
-
-def _listen_on(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.create_server((address, port), family=family, backlog=_BACKLOG)
-    sock.setblocking(False)
-    return sock
-
-
-def _cannot_listen(address: str, port: int, error: OSError) -> LlamaserveError:
-    if error.errno == errno.EADDRINUSE:
-        return LlamaserveError(
-            f"port {port} on {address} is taken by another program", hint=f"choose another one: --port {port + 1}"
-        )
-    return LlamaserveError(f"cannot listen on {address}, port {port}: {error.strerror or error}")
-
-
 def _refuse_the_world(sockets: Sequence[socket.socket]) -> None:
     """Raise if other machines could reach a socket."""
     for sock in sockets:
@@ -235,10 +202,3 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
             hint="give a certificate and its private key as PEM files, the key without a password",
         ) from error
     return context
-
-
-def base_url(sock: socket.socket, *, tls: bool = False) -> str:
-    """Return the URL by which clients on this machine reach the socket."""
-    address, port = sock.getsockname()[:2]
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - compared, not bound
-    return f"{'https' if tls else 'http'}://{f'[{address}]' if ':' in address else address}:{port}"
