@@ -35,7 +35,7 @@ images:
 
 .PHONY: install-dev
 install-dev:
-	@$(PYTHON) scripts/install.py fast speech images dev
+	@$(PYTHON) scripts/install.py fast speech images telemetry dev
 
 test: install-dev
 	$(BIN)/pytest

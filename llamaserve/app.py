@@ -43,6 +43,7 @@ from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEA
 from llamaserve.api.presets import Presets
 from llamaserve.api.request_log import HEADER as REQUEST_ID_HEADER, RequestLog
 from llamaserve.api.services import Services
+from llamaserve.api.tracing import Tracing
 from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
@@ -91,7 +92,8 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     ledger = Ledger(settings.ledger_path, days) if days else None
     metrics = Metrics(pool, ledger)
     pool.events.witness(metrics.model_event)
-    books = Books(metrics, ledger, log_prompts=settings.log_prompts)
+    tracing = Tracing() if settings.tracing else None
+    books = Books(metrics, ledger, tracing, log_prompts=settings.log_prompts)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -103,6 +105,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
             PictureReader() as pictures,
             ImageLinks() as links,
             _started(ledger),
+            _started(tracing),
         ):
             downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(
@@ -155,8 +158,8 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     return app
 
 
-def _started(ledger: Ledger | None) -> AbstractAsyncContextManager[object]:
-    return contextlib.nullcontext() if ledger is None else ledger
+def _started(part: Ledger | Tracing | None) -> AbstractAsyncContextManager[object]:
+    return contextlib.nullcontext() if part is None else part
 
 
 @contextlib.contextmanager

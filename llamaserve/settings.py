@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     ssl_keyfile: Path | None = Field(None, description="Private key of the certificate, as PEM, if not in that file.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
     log_format: Literal["human", "json"] = Field("human", description="Lines for people, or JSON for programs.")
+    tracing: bool = Field(default=False, description="Send a span of each request by OpenTelemetry's protocol.")
     log_prompts: bool = Field(default=False, description="Log what requests say, which may be confidential.")
     shutdown_limit: float = Field(
         5.0,

@@ -1,5 +1,5 @@
 """What a request may use, what it has used, and how it ended: it is let in by the limits of its key, and has its row in
-the ledger before its client has the whole answer.
+the ledger, its metrics and its span, before its client has the whole answer.
 
 Endpoints whose work counts depend on ``metered``, and say with ``used`` what they have used. Knows no endpoint.
 """
@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from fastapi import Request
 from prometheus_client import Histogram
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamaserve.api.caller import EVERYBODY, Caller, caller
 from llamaserve.api.metrics import Metrics
+from llamaserve.api.tracing import Tracing
 from llamaserve.keys.allowance import Allowance, Allowances, Bucket
 from llamaserve.usage.ledger import Ledger
 from llamaserve.usage.record import Outcome, UsageRecord
@@ -35,17 +36,20 @@ class Books:
     only if somebody wants that.
     """
 
-    def __init__(self, metrics: Metrics, ledger: Ledger | None, *, log_prompts: bool) -> None:
+    def __init__(self, metrics: Metrics, ledger: Ledger | None, tracing: Tracing | None, *, log_prompts: bool) -> None:
         self.metrics = metrics
+        self._tracing = tracing
         self.ledger = ledger
         self.log_prompts = log_prompts
         self.open = 0  # requests that are not over
         self.balanced = asyncio.Event()  # whether there are none
         self.balanced.set()
 
-    async def enter(self, record: UsageRecord) -> None:
-        """Return once the row is written."""
+    async def enter(self, record: UsageRecord, traceparent: str | None) -> None:
+        """Return once the row is written. ``traceparent`` is the trace that the client began."""
         self.metrics.request(record)
+        if self._tracing is not None:
+            self._tracing.request(record, traceparent)
         if self.ledger is not None:
             await self.ledger.record(record)
 
@@ -69,6 +73,7 @@ class Account:
         self.audio_seconds = 0.0
         self.images = 0
         self.streamed = False
+        self.traceparent: str | None = None
         self.waits = False  # for its turn, since others of its key are worked on
         self.status = 0
         self._caller = asking
@@ -146,7 +151,7 @@ class Account:
         if self.allowance is not None:
             self.allowance.spend(self.prompt_tokens + self.completion_tokens)
         if self._books is not None:
-            await self._books.enter(self._record(outcome or _outcome_of(self.status)))
+            await self._books.enter(self._record(outcome or _outcome_of(self.status)), self.traceparent)
 
     def close(self) -> None:
         """Let others of its key have its place."""
@@ -225,6 +230,7 @@ class Accounting:
         allowance = None if asking.key is None else self._allowances.of(asking.key)
         path, request_id = scope["path"].rstrip("/"), scope["state"]["request_id"]
         opened = Account(asking, path, request_id, allowance, self._books)
+        opened.traceparent = Headers(scope=scope).get("traceparent")
         _current.set(opened)
 
         async def counted(message: Message) -> None:
