@@ -18,7 +18,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from llamaserve import __version__, cli_doctor, cli_models, cli_plan
+from llamaserve import __version__, cli_doctor, cli_models, cli_plan, cli_service
 from llamaserve.cli_models import ModelsDir, ModelsFile, fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry, read_settings
 from llamaserve.errors import LlamaserveError, RegistryError
@@ -121,6 +121,7 @@ def serve(
 cli_models.register(app)
 cli_plan.register(app)
 cli_doctor.register(app)
+cli_service.register(app)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes, saved_prefixes_folder
 from llamaserve.registry.spec import Registry
+from llamaserve.service.notify import Notifier
 from llamaserve.settings import Settings, parse_size
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
     """Serve until a signal comes. ``beside`` runs as soon as requests are taken, with the base URL's beginning, such as
     ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
     """
+    notifier = Notifier.of(os.environ)
     sockets = listen(settings.host, settings.port)
     try:
         app = create_app(settings, pool)
@@ -68,7 +70,8 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
             timeout_graceful_shutdown=_STOP_LIMIT,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(_Server(config, app, pool), sockets, beside(base_url(sockets[0]))))
+            server = _Server(config, app, pool, notifier)
+            runner.run(_serve(server, sockets, beside(base_url(sockets[0])), notifier.stay_in_touch()))
     finally:
         for sock in sockets:
             sock.close()
@@ -77,10 +80,11 @@ def serve_forever(settings: Settings, pool: ModelPool, beside: Callable[[str], A
 class _Server(uvicorn.Server):
     """Has requests come to their end when a signal comes, rather than waiting for it; a second one ends all at once."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, pool: ModelPool) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, pool: ModelPool, notifier: Notifier) -> None:
         super().__init__(config)
         self._app = app
         self._pool = pool
+        self._notifier = notifier
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""
@@ -90,17 +94,27 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)  # the first process of a container does not get such a signal
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections from now on."""
+        await super().startup(sockets)
+        if sockets:
+            self._notifier.tell("READY=1", f"STATUS=listening at {base_url(sockets[0])}")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and end all requests, models and listeners."""
+        self._notifier.tell("STOPPING=1")
         closing = asyncio.gather(self._pool.aclose(), self._app.state.services.audio.aclose())
         asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
         await super().shutdown(sockets)
         await closing
 
 
-async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None]) -> None:
+async def _serve(
+    server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None], signs_of_life: Awaitable[None]
+) -> None:
     serving = asyncio.ensure_future(server.serve(sockets))
     companion = asyncio.ensure_future(beside)
+    alive = asyncio.ensure_future(signs_of_life)
     await asyncio.wait({serving, companion}, return_when=asyncio.FIRST_COMPLETED)
     failed = companion.done() and not companion.cancelled() and companion.exception() is not None
     if failed:
@@ -109,7 +123,8 @@ async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: A
         await serving
     finally:
         companion.cancel()
-        await asyncio.gather(companion, return_exceptions=True)
+        alive.cancel()
+        await asyncio.gather(companion, alive, return_exceptions=True)
     if failed:
         companion.result()
 
