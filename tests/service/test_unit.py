@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
-from supervisor import Unit
+from unit_supervisor import Unit
 
 from llamaserve import serving
 from llamaserve.errors import LlamaserveError

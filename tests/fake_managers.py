@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 _PROGRAM = """#!{python}
 import json, pathlib, sys
@@ -46,9 +45,8 @@ class FakeCommands:
             program = self.path / name
             program.write_text(_PROGRAM.format(python=sys.executable, folder=str(folder)))
             program.chmod(0o755)
-        self._answers: list[Any] = []
         (folder / "calls").touch()
-        self.answers()
+        (folder / "answers").write_text("[]")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -57,8 +55,8 @@ class FakeCommands:
 
     def answers(self, *answers: Answer) -> None:
         """Answer like this from now on; what is said last stands first."""
-        self._answers = [*answers, *self._answers]
-        (self._folder / "answers").write_text(json.dumps(self._answers))
+        file = self._folder / "answers"
+        file.write_text(json.dumps([*answers, *json.loads(file.read_text())]))
 
     def calls(self) -> list[str]:
         """Return the lines since the last time."""

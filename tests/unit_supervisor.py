@@ -48,7 +48,7 @@ class Unit:
         """The files that the pattern of environment files matches."""
         pattern = self.values["Service"]["EnvironmentFile"]
         assert pattern.startswith("-/")
-        return glob.glob(_with_sets(_without_specifiers(pattern[1:])))
+        return glob.glob(_with_sets(_without_specifiers(pattern[1:])))  # noqa: PTH207 - an absolute pattern
 
     @property
     def stop_limit(self) -> float:
