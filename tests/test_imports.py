@@ -13,7 +13,7 @@ import llamaserve
 PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
-    *("cli", "cli_doctor", "cli_models", "cli_plan", "cli_service", "cli_output"),
+    *("cli", "cli_doctor", "cli_service", "cli_models", "cli_plan", "cli_output"),
     *("doctor", "serving", "service", "app", "api", "chat", "moderation", "registry"),
     *("worker", "engine", "speech", "images"),
 ]

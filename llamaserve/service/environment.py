@@ -28,7 +28,7 @@ TEMPLATE = """\
 
 _LINE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
-_OURS = re.compile(r"LLAMASERVE_\w+|HF_\w+|XDG_(CACHE|STATE)_HOME")
+_OURS = re.compile(r"LLAMASERVE_\w+|HF_\w+|XDG_(CACHE|DATA|STATE)_HOME")
 
 
 def environment_file() -> Path:
