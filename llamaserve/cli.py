@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_usage, logs
+from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_service, cli_usage, logs
 from llamaserve.cli_models import fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry
 from llamaserve.cli_settings import takes_settings
@@ -101,6 +101,7 @@ cli_plan.register(app)
 cli_doctor.register(app)
 cli_keys.register(app)
 cli_usage.register(app)
+cli_service.register(app)
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import resource
 import socket
+from collections.abc import Sequence
 from typing import Final
 
-from llamaserve.errors import LlamaserveError
+from llamaserve.errors import KeysError, LlamaserveError
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,17 @@ def _cannot_listen(address: str, port: int, error: OSError) -> LlamaserveError:
             f"port {port} on {address} is taken by another program", hint=f"choose another one: --port {port + 1}"
         )
     return LlamaserveError(f"cannot listen on {address}, port {port}: {error.strerror or error}")
+
+
+def refuse_the_world(sockets: Sequence[socket.socket]) -> None:
+    """Raise ``KeysError`` if other machines could reach a socket."""
+    for sock in sockets:
+        address = sock.getsockname()[0]
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            raise KeysError(
+                f"{address} can be reached from other machines, and the server has no key: everybody could use it",
+                hint="llamaserve keys create NAME (or --insecure, if everybody shall)",
+            )
 
 
 def raise_limit_of_open_files() -> None:

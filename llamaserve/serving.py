@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -26,12 +25,13 @@ from llamaserve.connections import Connection
 from llamaserve.errors import KeysError, LlamaserveError
 from llamaserve.keys.keyring import given_keys, is_guessable
 from llamaserve.keys.watched import WatchedKeys
-from llamaserve.listening import base_url, listen, raise_limit_of_open_files
+from llamaserve.listening import base_url, listen, raise_limit_of_open_files, refuse_the_world
 from llamaserve.registry.budget import memory_budget
 from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes, saved_prefixes_folder
 from llamaserve.registry.spec import Registry
+from llamaserve.service.notify import Notifier
 from llamaserve.settings import Settings, parse_size
 
 logger = logging.getLogger(__name__)
@@ -77,10 +77,11 @@ def serve_forever(
     raise_limit_of_open_files()
     _check_names(settings)
     tls = _tls(settings)
+    notifier = Notifier.of(os.environ)
     sockets = listen(settings.host, settings.port)
     try:
         if not keys.needed and not settings.insecure:
-            _refuse_the_world(sockets)
+            refuse_the_world(sockets)
         app = create_app(settings, pool, keys)
         config = uvicorn.Config(
             app,
@@ -95,7 +96,9 @@ def serve_forever(
             timeout_graceful_shutdown=_STOP_LIMIT,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(_Server(config, app, pool), sockets, beside(base_url(sockets[0], tls=tls is not None))))
+            server = _Server(config, app, pool, notifier)
+            announcing = beside(base_url(sockets[0], tls=tls is not None))
+            runner.run(_serve(server, sockets, announcing, notifier.stay_in_touch()))
     finally:
         for sock in sockets:
             sock.close()
@@ -104,10 +107,11 @@ def serve_forever(
 class _Server(uvicorn.Server):
     """Has requests come to their end when a signal comes, rather than waiting for it; a second one ends all at once."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, pool: ModelPool) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, pool: ModelPool, notifier: Notifier) -> None:
         super().__init__(config)
         self._app = app
         self._pool = pool
+        self._notifier = notifier
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""
@@ -117,8 +121,15 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)  # the first process of a container does not get such a signal
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections from now on."""
+        await super().startup(sockets)
+        if sockets:
+            self._notifier.tell("READY=1", f"STATUS=listening at {base_url(sockets[0], tls=self.config.is_ssl)}")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, let answers be finished, and end all requests, models and listeners."""
+        self._notifier.tell("STOPPING=1")
         for server in self.servers:
             server.close()
         for sock in sockets or []:
@@ -147,9 +158,12 @@ class _Server(uvicorn.Server):
                 await services.books.balanced.wait()
 
 
-async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None]) -> None:
+async def _serve(
+    server: uvicorn.Server, sockets: list[socket.socket], beside: Awaitable[None], signs_of_life: Awaitable[None]
+) -> None:
     serving = asyncio.ensure_future(server.serve(sockets))
     companion = asyncio.ensure_future(beside)
+    alive = asyncio.ensure_future(signs_of_life)
     await asyncio.wait({serving, companion}, return_when=asyncio.FIRST_COMPLETED)
     failed = companion.done() and not companion.cancelled() and companion.exception() is not None
     if failed:
@@ -158,20 +172,10 @@ async def _serve(server: uvicorn.Server, sockets: list[socket.socket], beside: A
         await serving
     finally:
         companion.cancel()
-        await asyncio.gather(companion, return_exceptions=True)
+        alive.cancel()
+        await asyncio.gather(companion, alive, return_exceptions=True)
     if failed:
         companion.result()
-
-
-def _refuse_the_world(sockets: Sequence[socket.socket]) -> None:
-    """Raise if other machines could reach a socket."""
-    for sock in sockets:
-        address = sock.getsockname()[0]
-        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-            raise KeysError(
-                f"{address} can be reached from other machines, and the server has no key: everybody could use it",
-                hint="llamaserve keys create NAME (or --insecure, if everybody shall)",
-            )
 
 
 def _check_names(settings: Settings) -> None:

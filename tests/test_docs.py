@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import typer
 from fastapi.routing import APIRoute
 from local_hub import Hub, running_hub, settings_for
 from lora_files import random_lora, shapes_of
@@ -271,8 +272,19 @@ def test_every_column_of_the_ledger_is_documented_with_its_type(tmp_path: Path) 
 
 def test_every_command_is_documented() -> None:
     text = "".join(page.read_text() for page in PAGES)
-    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    names = set(commands(cli.app))
+    assert "service install" in names
     assert {name for name in names if f"llamaserve {name}" not in text} == set()
+
+
+def commands(app: typer.Typer) -> Iterator[str]:
+    """Yield the commands of a command line, those of groups with the group's name."""
+    for command in app.registered_commands:
+        if command.callback:
+            yield command.name or command.callback.__name__
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from (f"{group.name} {name}" for name in commands(group.typer_instance))
 
 
 def test_links_between_pages_lead_somewhere() -> None:

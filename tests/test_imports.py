@@ -13,8 +13,19 @@ import llamaserve
 PACKAGE = Path(llamaserve.__file__).parent
 # Each layer may import from those below it. Modules beside the layers serve all of them.
 LAYERS = [
-    *("cli", "cli_keys", "cli_settings", "cli_doctor", "cli_models", "cli_plan", "cli_usage", "cli_plot", "cli_output"),
-    *("doctor", "serving", "listening", "connections", "app", "api", "chat", "moderation", "keys", "usage", "registry"),
+    *(
+        "cli",
+        "cli_keys",
+        "cli_service",
+        "cli_settings",
+        "cli_doctor",
+        "cli_models",
+        "cli_plan",
+        "cli_usage",
+        "cli_plot",
+    ),
+    *("cli_output", "doctor", "serving", "service", "listening", "connections", "app", "api", "chat", "moderation"),
+    *("keys", "usage", "registry"),
     *("worker", "engine", "speech", "images"),
 ]
 SHARED = {"errors", "frames", "logs", "sandbox", "settings", "__init__"}
