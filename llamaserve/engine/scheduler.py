@@ -8,8 +8,8 @@ another's that is being evaluated waits for that and copies it. When cells run s
 newest running sequence goes back to the queue: it keeps its tokens and sampler and is evaluated again later.
 
 All this is so within a share. Where there are several, slots go to that with the fewest running sequences, prompts come
-first of that which has had the least, and it is the one with the most that has to give a slot back. This module decides
-only; it knows nothing of llama.cpp, of tokens' meaning or of clients.
+first of that which has had the least, and it is the one with the most that has to give a slot back; turns of sets go
+round the shares. This module decides only; it knows nothing of llama.cpp, of tokens' meaning or of clients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llamaserve.engine.events import Occupancy
 from llamaserve.engine.fair_share import Shares
 from llamaserve.engine.params import SCORED_ROWS
 from llamaserve.engine.prefix_cache import PrefixCache
+from llamaserve.engine.rounds import Round
 from llamaserve.engine.sequence import AdapterKey, Sequence, State, common_prefix
 from llamaserve.errors import OutOfCells
 
@@ -117,6 +118,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._clock = clock
         self._turns: list[AdapterKey] = []  # the sets of adapters of those that run; the first one's turn it is
+        self._round = Round()  # of the shares of those that run
         self._turn_ends = -math.inf
         # How often the oldest of a share's set that waits was passed by others of the share, or one before it.
         self._passes: dict[str, dict[AdapterKey, int]] = {}
@@ -169,7 +171,7 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._cache.release(sequence)
             self._running.remove(sequence)
-            self._leave_turns(sequence.adapters)
+            self._leave_turns(sequence)
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         if sequence.state is not State.FINISHED:
@@ -267,6 +269,7 @@ class Scheduler:
         insort(self._running, sequence, key=_in_order)
         if sequence.adapters not in self._turns:
             self._turns.append(sequence.adapters)
+        self._round.join(sequence.share)
 
     def _in_order_of_admission(self) -> list[Sequence]:
         """Return those who wait in the order in which they will get a slot."""
@@ -337,6 +340,7 @@ class Scheduler:
             return self._chunks_of(self._running, 0)
         if self._clock() >= self._turn_ends:
             self._pass_turn()
+            self._prefer_share()
         streams = sum(sequence.decoding for sequence in self._running)
         for _ in range(len(self._turns)):
             having_turn = [sequence for sequence in self._running if sequence.adapters == self._turns[0]]
@@ -350,10 +354,20 @@ class Scheduler:
         self._turns.append(self._turns.pop(0))
         self._turn_ends = self._clock() + _TURN
 
-    def _leave_turns(self, adapters: AdapterKey) -> None:
-        """Take note that a sequence with these adapters runs no more."""
-        if all(sequence.adapters != adapters for sequence in self._running):
-            self._turns.remove(adapters)
+    def _prefer_share(self) -> None:
+        """Put a set of the share whose turn it is before the others: one with many sets has no more turns for it."""
+        if self._contested:
+            share = self._round.turn()
+            sets = {sequence.adapters for sequence in self._running if sequence.share == share}
+            first = next(place for place, adapters in enumerate(self._turns) if adapters in sets)
+            self._turns.insert(0, self._turns.pop(first))
+
+    def _leave_turns(self, left: Sequence) -> None:
+        """Take note that a sequence runs no more."""
+        if all(sequence.adapters != left.adapters for sequence in self._running):
+            self._turns.remove(left.adapters)
+        if all(sequence.share != left.share for sequence in self._running):
+            self._round.leave(left.share)
 
     def _chunks_of(self, running: list[Sequence], others: int) -> list[Chunk]:
         """Return the chunks of a step of some sequences with the same adapters, which so many others' streams wait
@@ -413,7 +427,7 @@ class Scheduler:
         running = Counter(sequence.share for sequence in self._running)
         sequence = max(self._running, key=lambda each: (running[each.share], each.arrival))
         self._running.remove(sequence)
-        self._leave_turns(sequence.adapters)
+        self._leave_turns(sequence)
         self._cache.release(sequence)
         sequence.state = State.WAITING
         insort(self._waiting, sequence, key=_in_order)

@@ -303,7 +303,8 @@ class _Rig:
         self.memory = FakeMemory(cuttable=cuttable)
         self.cache = PrefixCache(self.memory, slots, cells, spare=4 if cuttable else 0, divisible=cuttable)
         self.clock = SimulatedClock(step=scheduling._TURN / 4)
-        self.scheduler = Scheduler(self.cache, FixedPace(batch, beside), batch=batch, clock=self.clock)
+        self.pace = FixedPace(batch, beside)
+        self.scheduler = Scheduler(self.cache, self.pace, batch=batch, clock=self.clock)
         self.numbers = count(1)
 
     def submit(self, length: int, adapters: AdapterKey = (), first: int | None = None, share: str = "") -> Sequence:
@@ -810,6 +811,27 @@ def test_within_a_share_sets_of_adapters_keep_their_order() -> None:
     order = [s.request for s in rig.scheduler.waiting]
     assert [each for each in order if each <= a[2].request] == [a[2].request, a[0].request, a[1].request]
     assert [each for each in order if each > a[2].request] == [b[0].request, b[2].request, b[1].request]
+
+
+def test_a_share_with_many_sets_of_adapters_has_no_more_turns() -> None:
+    rig = _Rig(slots=6, cells=100_000, batch=64)
+    many = [rig.submit(4, (("a", float(scale)),), share="a").request for scale in range(1, 5)]
+    one = [rig.submit(4, _SETS[0], share="b").request for _ in range(2)]
+    steps = [tuple(rig.step()) for _ in range(160)]
+    assert set(steps) == {*((request,) for request in many), tuple(one)}
+    assert steps.count(tuple(one)) == pytest.approx(80, abs=8)
+    assert [steps.count((request,)) for request in many] == pytest.approx([20] * 4, abs=8)
+
+
+def test_a_share_whose_prompts_have_to_wait_leaves_its_turns_to_all_others() -> None:
+    rig = _Rig(slots=4, cells=100_000, batch=64)
+    streams = [rig.submit(4, adapters, share="a").request for adapters in _SETS]
+    while not rig.scheduler.steady:
+        rig.step()
+    rig.pace.beside = 0
+    rig.submit(1000, (("c", 1.0),), share="b")
+    steps = [tuple(rig.step()) for _ in range(60)]
+    assert [steps.count((request,)) for request in streams] == pytest.approx([20] * 3, abs=8)
 
 
 class _FormerOrder:
