@@ -134,7 +134,7 @@ class Sequence:
 
     @property
     def resumed(self) -> bool:
-        """Whether it has had a slot before the one that it has or waits for now."""
+        """Whether it waits for a slot once more, having lost one."""
         return self.state is State.WAITING and self.cached is not None
 
     @property

@@ -583,9 +583,9 @@ class _Served:
         self.finished: list[Sequence] = []
         self.tokens: Counter[str] = Counter()  # evaluated, by share
 
-    def submit(self, share: str, count: int = 1, *, prompt: int = 4, answer: int = 3, **more: AdapterKey) -> None:
+    def submit(self, share: str, count: int = 1, *, prompt: int = 4, answer: int = 3) -> None:
         for _ in range(count):
-            sequence = self.rig.submit(prompt, share=share, **more)
+            sequence = self.rig.submit(prompt, share=share)
             self.answers[sequence.request] = answer
             self.alive.append(sequence)
 
