@@ -25,7 +25,7 @@ from llamaserve.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Read elsewhere than in `Settings`: docs/settings.md
-OTHER_SETTINGS = {"LLAMASERVE_CACHE", "LLAMASERVE_API_KEY", "LLAMASERVE_ALLOWED_HOSTS", "LLAMASERVE_STATE_DIR"}
+OTHER_SETTINGS = {"LLAMASERVE_CACHE"}
 SETTINGS = {f"LLAMASERVE_{name.upper()}" for name in Settings.model_fields} | OTHER_SETTINGS
 OF_COMPOSE = {"LLAMASERVE_MODEL"}  # what compose.yaml alone reads
 

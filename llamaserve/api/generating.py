@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
@@ -85,10 +86,10 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
         if job.generation.constraint is not None:
             await services.grammars.check(job.generation.constraint)
         await job.account.turn(job.model.name)
-        job.place = job.model.admission.enter(job.sequences)
+        job.place = job.model.admission.enter(job.sequences, job.account.owner)
         job.use = job.model.use()
         worker = await job.worker()
-        job.stream = stream = worker.generate(list(await job.prompts()), job.answering.limited(job.generation))
+        job.stream = stream = worker.generate(list(await job.prompts()), _limited(job))
         services.running[job.id] = Running(stream, job.account.owner)
         accepted = await stream.accepted()
         job.use.keep(job.keep_alive)
@@ -102,6 +103,11 @@ async def open_generation(services: Services, job: Job) -> GenerationStream:
             error.param = job.param
         raise
     return stream
+
+
+def _limited(job: Job) -> Generation:
+    """Return what is to be generated: in the time that the model has for it, and out of the share of the key."""
+    return msgspec.structs.replace(job.answering.limited(job.generation), share=job.account.owner)
 
 
 def close_generation(services: Services, job: Job) -> None:

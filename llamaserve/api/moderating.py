@@ -16,6 +16,8 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Literal, TypeVar
 
+import msgspec
+
 from llamaserve.api.accounting import account
 from llamaserve.api.services import Services
 from llamaserve.api.vectors import in_use, place_for, places
@@ -162,7 +164,7 @@ async def _of_chunks(
     if not inputs:  # nothing in them can be seen
         return [_NOTHING] * len(texts)
     with places(lambda number: place(numbers[number])):
-        embedded = await worker.embed(inputs, Embedding())
+        embedded = await worker.embed(inputs, Embedding(), share=account().owner)
         account().used(prompt=sum(embedded.tokens))
     found = dict(zip(inputs, await _scores(heads, embedded, inputs), strict=True))
     return [merged([found[chunk] for chunk in each]) for each in chunked]
@@ -245,7 +247,7 @@ async def _verdicts(
     if not texts:
         return family, []
     sequences = min(model.spec.parallel, len(texts) * family.prompts)
-    async with in_use(model, model.admission.enter(sequences), keep_alive) as (worker, used):
+    async with in_use(model, model.admission.enter(sequences, account().owner), keep_alive) as (worker, used):
         await used.require("moderation")
         guard = _Guard(
             services.conversations, worker, used, await _family(used), sequences
@@ -313,7 +315,7 @@ class _Guard:
 
     async def _next(self, place: str, prompt: str) -> NextTokens:
         async with self._turns:
-            stream = self._worker.generate([prompt], _LOOK)
+            stream = self._worker.generate([prompt], msgspec.structs.replace(_LOOK, share=account().owner))
             try:
                 accepted = await stream.accepted()
                 account().used(prompt=sum(accepted.prompt_tokens))

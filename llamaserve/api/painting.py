@@ -86,7 +86,7 @@ class Painting:
         self._order = await asyncio.to_thread(order, self._body, file, contents)  # which may read LoRAs
         self._body.ignored_header(self._order.idle)  # refuses what is strict, before there is work
         await account().turn(self._model.name)
-        self._place = self._model.admission.enter(self._order.count)
+        self._place = self._model.admission.enter(self._order.count, account().owner)
         if self._uploaded is not None and isinstance(self._body, VariationRequest):
             usual = ImageSettings.of(file.spec, contents)
             self._order = await self._uploaded.added_to(self._order, self._body, usual, contents)
@@ -148,7 +148,7 @@ class Painting:
         async with contextlib.AsyncExitStack() as stack:
             self._waits = True
             async with self._in_time():
-                await stack.enter_async_context(self._model.turn())
+                await stack.enter_async_context(self._model.turn(account().owner))
             before = asyncio.get_running_loop().time()
             worker = await use.again()  # another picture, for which nobody waited, may have ended the process
             if self._deadline is not None:

@@ -79,7 +79,7 @@ class Hearing:
     async def _open(self) -> Audio:
         await self._check()
         await account().turn(self._model.name)
-        self._place = self._model.admission.enter(1)
+        self._place = self._model.admission.enter(1, account().owner)
         with kept():
             self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-audio-"))
             with self._upload.file as upload, _created(self._folder / "upload") as copy:
@@ -92,7 +92,7 @@ class Hearing:
         self._use = self._model.use()
         worker = await self._use.worker()
         self._time_limit = self._answering.spec.time_limit
-        self._stream = worker.transcribe(samples, self._transcription)
+        self._stream = worker.transcribe(samples, self._transcription, share=account().owner)
         self._stream.when_over(self._over)
         return audio
 

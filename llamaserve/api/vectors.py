@@ -144,7 +144,7 @@ async def embed(
     """
     await model.require("embedding")
     async with in_use(model, place_for(model, inputs), keep_alive) as (worker, _):
-        embedded = await worker.embed(inputs, embedding)
+        embedded = await worker.embed(inputs, embedding, share=account().owner)
         account().used(prompt=sum(embedded.tokens))
         return embedded
 
@@ -154,14 +154,14 @@ async def rank(
 ) -> Embedded:
     """Return what a model that scores pairs makes of each document together with the query, the score first."""
     async with in_use(model, place_for(model, [query, *documents]), keep_alive) as (worker, _):
-        ranked = await worker.rank(query, documents, truncate=truncate)
+        ranked = await worker.rank(query, documents, truncate=truncate, share=account().owner)
         account().used(prompt=sum(ranked.tokens))
         return ranked
 
 
 def place_for(model: ServedModel, inputs: Sequence[Prompt]) -> Place:
     """Return a place at a model for texts, or token ids. Raises ``QueueFull``."""
-    return model.embedding_admission.enter(sum(map(sys.getsizeof, inputs)))
+    return model.embedding_admission.enter(sum(map(sys.getsizeof, inputs)), account().owner)
 
 
 @contextlib.asynccontextmanager

@@ -189,12 +189,14 @@ class Embedder(TextWork):
             param=place,
         )
 
-    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
-        """Queue encoded texts; without an ``embedding`` they are pairs to be scored."""
+    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None, share: str = "") -> None:
+        """Queue encoded texts; without an ``embedding`` they are pairs to be scored. Requests that count for another
+        ``share`` of the model's time take turns with them.
+        """
         if not texts:
             raise InvalidRequest("there are no texts", param="documents" if embedding is None else "input")
         self._requests[request] = _Request(texts, embedding)
-        self._packer.add(request, [len(text.tokens) for text in texts])
+        self._packer.add(request, [len(text.tokens) for text in texts], share)
 
     def cancel(self, request: int) -> None:
         """Drop a request that nobody waits for; nothing more is reported of it."""
@@ -385,10 +387,10 @@ class LoadedEmbedder(Embedder):
             raise
         self._threads = ThreadController(params.threads) if params.adaptive_threads else None
 
-    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None) -> None:
+    def submit(self, request: int, texts: Sequence[Encoded], embedding: Embedding | None, share: str = "") -> None:
         """See ``Embedder``."""
         idle = self.idle
-        super().submit(request, texts, embedding)
+        super().submit(request, texts, embedding, share)
         if idle and self._threads is not None:
             self._threads.resume()
 

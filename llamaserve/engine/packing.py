@@ -1,17 +1,22 @@
 """Which texts are evaluated together in the next step. Knows lengths, and nothing of models or vectors.
 
 A step takes texts of all requests in turn, short and long together, as many as it has tokens and sequences for, so that
-a request with one text is not held up by one with thousands. A text that is longer than a step is evaluated in parts as
-long as a step, where that is possible, and what is left of it shares a step with others: where it is divided never
+a request with one text is not held up by one with thousands. Where requests count for several shares of the model's
+time, turns go round the shares, and in each round its requests. A text that is longer than a step is evaluated in parts
+as long as a step, where that is possible, and what is left of it shares a step with others: where it is divided never
 depends on them. Where it is not possible, it has a step for itself.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Callable, Iterator
 
 import msgspec
+
+from llamaserve.engine.rounds import Round
 
 _ENDLESS = 1 << 62
 
@@ -78,32 +83,35 @@ class Packer:
         self._tokens = tokens
         self._sequences = sequences
         self._cells = cells
-        self._requests: deque[_Request] = deque()
+        self._round = Round()
+        self._shares: dict[str, deque[_Request]] = {}
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to plan."""
-        return not self._requests
+        return not self._shares
 
-    def add(self, request: int, lengths: list[int]) -> None:
+    def add(self, request: int, lengths: list[int], share: str = "") -> None:
         """Take a request with texts of so many tokens each, none of them empty."""
-        self._requests.append(_Request(request, lengths))
+        self._round.join(share)
+        self._shares.setdefault(share, deque()).append(_Request(request, lengths))
 
     def remove(self, request: int) -> None:
         """Forget a request."""
-        self._requests = deque(each for each in self._requests if each.number != request)
+        self._keep(lambda each: each.number != request)
 
     def plan(self) -> list[Part]:
         """Return the parts of the next step, at least one; they count as evaluated. The request whose turn it is comes
         first; while there are no cells for any of its texts, others begin none, so that there will be.
         """
-        first = self._requests[0]
+        first = self._shares[self._round.next][0]
         room, cells = self._tokens, self._free_cells
         free = self._sequences - sum(len(request.begun) for request in self._requests)
         parts: list[Part] = []
-        candidates = deque(self._requests)
+        candidates = deque(deque(self._shares[share]) for share in self._round)
         while candidates and room > 0:
-            request = candidates.popleft()
+            requests = candidates[0]
+            request = requests.popleft()
             part = request.go_on(room, self._tokens)
             if part is None and free and (part := request.begin(min(cells, room) if parts else cells, self._longest)):
                 free -= 1
@@ -111,13 +119,29 @@ class Packer:
             if part is not None:
                 parts.append(part)
                 room -= part.end - part.start
-                candidates.append(request)
+                requests.append(request)
+                candidates.rotate(-1)
             elif not parts:
                 cells = 0
+            if not requests:
+                candidates.popleft()
         if parts[0].request == first.number:
-            self._requests.rotate(-1)
-        self._requests = deque(request for request in self._requests if not request.done)
+            self._shares[self._round.turn()].rotate(-1)
+        self._keep(lambda each: not each.done)
         return parts
+
+    @property
+    def _requests(self) -> Iterator[_Request]:
+        return itertools.chain.from_iterable(self._shares.values())
+
+    def _keep(self, wanted: Callable[[_Request], bool]) -> None:
+        """Forget all requests but some, and the shares that have none then."""
+        for share, requests in list(self._shares.items()):
+            if kept := deque(filter(wanted, requests)):
+                self._shares[share] = kept
+            else:
+                del self._shares[share]
+                self._round.leave(share)
 
     @property
     def _longest(self) -> int:

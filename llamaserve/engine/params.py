@@ -292,7 +292,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``truncate`` a longer prompt loses its beginning, otherwise it is refused. ``add_bos`` begins a text prompt with the
     begin token, if the model has one. ``special`` shows control tokens in the text, otherwise only those of the names
     in ``shown`` are. With ``next_token`` nothing is generated: what could come next is reported. ``adapters`` are the
-    LoRA adapters to use, by name and with their scales; None stands for all of the model's with their own.
+    LoRA adapters to use, by name and with their scales; None stands for all of the model's with their own. ``share``
+    names whose share of the model's time it counts for; where several wait, each gets as much.
     """
 
     sampling: Sampling
@@ -311,6 +312,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     thinking: Thinking | None = None
     next_token: NextToken | None = None
     adapters: tuple[tuple[str, float], ...] | None = None
+    share: str = ""
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

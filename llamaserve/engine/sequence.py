@@ -82,6 +82,7 @@ class Sequence:
         "reported",
         "request",
         "sampler",
+        "share",
         "shown",
         "slot",
         "state",
@@ -102,6 +103,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.generation = generation
+        self.share = generation.share
         self.adapters: AdapterKey = ()
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
@@ -129,6 +131,11 @@ class Sequence:
             None  # of the prompt's first tokens, as far as they are known
         )
         self.next_tokens: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it waits for a slot once more, having lost one."""
+        return self.state is State.WAITING and self.cached is not None
 
     @property
     def scoring(self) -> bool:

@@ -5,7 +5,8 @@ processes or HTTP.
 
 A step is one window of one request. The request that came first takes turns with the one of which the least is done:
 the first has half of all steps, whatever comes behind it, and a short one waits for no more of a long one than it is
-long itself.
+long itself. Where requests count for several shares of the model's time, the steps go round the shares, and this is so
+in each of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import BinaryIO, Final, NamedTuple
 import numpy as np
 
 from llamaserve.engine.events import EngineEvent, Failed, Occupancy, Progress
+from llamaserve.engine.rounds import Round
 from llamaserve.engine.threads import ThreadController
 from llamaserve.engine.work import Work
 from llamaserve.errors import EngineError, LlamaserveError, to_value
@@ -71,8 +73,11 @@ _ASIDE: Final = re.compile(r"[\s♪]*(?:\([^()]*\)|\*[^*]*\*)[\s.♪]*")
 class _Request:
     """An audio, and how far it is done."""
 
-    def __init__(self, number: int, file: BinaryIO, transcription: Transcription, prompt: list[int]) -> None:
+    def __init__(
+        self, number: int, file: BinaryIO, transcription: Transcription, prompt: list[int], share: str
+    ) -> None:
         self.number = number
+        self.share = share
         self.transcription = transcription
         self.prompt = prompt[-CONTEXT:]
         self.truncated = len(prompt) - len(self.prompt)
@@ -131,7 +136,9 @@ class Transcriber(Work):
         self._whisper = whisper
         self.threads = threads
         self._requests: dict[int, _Request] = {}  # by number, in the order in which they came
-        self._firsts_turn = False
+        self._round = Round()
+        self._first_went: dict[str, bool] = {}  # by share that has requests: whether the last step was its first one's
+        self._former = False  # the latest of these
         self._given_up: set[int] = set()  # those that are not to go on in the middle of a step
         self._told: Occupancy | None = None
 
@@ -140,10 +147,11 @@ class Transcriber(Work):
         """See ``Work``."""
         return not self._requests
 
-    def submit(self, request: int, path: Path, transcription: Transcription) -> None:
+    def submit(self, request: int, path: Path, transcription: Transcription, share: str = "") -> None:
         """Begin to transcribe a file of samples (see ``values``). Raises ``EngineError`` when it can't be read."""
         prompt = self._whisper.tokenize(" " + transcription.prompt.strip()) if transcription.prompt.strip() else []
-        self._requests[request] = _Request(request, _opened(path), transcription, prompt)
+        self._requests[request] = _Request(request, _opened(path), transcription, prompt, share)
+        self._round.join(share)
 
     def step(self) -> list[EngineEvent]:
         """See ``Work``."""
@@ -162,6 +170,9 @@ class Transcriber(Work):
         ended = self._requests.pop(request, None)
         if ended is not None:
             ended.close()
+            if not self._of(ended.share):
+                self._round.leave(ended.share)
+                self._first_went.pop(ended.share, None)
         self._given_up.discard(request)
 
     def interrupt(self, request: int | None) -> None:
@@ -186,9 +197,14 @@ class Transcriber(Work):
 
     def _next(self) -> _Request:
         """Return the request whose turn it is."""
-        self._firsts_turn = not self._firsts_turn
-        requests = self._requests.values()
-        return next(iter(requests)) if self._firsts_turn else min(requests, key=lambda each: each.done)
+        share = self._round.turn()
+        requests = self._of(share)
+        self._former = self._first_went[share] = firsts_turn = not self._first_went.get(share, self._former)
+        return requests[0] if firsts_turn else min(requests, key=lambda each: each.done)
+
+    def _of(self, share: str) -> list[_Request]:
+        """Return a share's requests in the order in which they came."""
+        return [each for each in self._requests.values() if each.share == share]
 
     def _listen(self, request: _Request) -> list[EngineEvent]:
         """Listen to a request's next window."""
@@ -337,10 +353,10 @@ class LoadedTranscriber(Transcriber):
         self._controller = ThreadController(params.threads, long_steps=True) if params.adaptive_threads else None
         on_progress(1.0)
 
-    def submit(self, request: int, path: Path, transcription: Transcription) -> None:
+    def submit(self, request: int, path: Path, transcription: Transcription, share: str = "") -> None:
         """See ``Transcriber``."""
         idle = self.idle
-        super().submit(request, path, transcription)
+        super().submit(request, path, transcription, share)
         if idle and self._controller is not None:
             self._controller.resume()
             self.threads = self._controller.threads

@@ -37,6 +37,7 @@ from llamaserve.registry.sources import parse_source
 from llamaserve.registry.spec import ModelSpec, Task
 from llamaserve.registry.speech_file import SpeechFile
 from llamaserve.registry.tasks import GENERATING, WORK, Kind, kind_of, task_of
+from llamaserve.registry.turns import Turns
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.protocol import Device, ModelParams
 from llamaserve.worker.spare import Spares
@@ -164,8 +165,7 @@ class ServedModel:
         self.defaults: dict[str, Any] = {}  # request fields that hold where a request does not name them
         self.file = _FILES[kind_of(spec, parse_source(spec.source, base))](name, spec, base)
         self.admission = Admission(self._parallel(spec), spec.queue)
-        self.queued = 0  # those who wait for their turn
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self.embedding_admission = TextAdmission(MAX_EMBEDDING_REQUESTS, MAX_EMBEDDING_TEXT)
         self.last_used = 0.0
         self.measured: Footprint | None = None  # what the last load took, the child's own memory not counted
@@ -433,20 +433,18 @@ class ServedModel:
     @property
     def taken(self) -> bool:
         """Whether somebody has a turn."""
-        return self._turn.locked()
+        return self._turns.taken
 
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait until nobody else has a turn, and have one within a ``with`` block; those who came first are first."""
-        self.queued += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self.queued -= 1
-        try:
-            yield
-        finally:
-            self._turn.release()
+    @property
+    def queued(self) -> int:
+        """How many wait for their turn."""
+        return self._turns.waiting
+
+    def turn(self, share: str = "") -> contextlib.AbstractAsyncContextManager[None]:
+        """Wait until nobody else has a turn, and have one within a ``with`` block. Turns go round the shares of the
+        model's time that requests count for; of one share, those who came first are first.
+        """
+        return self._turns.turn(share)
 
     @contextlib.asynccontextmanager
     async def more_room(

@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,6 +29,7 @@ from llamaserve.engine.engine import Engine, LoadedEngine
 from llamaserve.engine.events import Delta, Failed
 from llamaserve.engine.image_generator import ImageGenerator, LoadedImageGenerator, Tell
 from llamaserve.engine.llama import list_gpus, memory_in_use, start_backend, uses_gpu
+from llamaserve.engine.rounds import Queues
 from llamaserve.engine.transcriber import LoadedTranscriber, Transcriber
 from llamaserve.engine.work import TextWork, Work
 from llamaserve.errors import LlamaserveError, ModelNotCapable, to_value
@@ -187,9 +187,9 @@ class Host:
                     return list(engine.stop(request))
             case _Texts(command, encoded):
                 embedding = command.embedding if isinstance(command, Embed) else None
-                _embedder(engine).submit(command.request, encoded, embedding)
-            case Transcribe(request, path, transcription):
-                _transcriber(engine).submit(request, Path(path), transcription)
+                _embedder(engine).submit(command.request, encoded, embedding, command.share)
+            case Transcribe(request, path, transcription, share):
+                _transcriber(engine).submit(request, Path(path), transcription, share)
                 with contextlib.suppress(OSError):  # then the API process does it in the end
                     Path(path).unlink()  # it stays open
             case GenerateImage(request, picture):
@@ -240,18 +240,18 @@ class Host:
         engine.interrupt(command.request)
 
     def _use_vocabulary(self, engine: TextWork) -> None:
-        """Do what needs the vocabulary, a text of each request in turn: thousands of long ones take seconds to encode,
-        and nobody shall wait for another's.
+        """Do what needs the vocabulary, a text of each request of each share in turn: thousands of long ones take
+        seconds to encode, and nobody shall wait for another's.
         """
-        under_way: deque[tuple[int, Iterator[None]]] = deque()
+        under_way: Queues[tuple[int, Iterator[None]]] = Queues()
         while True:
             while not under_way or not self._vocabulary_jobs.empty():
                 job = self._vocabulary_jobs.get()
-                under_way.append((job.request, self._answer(engine, job)))
-            request, work = under_way.popleft()
+                under_way.add((job.request, self._answer(engine, job)), _share_of(job))
+            (request, work), share = under_way.take()
             try:
                 for _ in work:
-                    under_way.append((request, work))
+                    under_way.add((request, work), share)
                     break
             except LlamaserveError as error:
                 with self._lock:
@@ -263,12 +263,12 @@ class Host:
         match job:
             case Generate():
                 self._encode_prompts(_generator(engine), job)
-            case Embed(_, inputs, embedding):
+            case Embed(_, inputs, embedding, _):
                 embedder = _embedder(engine)
                 embedder.check(embedding)
                 texts = (embedder.encode(text, f"input[{n}]", embedding) for n, text in enumerate(inputs))
                 yield from self._encode_texts(job, texts)
-            case Rank(_, query, documents, truncate):
+            case Rank(_, query, documents, truncate, _):
                 pairs = _embedder(engine).encode_pairs(query, documents, truncate=truncate)
                 yield from self._encode_texts(job, pairs)
             case Tokenize(request, text, add_bos, parse_special):
@@ -322,6 +322,12 @@ def _loaded(params: ModelParams, on_progress: _ProgressReporter, tell: Tell) -> 
         return transcriber, transcriber.gpu
     kind = LoadedEngine if params.pooling is None else LoadedEmbedder
     return kind(params, on_progress), uses_gpu(params)
+
+
+def _share_of(job: _VocabularyJob) -> str:
+    if isinstance(job, Generate):
+        return job.generation.share
+    return job.share if isinstance(job, Embed | Rank) else ""
 
 
 def _transcriber(engine: Work) -> Transcriber:

@@ -167,11 +167,11 @@ class GenerationStream:
 class TranscriptionStream:
     """What is heard in one audio. It must be closed, which cancels what is not finished."""
 
-    def __init__(self, worker: WorkerProcess, path: Path, transcription: Transcription) -> None:
+    def __init__(self, worker: WorkerProcess, path: Path, transcription: Transcription, share: str) -> None:
         self._worker = worker
         self._request = worker.next_request()
         self._inbox = worker.open_request(
-            self._request, encode_command(Transcribe(self._request, str(path), transcription))
+            self._request, encode_command(Transcribe(self._request, str(path), transcription, share))
         )
         self._over = False
 
@@ -270,27 +270,29 @@ class WorkerProcess:
         """The child's process id."""
         return self._child.pid
 
+    # Whatever takes turns with others in the child says for whose ``share`` of the model's time it counts.
+
     def generate(self, prompts: list[Prompt], generation: Generation) -> GenerationStream:
         """Answer prompts; the caller closes the stream."""
         return GenerationStream(self, prompts, generation)
 
-    def transcribe(self, path: Path, transcription: Transcription) -> TranscriptionStream:
+    def transcribe(self, path: Path, transcription: Transcription, *, share: str = "") -> TranscriptionStream:
         """Write down the speech in a file of samples (see ``speech.values``), which the child deletes once it has it
         open: should all processes be killed then, nothing of it is left. The caller closes the stream.
         """
-        return TranscriptionStream(self, path, transcription)
+        return TranscriptionStream(self, path, transcription, share)
 
     def generate_image(self, job: ImageGeneration) -> ImageStream:
         """Make a picture. The caller closes the stream."""
         return ImageStream(self, job)
 
-    async def embed(self, inputs: Sequence[Prompt], embedding: Embedding) -> Embedded:
+    async def embed(self, inputs: Sequence[Prompt], embedding: Embedding, *, share: str = "") -> Embedded:
         """Return the vectors of texts or token ids. Whoever gives up waiting has the rest of the work dropped."""
-        return await self._embedded(Embed(self.next_request(), list(inputs), embedding))
+        return await self._embedded(Embed(self.next_request(), list(inputs), embedding, share))
 
-    async def rank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> Embedded:
+    async def rank(self, query: str, documents: Sequence[str], *, truncate: bool = False, share: str = "") -> Embedded:
         """Return for each document the logit of its being an answer to the query."""
-        return await self._embedded(Rank(self.next_request(), query, list(documents), truncate))
+        return await self._embedded(Rank(self.next_request(), query, list(documents), truncate, share))
 
     async def _embedded(self, command: Embed | Rank) -> Embedded:
         try:

@@ -32,32 +32,36 @@ class Generate(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Embed(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Make vectors of texts or token ids. Answered by ``Embedded`` or ``Failed``."""
+    """Make vectors of texts or token ids. Answered by ``Embedded`` or ``Failed``. For ``share`` see ``Generation``."""
 
     request: int
     inputs: list[Prompt]
     embedding: Embedding
+    share: str = ""
 
 
 class Rank(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Score how well each document answers a query. Answered by ``Embedded`` with a logit for each, or ``Failed``. What
-    is too long loses the end of the document with ``truncate``; otherwise it is refused.
+    is too long loses the end of the document with ``truncate``; otherwise it is refused. For ``share`` see
+    ``Generation``.
     """
 
     request: int
     query: str
     documents: list[str]
     truncate: bool = False
+    share: str = ""
 
 
 class Transcribe(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Write down speech: a file of samples (see ``speech.values``). Answered by ``Heard``s and ``Transcribed``, or
-    ``Failed``.
+    ``Failed``. For ``share`` see ``Generation``.
     """
 
     request: int
     path: str
     transcription: Transcription
+    share: str = ""
 
 
 class GenerateImage(msgspec.Struct, frozen=True, tag=True, array_like=True):

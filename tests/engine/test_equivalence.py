@@ -485,6 +485,25 @@ def test_preempted_is_the_same_as_undisturbed(running: RunningEngine, alone: Und
         assert answer.finished.completion_tokens <= 24
 
 
+@pytest.mark.parametrize("shares", ["aaaaaaaaab", "abcabcabca", "aaaabbbbba"])
+@pytest.mark.parametrize("cells", [80, _CELLS])
+def test_whose_share_it_counts_for_changes_no_answer(
+    running: RunningEngine, alone: Undisturbed, shares: str, cells: int
+) -> None:
+    running.forget(cells)
+    generation = Generation(sampling=_GREEDY, max_tokens=20)
+    ended: list[int] = []
+    for number, share in enumerate(shares):
+        running.submit(number, _PROMPTS[number % 6], _changed(generation, share=share))
+        running.step(number % 3)
+    while not running.engine.idle:
+        running.step()
+        ended += [each for each in range(10) if running.answers[each, 0].finished and each not in ended]
+    for number in range(10):
+        assert running.answers[number, 0].tokens == alone.tokens(_PROMPTS[number % 6], generation)
+    assert shares != "aaaaaaaaab" or ended.index(9) < 8, "it came last"
+
+
 @pytest.mark.parametrize("after", [0, 1, 3, 8])
 def test_cancelling_one_leaves_the_others_unchanged(running: RunningEngine, alone: Undisturbed, after: int) -> None:
     generation = Generation(sampling=_SAMPLINGS[1], max_tokens=12)
@@ -845,6 +864,23 @@ def test_the_starter_model_answers_the_same_alone_and_beside_others(load_params:
             shared = len(running.engine.encode(beginning.strip()))
             assert [_cached(running, request) >= shared for request in range(4)] == [False, True, True, False]
             running.check_nothing_is_left()
+    finally:
+        running.close()
+        alone.running.close()
+
+
+def test_the_starter_model_answers_the_same_for_any_share(load_params: LoadParams, model: Model) -> None:
+    """The exact level: prompts of several shares are evaluated in turn, each in parts that depend on the others."""
+    running, alone = RunningEngine(model, _changed(load_params, batch=32)), Undisturbed(model, load_params)
+    generation = Generation(sampling=_GREEDY, max_tokens=8)
+    prompts = [f"Chapter {number}: {_BEGINNING[: 200 - 30 * number]}" for number in range(6)]
+    try:
+        for share, (request, prompt) in zip("aaaabc", enumerate(prompts), strict=True):
+            running.submit(request, prompt, _changed(generation, share=share))
+        running.run()
+        for request, prompt in enumerate(prompts):
+            assert running.answers[request, 0].tokens == alone.tokens(prompt, generation)
+        running.check_nothing_is_left()
     finally:
         running.close()
         alone.running.close()

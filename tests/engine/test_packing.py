@@ -17,13 +17,16 @@ Spans = dict[tuple[int, int], list[tuple[int, int]]]  # by request and text: fro
 @dataclass
 class Desk:
     """A packer, and what it was given and has planned. ``events`` are requests to add (their lengths), or to remove
-    (their numbers), each at a step; None where a step comes.
+    (their numbers), each at a step; None where a step comes. The requests count for so many ``shares``, one after the
+    other, or as is said in ``named``.
     """
 
     tokens: int
     sequences: int
     cells: int | None
     events: list[list[int] | int | None]
+    shares: int = 1
+    named: dict[int, str] = field(default_factory=dict)  # by request
     lengths: dict[int, list[int]] = field(default_factory=dict)
     removed: set[int] = field(default_factory=set)
     spans: Spans = field(default_factory=lambda: defaultdict(list))
@@ -46,7 +49,7 @@ class Desk:
                     number = len(self.lengths)
                     self.lengths[number] = event
                     self.came[number] = self.steps
-                    self.packer.add(number, list(event))
+                    self.packer.add(number, list(event), self.named.get(number, str(number % self.shares)))
         while not self.packer.idle:
             self._step()
         return self
@@ -96,7 +99,7 @@ def desks(draw: st.DrawFn, *, divided: bool) -> Desk:
     requests = st.lists(lengths, min_size=1, max_size=12)
     event = requests | st.integers(0, 8) | st.none()
     events: list[list[int] | int | None] = draw(st.lists(event, max_size=25))
-    return Desk(tokens, draw(st.integers(1, 6)), cells, _possible(events))
+    return Desk(tokens, draw(st.integers(1, 6)), cells, _possible(events), draw(st.integers(1, 3)))
 
 
 def _possible(events: list[list[int] | int | None]) -> list[list[int] | int | None]:
@@ -163,19 +166,29 @@ def test_with_texts_that_are_divided_it_waits_at_most_for_one_text_of_each(
     assert desk.served[number] - desk.came[number] <= 2 * len(before) * steps_of_one + 1
 
 
-@given(st.integers(1, 20), st.integers(1, 60), st.integers(1, 6), st.integers(1, 60))
+@given(_others, st.integers(0, 10), _others, st.integers(1, 20), st.integers(1, 6), st.integers(1, 3))
+def test_a_short_text_of_another_share_waits_a_step_for_each_share(
+    before: list[list[int]], steps: int, behind: list[list[int]], tokens: int, sequences: int, shares: int
+) -> None:
+    """However many requests those have."""
+    number = len(before)
+    desk = Desk(tokens, sequences, None, [*before, *[None] * steps, [1], *behind], shares, {number: "other"}).run()
+    assert desk.served[number] - desk.came[number] <= min(shares, len(before)) + 1
+
+
+@given(st.integers(1, 20), st.integers(1, 60), st.integers(1, 6), st.integers(1, 60), st.integers(1, 3))
 def test_a_text_that_needs_all_cells_is_not_passed_over_for_ever(
-    tokens: int, more: int, sequences: int, length: int
+    tokens: int, more: int, sequences: int, length: int, shares: int
 ) -> None:
     """Others come in every step, each with texts that have room."""
     cells = tokens + more
     packer = Packer(tokens=tokens, sequences=sequences, cells=cells)
     packer.add(-1, [min(length, cells)] * 3)
     packer.plan()
-    packer.add(0, [cells])
-    limit = 4 * (cells // tokens + 2)
+    packer.add(0, [cells], "0")
+    limit = 4 * shares * (cells // tokens + 2)
     for number in range(1, limit):
-        packer.add(number, [min(length, cells)] * 2)
+        packer.add(number, [min(length, cells)] * 2, str(number % shares))
         if any(part.request == 0 for part in packer.plan()):
             return
     pytest.fail(f"not begun in {limit} steps")
@@ -198,6 +211,16 @@ def test_a_request_takes_turns_with_another_of_thousands_of_texts() -> None:
     packer.plan()
     packer.add(2, [20])
     assert [part.request for part in packer.plan()] == [1, 2, 1, 1, 1]
+
+
+def test_a_share_with_one_request_takes_turns_with_another_of_many() -> None:
+    packer = Packer(tokens=40, sequences=64)
+    for request in range(100):
+        packer.add(request, [10] * 5, "a")
+    packer.plan()
+    packer.add(100, [10] * 5, "b")
+    steps = [[part.request for part in packer.plan()] for _ in range(3)]
+    assert steps == [[100, 1, 100, 2], [1, 100, 2, 100], [100, 2, 3, 4]]
 
 
 def test_a_step_is_filled_although_the_next_text_of_the_first_request_has_no_room() -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from itertools import count, pairwise
 
 import pytest
 from fake_memory import FakeMemory
-from hypothesis import settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_clock import SimulatedClock
 
@@ -18,6 +19,7 @@ from llamaserve.errors import OutOfCells
 
 _SAMPLING = Sampling(seed=0)
 _SETS: tuple[AdapterKey, ...] = ((), (("a", 1.0),), (("a", 0.5), ("b", 1.0)))  # of adapters
+_SHARES = ("", "a", "b")
 
 
 def _next_token(sequence: Sequence) -> int:
@@ -76,6 +78,7 @@ class ScheduledModel(RuleBasedStateMachine):
     shares_cells = True
     spare = 3
     sets = _SETS[:1]
+    shares = _SHARES[:1]
 
     @initialize(
         slots=st.integers(1, 4),
@@ -133,12 +136,14 @@ class ScheduledModel(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), max_size=3),
         answer=st.integers(1, 12),
         adapters=st.integers(0, len(_SETS) - 1),
+        share=st.integers(0, len(_SHARES) - 1),
     )
-    def submit(self, family: int, shared: int, prompt: list[int], answer: int, adapters: int) -> None:
+    def submit(self, family: int, shared: int, prompt: list[int], answer: int, adapters: int, share: int) -> None:
         number = next(self.numbers)
         prompt = [family] * (shared + 1) + prompt
         answer = min(answer, self.context - len(prompt))
-        sequence = Sequence(number, 0, prompt, Generation(sampling=_SAMPLING, max_tokens=answer))
+        name = self.shares[share % len(self.shares)]
+        sequence = Sequence(number, 0, prompt, Generation(sampling=_SAMPLING, max_tokens=answer, share=name))
         sequence.adapters = self.sets[adapters % len(self.sets)]
         self.expected[number] = _whole_text(prompt, answer)
         self.alive[number] = sequence
@@ -176,13 +181,18 @@ class ScheduledModel(RuleBasedStateMachine):
         assert len(sets) == 1, "a step with different adapters"
         running = [s for s in self.alive.values() if s.state is State.RUNNING and s.adapters in sets]
         assert {s.request for s in running if s.decoding} <= {s.request for s in planned}
-        decoding = [s for s in running if s.decoding]
-        assert decoding or running[0] in planned, "the oldest sequence stands still"
+        prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
+        assert sum(not chunk.completes for chunk in prefilling) <= 1, "a prompt begins before another one is whole"
+        if len(self.shares) == 1:
+            self.check_oldest_is_first(running, chunks)
+        if tokens < self.batch and not any(sequence.decoding for sequence in self.scheduler.running):
+            assert {s.request for s in planned} == {s.request for s in running}
+
+    def check_oldest_is_first(self, running: list[Sequence], chunks: list[Chunk]) -> None:
+        assert any(s.decoding for s in running) or running[0] in [chunk.sequence for chunk in chunks], "it stands still"
         prefilling = [chunk for chunk in chunks if not chunk.sequence.decoding]
         prefilling.sort(key=lambda chunk: chunk.sequence.request)  # a step's rows are in the order of the slots
         assert all(chunk.completes for chunk in prefilling[:-1]), "a prompt begins before an older one is whole"
-        if tokens < self.batch and not any(sequence.decoding for sequence in self.scheduler.running):
-            assert {s.request for s in planned} == {s.request for s in running}
 
     def finish(self, sequence: Sequence) -> None:
         del self.alive[sequence.request]
@@ -251,16 +261,34 @@ class ScheduledRecurrentAdapters(ScheduledRecurrentModel):
     sets = _SETS
 
 
+class ScheduledShares(ScheduledModel):
+    shares = _SHARES
+
+
+class ScheduledRecurrentShares(ScheduledRecurrentModel):
+    shares = _SHARES
+
+
+class ScheduledSharesWithAdapters(ScheduledAdapters):
+    shares = _SHARES
+
+
 TestScheduledModel = ScheduledModel.TestCase
 TestScheduledRecurrentModel = ScheduledRecurrentModel.TestCase
 TestScheduledSplitCache = ScheduledSplitCache.TestCase
 TestScheduledAdapters = ScheduledAdapters.TestCase
 TestScheduledRecurrentAdapters = ScheduledRecurrentAdapters.TestCase
+TestScheduledShares = ScheduledShares.TestCase
+TestScheduledRecurrentShares = ScheduledRecurrentShares.TestCase
+TestScheduledSharesWithAdapters = ScheduledSharesWithAdapters.TestCase
 TestScheduledModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestScheduledRecurrentModel.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestScheduledSplitCache.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestScheduledAdapters.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestScheduledRecurrentAdapters.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestScheduledShares.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestScheduledRecurrentShares.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestScheduledSharesWithAdapters.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -275,12 +303,13 @@ class _Rig:
         self.memory = FakeMemory(cuttable=cuttable)
         self.cache = PrefixCache(self.memory, slots, cells, spare=4 if cuttable else 0, divisible=cuttable)
         self.clock = SimulatedClock(step=scheduling._TURN / 4)
-        self.scheduler = Scheduler(self.cache, FixedPace(batch, beside), batch=batch, clock=self.clock)
+        self.pace = FixedPace(batch, beside)
+        self.scheduler = Scheduler(self.cache, self.pace, batch=batch, clock=self.clock)
         self.numbers = count(1)
 
-    def submit(self, length: int, adapters: AdapterKey = (), first: int | None = None) -> Sequence:
+    def submit(self, length: int, adapters: AdapterKey = (), first: int | None = None, share: str = "") -> Sequence:
         number = next(self.numbers)
-        sequence = Sequence(number, 0, [first or number] * length, Generation(sampling=_SAMPLING))
+        sequence = Sequence(number, 0, [first or number] * length, Generation(sampling=_SAMPLING, share=share))
         sequence.adapters = adapters
         self.scheduler.submit(sequence)
         return sequence
@@ -538,3 +567,322 @@ def test_nobody_waits_for_a_prompt_that_is_evaluated_with_other_adapters() -> No
     while follower.state is State.WAITING:
         rig.step()
     assert follower.cached == 499
+
+
+# Shares
+
+
+class _Served:
+    """A rig whose sequences end after some tokens of their answers, and what became of each share's."""
+
+    def __init__(self, *, slots: int, batch: int = 64, cells: int = 100_000, beside: int = 8) -> None:
+        self.rig = _Rig(slots=slots, cells=cells, batch=batch, beside=beside)
+        self.answers: dict[int, int] = {}
+        self.alive: list[Sequence] = []
+        self.started: list[Sequence] = []  # each once; those of a step in order of arrival
+        self.finished: list[Sequence] = []
+        self.tokens: Counter[str] = Counter()  # evaluated, by share
+
+    def submit(self, share: str, count: int = 1, *, prompt: int = 4, answer: int = 3) -> None:
+        for _ in range(count):
+            sequence = self.rig.submit(prompt, share=share)
+            self.answers[sequence.request] = answer
+            self.alive.append(sequence)
+
+    def step(self) -> dict[int, int]:
+        lengths = self.rig.step()
+        for sequence in list(self.alive):
+            if sequence.state is State.RUNNING and sequence not in self.started:
+                self.started.append(sequence)
+            self.tokens[sequence.share] += lengths.get(sequence.request, 0)
+            if sequence.generated >= self.answers[sequence.request]:
+                self.rig.scheduler.finish(sequence)
+                self.alive.remove(sequence)
+                self.finished.append(sequence)
+        return lengths
+
+    def run(self) -> None:
+        while self.alive:
+            self.step()
+
+    def waiting(self, share: str) -> int:
+        return sum(s.state is State.WAITING for s in self.alive if s.share == share)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("answer", [1, 3])
+def test_one_of_another_share_starts_as_soon_as_a_slot_is_free(slots: int, answer: int) -> None:
+    served = _Served(slots=slots)
+    served.submit("a", 100, answer=answer)
+    for _ in range(5):
+        served.step()
+    served.submit("b")
+    before = len(served.started)
+    while len(served.started) == before:
+        served.step()
+    assert "b" in [s.share for s in served.started[before:]], "another got the first slot that was free"
+    served.run()
+    assert [s.request for s in served.started if s.share == "a"] == list(range(1, 101))
+
+
+def test_few_sequences_are_done_long_before_the_many_of_another_share() -> None:
+    served = _Served(slots=4)
+    served.submit("a", 40)
+    served.submit("b", 4)
+    served.run()
+    order = "".join(s.share for s in served.finished)
+    assert order.startswith("aabb" * 2 + "aaaa"), "each has two of the four slots"
+    assert order == "aabb" * 2 + "a" * 36
+
+
+def test_shares_have_slots_in_equal_numbers_and_what_one_does_not_want_others_have() -> None:
+    served = _Served(slots=6)
+    served.submit("a", 50, answer=50)
+    served.submit("b", 50, answer=50)
+    served.submit("c", 1, answer=50)
+    served.step()
+    running = Counter(s.share for s in served.rig.scheduler.running)
+    assert running == {"a": 3, "b": 2, "c": 1}
+
+
+def test_long_prompts_of_one_share_do_not_hold_up_a_short_one_of_another() -> None:
+    rig = _Rig(slots=5, cells=100_000, batch=64)
+    long = [rig.submit(1000, share="a") for _ in range(4)]
+    rig.step()
+    short = rig.submit(10, share="b")
+    assert rig.step() == {long[0].request: 54, short.request: 10}
+
+
+def test_of_two_shares_prompts_are_evaluated_in_turn() -> None:
+    rig = _Rig(slots=4, cells=100_000, batch=64)
+    shares = {rig.submit(3000, share=share).request: share for share in "aabb"}
+    tokens: Counter[str] = Counter()
+    for _ in range(40):
+        for request, length in rig.step().items():
+            tokens[shares[request]] += length
+        assert abs(tokens["a"] - tokens["b"]) <= 2 * 64
+    assert [s.evaluated > 0 for s in rig.scheduler.running] == [True, False, True, False], "the oldest of each"
+
+
+def test_a_share_that_had_much_does_not_wait_for_all_that_another_wants() -> None:
+    """It comes behind for a while, not until the other has had as much."""
+    rig = _Rig(slots=2, cells=1_000_000, batch=64)
+    busy = rig.submit(50_000, share="a")
+    while not busy.decoding:
+        rig.step()
+    rig.scheduler.finish(busy)
+    first, second = rig.submit(10_000, share="a"), rig.submit(10_000, share="b")
+    for _ in range(200):
+        rig.step()
+    assert first.evaluated + second.evaluated == 200 * 64
+    assert 0 < second.evaluated - first.evaluated <= 2048 + 2 * 64
+
+
+def test_no_prompt_stands_still_for_those_of_ever_new_shares() -> None:
+    rig = _Rig(slots=2, cells=1_000_000, batch=16)
+    old = rig.submit(400, share="old")
+    while old.evaluated < 200:
+        rig.step()
+    for number in range(100):
+        new = rig.submit(100, share=f"new{number}")
+        rig.step()
+        rig.step()
+        rig.scheduler.finish(new)
+        if old.decoding:
+            return
+    pytest.fail("it stands still")
+
+
+def test_who_runs_short_of_cells_is_the_share_with_the_most_running() -> None:
+    rig = _Rig(slots=4, cells=24, batch=32)
+    first = [rig.submit(4, share="a") for _ in range(3)]
+    rig.step()
+    other = rig.submit(4, share="b")
+    while all(s.state is not State.WAITING or s is other for s in (*first, other)):
+        rig.step()
+    assert [s.state for s in first] == [State.RUNNING, State.RUNNING, State.WAITING]
+    assert other.state is State.RUNNING, "although it is the newest"
+
+
+def test_one_that_was_sent_back_goes_on_before_any_that_have_not_begun() -> None:
+    rig = _Rig(slots=2, cells=10, batch=32)
+    old, new = rig.submit(3, share="a"), rig.submit(3, share="a")
+    while new.state is not State.WAITING or not new.generated:
+        rig.step()
+    late = [rig.submit(2, share=share) for share in "ab"]
+    assert [s.request for s in rig.scheduler.waiting] == [new.request, late[1].request, late[0].request]
+    rig.scheduler.finish(old)
+    rig.step()
+    assert new.state is State.RUNNING
+
+
+def test_nobody_waits_for_a_prompt_of_another_share_that_is_not_the_next() -> None:
+    rig = _Rig(slots=4, cells=100_000, batch=50)
+    rig.submit(1000, share="a")
+    leader = rig.submit(1000, first=7, share="a")
+    rig.step()
+    same, other = rig.submit(1000, first=7, share="a"), rig.submit(100, first=7, share="b")
+    rig.step()
+    assert [s.state for s in (same, other)] == [State.WAITING, State.RUNNING]
+    assert (leader.evaluated, other.evaluated) == (0, 50)
+
+
+def test_the_same_beginning_is_evaluated_once_for_all_shares() -> None:
+    rig = _Rig(slots=4, cells=100_000, batch=50)
+    sequences = [rig.submit(500, first=7, share=share) for share in "abcd"]
+    while not all(s.decoding for s in sequences):
+        rig.step()
+    assert rig.memory.evaluated <= 500 + 3 * 2 + 4 * 20
+
+
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 8)), min_size=2, max_size=2),
+    st.integers(2, 4),
+)
+def test_shares_that_always_wait_for_equal_work_are_served_equally(
+    slots: int, head_starts: list[tuple[int, int]], shares: int
+) -> None:
+    served = _Served(slots=slots, batch=32)
+    for (sequences, steps), share in zip(head_starts, "ab", strict=True):
+        served.submit(share, sequences)
+        for _ in range(steps):
+            served.step()
+    names = [f"s{number}" for number in range(shares)]
+    before = Counter[str]()
+    for step in range(120):
+        for name in names:
+            while served.waiting(name) < 2:
+                served.submit(name, prompt=6, answer=4)
+        served.step()
+        if step == 60:
+            before = served.tokens.copy()
+    had = [served.tokens[name] - before[name] for name in names]
+    assert max(had) - min(had) <= 3 * 10 * slots
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 3))
+def test_each_that_waits_starts_after_a_bounded_number_of_others(slots: int, arrivals: list[int], answer: int) -> None:
+    """Shares come and go, most of them new ones; 0 to 2 stand for lasting ones."""
+    served = _Served(slots=slots)
+    bounds: dict[int, tuple[int, int]] = {}  # by request: how many had started when it came, and how many may before it
+    for number, each in enumerate(arrivals):
+        share = f"lasting{each}" if each < 3 else f"new{number}"
+        before = served.waiting(share)
+        served.submit(share, answer=answer)
+        bounds[served.alive[-1].request] = len(served.started), before
+        if each % 2:
+            served.step()
+    most_shares = len({s.share for s in served.alive}) + 12
+    served.run()
+    for place, sequence in enumerate(served.started):
+        started, before = bounds[sequence.request]
+        assert place - started <= (before + 1) * (4 + 1) * most_shares + slots
+
+
+def test_a_share_with_a_stream_is_not_passed_for_ever_by_ever_new_ones() -> None:
+    """Each of those has none running when it comes."""
+    rig = _Rig(slots=2, cells=100_000, batch=64)
+    rig.submit(4, share="old")  # without an end
+    rig.step()
+    new = [rig.submit(4, share="new")]
+    rig.step()
+    waiting = [rig.submit(4, share="old") for _ in range(3)]
+    starts: list[int] = []
+    for number in range(60):
+        new.append(rig.submit(4, share=f"new{number}"))
+        running = next(s for s in rig.scheduler.running if s.request != 1)
+        rig.scheduler.finish(running)
+        rig.step()
+        starts += [number for s in waiting if s.state is State.RUNNING]
+    assert [s.state for s in waiting] == [State.FINISHED] * 3
+    assert max(starts) <= 3 * (3 * 4 + 1), "with two new ones there are three shares that wait"
+    assert sum(s.state is State.FINISHED for s in new) > 50, "the others go on"
+
+
+def test_within_a_share_sets_of_adapters_keep_their_order() -> None:
+    """What another share runs with the same adapters is not counted."""
+    rig = _Rig(slots=2, cells=100_000, batch=64)
+    rig.submit(4, _SETS[1], share="a")
+    rig.submit(4, _SETS[1], share="a")
+    rig.step()
+    a = [rig.submit(4, adapters, share="a") for adapters in (_SETS[1], _SETS[1], _SETS[0])]
+    b = [rig.submit(4, adapters, share="b") for adapters in (_SETS[1], _SETS[1], _SETS[0])]
+    order = [s.request for s in rig.scheduler.waiting]
+    assert [each for each in order if each <= a[2].request] == [a[2].request, a[0].request, a[1].request]
+    assert [each for each in order if each > a[2].request] == [b[0].request, b[2].request, b[1].request]
+
+
+def test_a_share_with_many_sets_of_adapters_has_no_more_turns() -> None:
+    rig = _Rig(slots=6, cells=100_000, batch=64)
+    many = [rig.submit(4, (("a", float(scale)),), share="a").request for scale in range(1, 5)]
+    one = [rig.submit(4, _SETS[0], share="b").request for _ in range(2)]
+    steps = [tuple(rig.step()) for _ in range(160)]
+    assert set(steps) == {*((request,) for request in many), tuple(one)}
+    assert steps.count(tuple(one)) == pytest.approx(80, abs=8)
+    assert [steps.count((request,)) for request in many] == pytest.approx([20] * 4, abs=8)
+
+
+def test_a_share_whose_prompts_have_to_wait_leaves_its_turns_to_all_others() -> None:
+    rig = _Rig(slots=4, cells=100_000, batch=64)
+    streams = [rig.submit(4, adapters, share="a").request for adapters in _SETS]
+    while not rig.scheduler.steady:
+        rig.step()
+    rig.pace.beside = 0
+    rig.submit(1000, (("c", 1.0),), share="b")
+    steps = [tuple(rig.step()) for _ in range(60)]
+    assert [steps.count((request,)) for request in streams] == pytest.approx([20] * 3, abs=8)
+
+
+class _FormerOrder:
+    """Who waits and who runs, in the order that there was before there were shares, looked up anew each time."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.passed: Counter[AdapterKey] = Counter()
+
+    def order(self) -> list[Sequence]:
+        left, running = list(self.waiting), Counter(s.adapters for s in self.running)
+        ranks = {}
+        seen = set()
+        for sequence in left:
+            overdue = sequence.adapters not in seen and self.passed[sequence.adapters] >= scheduling._MOST_PASSES
+            several = len({s.adapters for s in left}) > 1
+            ranks[sequence.request] = (-1 if overdue else running[sequence.adapters]) if several else 0
+            running[sequence.adapters] += 1
+            seen.add(sequence.adapters)
+        return sorted(left, key=lambda s: (ranks[s.request], s.arrival))
+
+    def admit(self, slots: int) -> None:
+        for sequence in self.order()[: slots - len(self.running)]:
+            self.waiting.remove(sequence)
+            oldest = {s.adapters: s for s in reversed(self.waiting)}
+            self.passed = Counter(
+                {
+                    adapters: self.passed[adapters] + (s.arrival < sequence.arrival)
+                    for adapters, s in oldest.items()
+                    if adapters != sequence.adapters
+                }
+            )
+            self.running.append(sequence)
+
+
+@given(
+    st.integers(1, 4),
+    st.sampled_from(_SHARES),
+    st.lists(st.integers(0, 2) | st.tuples(st.integers(0, 9)) | st.none(), max_size=60),
+)
+def test_with_one_share_the_order_is_what_it_was(slots: int, share: str, events: list[int | tuple[int] | None]) -> None:
+    """An event is a sequence with some set of adapters, the end of one of those that run, or a step."""
+    rig, former = _Rig(slots=slots, cells=100_000, batch=64), _FormerOrder()
+    for event in events:
+        if isinstance(event, int):
+            former.waiting.append(rig.submit(4, _SETS[event], share=share))
+        elif event is not None and former.running:
+            rig.scheduler.finish(former.running.pop(event[0] % len(former.running)))
+        elif event is None and (former.running or former.waiting):
+            former.admit(slots)
+            rig.step()
+            assert rig.scheduler.running == sorted(former.running, key=lambda s: s.arrival)
+        assert rig.scheduler.waiting == former.order()

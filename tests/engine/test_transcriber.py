@@ -457,10 +457,10 @@ def order(transcriber: Transcriber) -> list[int]:
     return numbers
 
 
-def submit(transcriber: Transcriber, store: Store, *windows: int) -> None:
-    """Submit requests that take so many windows, numbered from 1 on."""
-    for number, count in enumerate(windows, 1):
-        transcriber.submit(number, store(sound(30 * count)), PLAIN)
+def submit(transcriber: Transcriber, store: Store, *windows: int, share: str = "", first: int = 1) -> None:
+    """Submit requests that take so many windows, numbered from ``first`` on."""
+    for number, count in enumerate(windows, first):
+        transcriber.submit(number, store(sound(30 * count)), PLAIN, share)
 
 
 def test_requests_of_one_window_are_done_in_order(store: Store) -> None:
@@ -488,6 +488,27 @@ def test_no_request_waits_for_the_end_of_all_others(store: Store) -> None:
     submit(transcriber, store, 9, 9, 2)
     turns = order(transcriber)
     assert max(place for place, turn in enumerate(turns) if turn == 3) < 8
+
+
+def test_steps_go_round_the_shares_and_in_each_is_the_order_of_one(store: Store) -> None:
+    transcriber, _ = fake()
+    submit(transcriber, store, 4, 1, 1, share="a")
+    assert [event.request for event in transcriber.step()] == [1]
+    submit(transcriber, store, 3, 1, share="b", first=4)
+    assert order(transcriber) == [4, 2, 4, 1, 5, 3, 4, 1, 1]
+
+
+def test_a_share_that_has_nothing_left_is_forgotten(store: Store) -> None:
+    transcriber, _ = fake()
+    for number in range(1, 10):
+        submit(transcriber, store, 2, share=f"share{number}", first=number)
+        transcriber.step()
+        if number % 2:
+            transcriber.cancel(number)
+        else:
+            transcriber.step()
+    assert transcriber.idle
+    assert not [*transcriber._round, *transcriber._first_went]
 
 
 # Giving up

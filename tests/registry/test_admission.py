@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
+from math import ceil
+
 import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llamaserve.errors import QueueFull
-from llamaserve.registry.admission import Admission, TextAdmission
+from llamaserve.registry.admission import Admission, Place, TextAdmission
 
 
 class _Clock:
@@ -93,3 +98,173 @@ def test_large_texts_are_let_in_up_to_a_size() -> None:
     admission.enter(100 * 2**20).leave()  # one may always bring more
     last.leave()
     assert admission.open == 0
+
+
+# Shares
+
+
+def test_a_share_that_fills_the_queue_does_not_keep_others_out() -> None:
+    admission = Admission(parallel=2, queue=4)
+    places = [admission.enter(1, "a") for _ in range(6)]
+    with pytest.raises(QueueFull, match="4 answers wait"):
+        admission.enter(1, "a")
+    places += [admission.enter(1, "b") for _ in range(3)]
+    with pytest.raises(QueueFull):
+        admission.enter(1, "b")
+    places += [admission.enter(1) for _ in range(2)]
+    with pytest.raises(QueueFull):
+        admission.enter(1)
+    for place in places:
+        place.leave()
+    assert admission.open == 0
+    assert not admission._held
+
+
+def test_a_share_that_has_had_more_waits_until_there_is_room_for_it() -> None:
+    admission = Admission(parallel=1, queue=3)
+    first = [admission.enter(1, "a") for _ in range(4)]
+    others = [admission.enter(1, "b") for _ in range(2)]
+    first.pop().leave()
+    first.pop().leave()
+    with pytest.raises(QueueFull):
+        admission.enter(1, "a")
+    first.pop().leave()
+    admission.enter(1, "a")
+    assert admission.open == 4
+    for place in others:
+        place.leave()
+    assert admission.open == 2
+
+
+def test_what_grows_counts_for_its_share() -> None:
+    admission = Admission(parallel=1, queue=5)
+    large = admission.enter(6, "a")
+    small = admission.enter(1, "b")
+    with pytest.raises(QueueFull):
+        large.grow(1)
+    small.grow(1)
+    small.grow(1)
+    with pytest.raises(QueueFull):
+        small.grow(1)
+    small.shrink(2)
+    assert admission.open == 7
+    small.grow(2)
+    large.leave()
+    small.grow(100)
+    small.leave()
+    small.grow(1)
+    assert admission.open == 0
+
+
+def test_texts_of_one_share_do_not_keep_others_out() -> None:
+    admission = TextAdmission(4, 4 * 2**20)
+    admission.enter(5 * 2**20, "a")
+    with pytest.raises(QueueFull):
+        admission.enter(1, "a")
+    admission.enter(1, "b")
+    admission.enter(1, "b")
+    with pytest.raises(QueueFull, match="requests for embeddings or scores"):
+        admission.enter(1, "b")
+
+
+class Entering(RuleBasedStateMachine):
+    """Requests of some shares that come, grow, shrink and go, beside a model of the books."""
+
+    largest = 1
+
+    @initialize(parallel=st.integers(1, 4), queue=st.integers(0, 12))
+    def start(self, parallel: int, queue: int) -> None:
+        self.places = parallel + queue
+        self.admission = Admission(parallel, queue)
+        self.inside: list[tuple[Place, str, int]] = []
+
+    def held(self) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for _, share, sequences in self.inside:
+            held[share] += sequences
+        return +held
+
+    def may(self, share: str) -> bool:
+        """Whether the queue is not full for a share."""
+        held = self.held()
+        fair = self.places / len(held | Counter({share: 1}))
+        return held.total() < self.places or held[share] < fair
+
+    @rule(share=st.sampled_from(["", "a", "b", "c", "d"]), size=st.integers(1, 5))
+    def enter(self, share: str, size: int) -> None:
+        size = min(size, self.largest)
+        if not self.may(share):
+            with pytest.raises(QueueFull):
+                self.admission.enter(size, share)
+            return
+        self.inside.append((self.admission.enter(size, share), share, size))
+
+    @precondition(lambda self: getattr(self, "inside", None))
+    @rule(data=st.data(), size=st.integers(1, 5))
+    def grow(self, data: st.DataObject, size: int) -> None:
+        number = data.draw(st.integers(0, len(self.inside) - 1))
+        place, share, sequences = self.inside[number]
+        size = min(size, self.largest)
+        if self.may(share):
+            place.grow(size)
+            self.inside[number] = place, share, sequences + size
+        elif self.held().total() > sequences:  # one that is alone may grow without a bound
+            with pytest.raises(QueueFull):
+                place.grow(size)
+
+    @precondition(lambda self: getattr(self, "inside", None))
+    @rule(data=st.data(), size=st.integers(1, 5))
+    def shrink(self, data: st.DataObject, size: int) -> None:
+        number = data.draw(st.integers(0, len(self.inside) - 1))
+        place, share, sequences = self.inside[number]
+        size = min(size, sequences)
+        place.shrink(size)
+        self.inside[number] = place, share, sequences - size
+
+    @precondition(lambda self: getattr(self, "inside", None))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        place, _, _ = self.inside.pop(data.draw(st.integers(0, len(self.inside) - 1)))
+        place.leave()
+        place.leave()
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "admission"):
+            return
+        held = self.held()
+        assert self.admission._held == held
+        assert self.admission.open == held.total() >= 0
+        assert self.admission._requests == len(self.inside)
+
+    @invariant()
+    def there_are_no_more_than_a_harmonic_number_of_queues(self) -> None:
+        if hasattr(self, "admission"):
+            for number, held in enumerate(sorted(self.held().values(), reverse=True), start=1):
+                assert held <= ceil(self.places / number) + self.largest - 1
+
+
+class EnteringWithMany(Entering):
+    largest = 5
+
+
+TestEntering = Entering.TestCase
+TestEnteringWithMany = EnteringWithMany.TestCase
+TestEntering.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestEnteringWithMany.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+
+@given(st.integers(1, 4), st.integers(0, 6), st.lists(st.integers(1, 4) | st.none(), max_size=40), st.text(max_size=2))
+def test_with_one_share_there_is_one_bound(parallel: int, queue: int, events: list[int | None], share: str) -> None:
+    admission = Admission(parallel, queue)
+    inside: list[tuple[Place, int]] = []
+    for event in events:
+        count = sum(sequences for _, sequences in inside)
+        if event is None and inside:
+            inside.pop(0)[0].leave()
+        elif event is not None and count < parallel + queue:
+            inside.append((admission.enter(event, share), event))
+        elif event is not None:
+            with pytest.raises(QueueFull):
+                admission.enter(event, share)
+    assert admission.open == sum(sequences for _, sequences in inside)

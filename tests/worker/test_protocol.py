@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llamaserve.engine.events import Delta, Device, Failed, Finished, Occupancy
-from llamaserve.engine.params import Adapter, Footprint, Generation, LoadParams, Sampling
+from llamaserve.engine.params import Adapter, Embedding, Footprint, Generation, LoadParams, Sampling
 from llamaserve.errors import ErrorValue
 from llamaserve.speech.values import (
     Heard,
@@ -21,6 +21,7 @@ _GENERATION = Generation(
     choices=128,
     stop=("\0", "😀"),
     stream=True,
+    share="ä",
 )
 _LOAD = LoadParams(
     path="/tmp/ä.gguf",
@@ -50,6 +51,9 @@ _COMMANDS = [
     protocol.Load(_LISTEN),
     protocol.Transcribe(9, "/tmp/ä", Transcription()),
     protocol.Transcribe(9, "", Transcription(language="haw", translate=True, prompt="\0", temperature=0.5)),
+    protocol.Transcribe(9, "/tmp/ä", Transcription(), "\0"),
+    protocol.Embed(10, ["text", [1]], Embedding(dimensions=3), "ä"),
+    protocol.Rank(11, "", ["text"], True, "ä"),
     protocol.Generate(1, ["text", [1, 2, 3], "", []], _GENERATION),
     protocol.Cancel(2**40),
     protocol.Stop(None),
@@ -83,6 +87,11 @@ _EVENTS = [
 @pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: type(command).__name__)
 def test_commands_cross_unchanged(command: protocol.Command) -> None:
     assert protocol.decode_command(protocol.encode_command(command)) == command
+
+
+def test_frames_are_no_longer_for_a_share_where_there_is_none() -> None:
+    without = protocol.encode_command(protocol.Generate(1, [], Generation(sampling=Sampling(seed=1))))
+    assert b"share" not in without
 
 
 def test_events_cross_unchanged_and_in_order() -> None:

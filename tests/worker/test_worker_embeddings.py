@@ -151,6 +151,35 @@ def test_many_requests_at_once_get_their_own_vectors(params: LoadParams) -> None
     _with_worker(params, test)
 
 
+@pytest.mark.parametrize("share", ["", "other"])
+def test_a_request_does_not_wait_for_many_of_another_share(params: LoadParams, share: str) -> None:
+    """Of one share, they are answered in order."""
+
+    async def test(worker: WorkerProcess) -> None:
+        ended: list[int] = []
+
+        async def embed(number: int, share: str = "") -> None:
+            await worker.embed([_LONG], _PLAIN, share=share)
+            ended.append(number)
+
+        await asyncio.gather(*(embed(number) for number in range(8)), embed(8, share))
+        assert sorted(ended) == list(range(9))
+        assert ended.index(8) == 8 if not share else ended.index(8) < 4
+
+    _with_worker(params, test)
+
+
+def test_scores_do_not_depend_on_the_share(rank_params: LoadParams) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        one, *others = await asyncio.gather(
+            *(worker.rank("what is blue?", ["the sea", "paris"], share=share) for share in ("", "a", "b", "b"))
+        )
+        for other in others:
+            assert _vectors(other) == pytest.approx(_vectors(one), abs=1e-6)
+
+    _with_worker(rank_params, test)
+
+
 # What is refused
 
 

@@ -71,11 +71,13 @@ def _with_worker(params: TranscriberParams | LoadParams, test: Callable[[WorkerP
     asyncio.run(run())
 
 
-def _hear(worker: WorkerProcess, samples: Path, transcription: Transcription = _PLAIN) -> TranscriptionStream:
+def _hear(
+    worker: WorkerProcess, samples: Path, transcription: Transcription = _PLAIN, share: str = ""
+) -> TranscriptionStream:
     """Have a file transcribed, of which there is another name since this one is deleted."""
     path = samples.with_name(f"{samples.name}-{uuid.uuid4()}")
     path.hardlink_to(samples)
-    return worker.transcribe(path, transcription)
+    return worker.transcribe(path, transcription, share=share)
 
 
 async def _events(stream: TranscriptionStream) -> list[Heard | Transcribed]:
@@ -160,6 +162,22 @@ def test_requests_at_once_are_answered_in_order(params: TranscriberParams, clip:
         assert ended == list(range(4))
         assert len({_text(events) for events in answers}) == 1
         assert "country" in _text(answers[0])
+
+    _with_worker(params, test)
+
+
+def test_a_request_does_not_wait_for_many_of_another_share(params: TranscriberParams, clip: Path) -> None:
+    async def test(worker: WorkerProcess) -> None:
+        streams = [_hear(worker, clip, share=share) for share in "aaaab"]
+        ended = ""
+
+        async def answer(number: int) -> None:
+            nonlocal ended
+            assert "country" in _text(await _events(streams[number]))
+            ended += "aaaab"[number]
+
+        await asyncio.gather(*map(answer, range(5)))
+        assert ended in ("abaaa", "aabaa"), "the other's comes while the first or the second is heard"
 
     _with_worker(params, test)
 
