@@ -33,6 +33,7 @@ from llamaserve.api import (
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.middleware import RequestGate
+from llamaserve.api.openapi import DocumentedAPI
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.services import Services
@@ -93,12 +94,13 @@ def create_app(settings: Settings, pool: ModelPool) -> FastAPI:
                 await asyncio.gather(*beside, return_exceptions=True)
                 await pool.aclose()
 
-    app = FastAPI(
+    app = DocumentedAPI(
         title="llamaserve",
         version=__version__,
         summary="Quantised GGUF models behind an OpenAI-compatible API",
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     for resource in _RESOURCES:
         app.include_router(resource.router)

@@ -142,10 +142,10 @@ class _Ranking:
 
 
 @router.post("/v1/rerank", summary="Sort documents by how well they answer a query")
-@router.post("/rerank", summary="The same as /v1/rerank")
-@router.post("/v1/reranking", summary="The same as /v1/rerank")
-@router.post("/reranking", summary="The same as /v1/rerank")
-@router.post("/v2/rerank", summary="The same as /v1/rerank")
+@router.post("/rerank", summary="The same as /v1/rerank", operation_id="create_ranking_rerank")
+@router.post("/v1/reranking", summary="The same as /v1/rerank", operation_id="create_ranking_v1_reranking")
+@router.post("/reranking", summary="The same as /v1/rerank", operation_id="create_ranking_reranking")
+@router.post("/v2/rerank", summary="The same as /v1/rerank", operation_id="create_ranking_v2")
 async def create_ranking(body: RerankRequest, request: Request, services: UsesServices) -> Response:
     """Answer with the documents' numbers and scores, the best first."""
     body.check()
