@@ -30,7 +30,12 @@ def _id(value: object) -> int | str:
     raise ValueError(f"must be an adapter's name, or its place in the model's list, from 0 to {MAX_ADAPTERS - 1}")
 
 
-_ID_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+_ID_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": MAX_ADAPTERS - 1},
+        {"type": "string", "minLength": 1, "maxLength": _MAX_NAME},
+    ]
+}
 
 
 class AdapterWish(BaseModel):

@@ -43,12 +43,19 @@ Kind = Literal["query", "document", "plain"]
 _MAX_INPUTS: Final = 2048
 _INT32: Final = 2**31 - 1  # the largest token id
 _MAX_TOKENS: Final = 1024 * 1024  # ids of all inputs together; more could not fit, and looking at each takes time
+_TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
+_TOKENS_SCHEMA: Final = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": _INT32},
+    "minItems": 1,
+    "maxItems": _MAX_TOKENS,
+}
 _INPUT_SCHEMA: Final = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        _TEXT_SCHEMA,
+        {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": _MAX_INPUTS},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1, "maxItems": _MAX_INPUTS},
     ]
 }
 _KINDS: Final[dict[str, Kind]] = {  # by our word, and those of Cohere, Jina, Gemini and sentence-transformers

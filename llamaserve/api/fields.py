@@ -13,12 +13,14 @@ from pydantic import (
     AliasChoices,
     BaseModel,
     ConfigDict,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError
 
 
 class RequestFields(BaseModel):
@@ -42,6 +44,12 @@ class RequestFields(BaseModel):
             raise ValidationError.from_exception_data(error.title, problems) from None
         request._given = given
         return request
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = handler(schema)
+        _accept_more(cls, handler.resolve_ref_schema(found))
+        return found
 
     def called(self, name: str) -> str:
         """Return what the request calls a field."""
@@ -105,6 +113,37 @@ Text = Annotated[str, AfterValidator(_checked)]
 
 def _called(model: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:
     return next((each for each in names_of(model, name) if each in given), name)
+
+
+_WORDS = ("title", "description", "default")  # of a schema, beside what it asks for
+
+
+def _accept_more(model: type[BaseModel], schema: JsonSchemaValue) -> None:
+    """Have a model's JSON schema say that fields have other names, and may be null where they need not be given."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    only_one: list[JsonSchemaValue] = []
+    for name in model.model_fields:
+        first, *others = names_of(model, name)
+        if first not in required:
+            properties[first] = _or_null(properties[first])
+        for other in others:
+            properties[other] = properties[first] | {"description": f"Another name of {first}."}
+        if others and first in required:
+            required.remove(first)
+            only_one.append({"oneOf": [{"required": [each]} for each in (first, *others)]})
+        elif others and model.model_config.get("extra") == "forbid":
+            only_one.append({"not": {"required": [first, *others]}})
+    if only_one:
+        schema["allOf"] = only_one
+
+
+def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:
+    if {"type": "null"} in schema.get("anyOf", []):
+        return schema
+    words = {name: value for name, value in schema.items() if name in _WORDS}
+    rest = {name: value for name, value in schema.items() if name not in words}
+    choices = rest["anyOf"] if [*rest] == ["anyOf"] else [rest]
+    return {**words, "anyOf": [*choices, {"type": "null"}]}
 
 
 def _renamed(model: type[BaseModel], problem: ErrorDetails, given: Mapping[str, Any]) -> InitErrorDetails:

@@ -65,6 +65,8 @@ _HEADERS: Final = {
     "x-llamaserve-rerank-method": "How documents were compared: cross_encoder or embedding_cosine.",
     "x-compute-tokens": "How many tokens were evaluated, where the answer has TEI's shape.",
 }
+_BOUNDS: Final = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
+_INT64: Final = 2**63 - 1
 _METHODS: Final = ("get", "post", "put", "patch", "delete")
 _FASTAPIS: Final = ("HTTPValidationError", "ValidationError")  # of a status that this server does not answer with
 _REFERENCE: Final = "#/components/schemas/{name}"
@@ -94,6 +96,7 @@ def complete(document: dict[str, Any]) -> None:
     schemas.update(components)
     known = dict(zip(kinds, found, strict=True))
     document["components"]["responses"] = errors.components()
+    _make_bounds_whole(schemas)
     for path, operation in _operations(document):
         _describe(operation, ROUTES[path], known, internal="/v1/internal/" in path)
 
@@ -104,6 +107,19 @@ def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
         for method in _METHODS:
             if method in methods:
                 yield f"{method.upper()} {path}", methods[method]
+
+
+def _make_bounds_whole(schema: Any) -> None:
+    """Undo what FastAPI makes of the bounds of integers: floats, of which the largest are not the bounds."""
+    if isinstance(schema, list):
+        for each in schema:
+            _make_bounds_whole(each)
+    elif isinstance(schema, dict):
+        for name, value in schema.items():
+            if name in _BOUNDS and isinstance(value, float) and value.is_integer():
+                schema[name] = max(-_INT64, min(int(value), _INT64))
+            else:
+                _make_bounds_whole(value)
 
 
 def _describe(operation: dict[str, Any], documented: Documented, schemas: Mapping[Any, Any], *, internal: bool) -> None:

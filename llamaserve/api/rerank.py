@@ -49,14 +49,17 @@ T = TypeVar("T")
 Method = Literal["cross_encoder", "embedding_cosine"]
 
 _MAX_DOCUMENTS: Final = 1024
+_TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
 _DOCUMENTS_SCHEMA: Final = {
     "type": "array",
     "items": {
         "anyOf": [
-            {"type": "string"},
-            {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+            _TEXT_SCHEMA,
+            {"type": "object", "properties": {"text": _TEXT_SCHEMA}, "required": ["text"]},
         ]
     },
+    "minItems": 1,
+    "maxItems": _MAX_DOCUMENTS,
 }
 
 
