@@ -44,7 +44,7 @@ class AdapterWish(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     id: Annotated[int | str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-    scale: float = Field(ge=-MAX_SCALE, le=MAX_SCALE)
+    scale: float = Field(strict=True, ge=-MAX_SCALE, le=MAX_SCALE)
 
 
 def _check_once(wishes: list[AdapterWish]) -> list[AdapterWish]:

@@ -6,13 +6,15 @@ Errors, and the list of what has no effect, call a field what the request calls 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Field,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -28,8 +30,16 @@ class RequestFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
+    _numbers: ClassVar[frozenset[str]]  # all names of the fields that are numbers
+
     _given: Mapping[str, Any] = PrivateAttr({})
     _filled: frozenset[str] = PrivateAttr(frozenset())
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Note which fields are numbers."""
+        numbers = (name for name, field in cls.model_fields.items() if _is_number(field.annotation))
+        cls._numbers = frozenset(called for name in numbers for called in names_of(cls, name))
 
     @model_validator(mode="wrap")
     @classmethod
@@ -37,6 +47,8 @@ class RequestFields(BaseModel):
         if not isinstance(values, dict):
             return validate(values)
         given = {name: value for name, value in values.items() if value is not None}
+        if wrong := [name for name in cls._numbers & given.keys() if isinstance(given[name], bool)]:
+            raise ValidationError.from_exception_data(cls.__name__, [_no_number(name, given[name]) for name in wrong])
         try:
             request = validate(given)
         except ValidationError as error:
@@ -108,7 +120,24 @@ def _checked(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """Take 3.0 for 3, as JSON does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[str, AfterValidator(_checked)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]  # and no text of it
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field is a number, and never true or false: those would be 1 and 0 to Pydantic."""
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _no_number(name: str, value: bool) -> InitErrorDetails:
+    problem = PydanticCustomError("no_number", "must be a number, not true or false")
+    return InitErrorDetails(type=problem, loc=(name,), input=value)
 
 
 def _called(model: type[BaseModel], name: str, given: Mapping[str, Any]) -> str:

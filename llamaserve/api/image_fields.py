@@ -188,7 +188,7 @@ class VariationRequest(ImageFields):
 class EditRequest(VariationRequest):
     """A picture from others."""
 
-    prompt: Prompt = Field(description=_PROMPT)
+    prompt: Prompt = Field(min_length=1, description=_PROMPT)
     image: Annotated[list[UploadFile], BeforeValidator(_files)] = Field(
         min_length=1, max_length=MOST_FILES, description="The picture, or several for the model to look at."
     )

@@ -5,6 +5,7 @@ All that every route has in common is put in here, in one place. Knows nothing o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from llamaserve.api.answers import (
     moderations,
     rerank,
 )
-from llamaserve.api.answers.answer import Content, Documented
+from llamaserve.api.answers.answer import EVENTS, FORM, JSON, Content, Documented
 
 ROUTES: Final[Mapping[str, Documented]] = {
     route: documented
@@ -43,8 +44,8 @@ _DESCRIPTION: Final = """\
 Bodies are JSON, whatever the content type says, but for uploads, which are forms. Null means "not given". Fields that
 the server does not know are accepted; those that could have changed the answer are named in `x-llamaserve-ignored`.
 
-Answers that are streamed are server-sent events: the schema of `text/event-stream` is that of an event's data. The last
-event is `[DONE]`, but for `/infill`; an error that shows once the stream has begun is an event before that.
+Answers that are streamed are server-sent events: the schema of `text/event-stream` is that of an event. The last one is
+`[DONE]`, but for `/infill`; an error that shows once the stream has begun is an event before that.
 """
 _TAGS: Final = {
     "generation": "Conversations and texts that go on.",
@@ -131,15 +132,37 @@ def _describe(operation: dict[str, Any], documented: Documented, schemas: Mappin
     for status in sorted({*errors.EVERYWHERE, *documented.errors}):
         responses[str(status)] = {"$ref": f"#/components/responses/{errors.name_of(status, internal=internal)}"}
     operation["responses"] = responses
-    for body in operation.get("requestBody", {}).get("content", {}).values():
+    for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
         body["examples"] = _examples(documented.requests)
+        if media_type == FORM:
+            _without_null(body["schema"])
+
+
+def _without_null(form: dict[str, Any]) -> None:
+    """Take null out of a form's fields, which are texts and files."""
+    for name, schema in form["properties"].items():
+        kept = [each for each in schema.get("anyOf", []) if each != {"type": "null"}]
+        if len(kept) == 1:
+            others = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+            form["properties"][name] = kept[0] | others
+        elif kept:
+            schema["anyOf"] = kept
 
 
 def _media_type(content: Content, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     first, *others = [schemas[kind] for kind in content.kinds]
     schema = {"anyOf": [first, *others]} if others else first
-    examples = {"examples": _examples(content.examples)} if content.examples else {}
-    return {"schema": schema, **examples}
+    examples = content.examples
+    if content.media_type == EVENTS:
+        schema = _event_of(schema)
+        examples = {name: {"data": json.dumps(data)} for name, data in examples.items()}
+    return {"schema": schema} | ({"examples": _examples(examples)} if examples else {})
+
+
+def _event_of(schema: Any) -> dict[str, Any]:
+    """Return the schema of a server-sent event, as OpenAPI describes those, of which the data has this schema."""
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": schema}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _examples(values: Mapping[str, Any]) -> dict[str, Any]:

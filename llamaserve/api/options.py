@@ -33,7 +33,7 @@ from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest, ModelNotCapable, UnsupportedParameter
-from llamaserve.registry.spec import parse_duration
+from llamaserve.registry.spec import LONGEST, parse_duration
 
 IGNORED_HEADER = "x-llamaserve-ignored"
 TRUNCATED_HEADER = "x-llamaserve-truncated"  # what was cut
@@ -60,7 +60,17 @@ _EMPTY: tuple[Any, ...] = ("", [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {"modalities": (["text"],)}
 
 _BAN: Literal["ban"] = "ban"  # among biases
-_DURATION = {"anyOf": [{"type": "number"}, {"type": "string", "examples": ["5m", "1h30m"]}]}
+_DURATION = {
+    "anyOf": [
+        {"type": "number", "maximum": LONGEST},
+        {
+            "type": "string",
+            "maxLength": 40,
+            "pattern": r"^-?([0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)$",
+            "examples": ["5m", "1h30m"],
+        },
+    ]
+}
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(_DURATION)]  # seconds; -1: for ever
 _STOP_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": _MAX_STOPS}],

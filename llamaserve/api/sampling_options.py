@@ -105,10 +105,15 @@ _BREAKERS_SCHEMA = {
         {"type": "string", "examples": ['"\\n", ":"']},
     ]
 }
+_STAGE_NAME = "|".join((*_STAGE_NAMES, *_ALWAYS_LAST))
 _ORDER_SCHEMA = {
     "anyOf": [
         {"type": "array", "items": {"enum": [*_STAGE_NAMES, *_ALWAYS_LAST]}, "maxItems": 64},
-        {"type": "string", "examples": ["top_k,temperature", "kt"]},
+        {
+            "type": "string",
+            "pattern": rf"^(({_STAGE_NAME})([,;\n]({_STAGE_NAME}))*|[{''.join(_STAGE_LETTERS)}]*)$",
+            "examples": ["top_k,temperature", "kt"],
+        },
     ]
 }
 Order = Annotated[list[str], BeforeValidator(_order), AfterValidator(_stages), WithJsonSchema(_ORDER_SCHEMA)]
