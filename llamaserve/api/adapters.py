@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from llamaserve.api.fields import check_text
+from llamaserve.api.fields import check_text, whole
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.served import ServedModel
 
@@ -22,6 +22,7 @@ _SHOWN = 10
 
 
 def _id(value: object) -> int | str:
+    value = whole(value)
     if type(value) is int and 0 <= value < MAX_ADAPTERS:
         return value
     if isinstance(value, str) and 0 < len(value) <= _MAX_NAME:

@@ -15,7 +15,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.fields import Whole, check_text
+from llamaserve.api.fields import check_text, whole
 from llamaserve.api.generating import unless_client_leaves
 from llamaserve.api.options import asked_of
 from llamaserve.api.services import UsesServices
@@ -140,10 +140,8 @@ class EmbeddingRequest(EmbeddingFields):
         validation_alias=AliasChoices("encoding_format", "embedding_type"),
         description="A list of numbers, or their bytes as little-endian 32-bit floats in base64.",
     )
-    dimensions: Whole | None = Field(
+    dimensions: Annotated[int, Field(strict=True, ge=1, le=_INT32), BeforeValidator(whole)] | None = Field(
         None,
-        ge=1,
-        le=_INT32,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="How many numbers of each vector to keep; it has a length of 1 again.",
     )

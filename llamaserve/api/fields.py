@@ -12,9 +12,7 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
-    Field,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -120,13 +118,12 @@ def _checked(text: str) -> str:
     return text
 
 
-def _whole(value: Any) -> Any:
-    """Take 3.0 for 3, as JSON does."""
+def whole(value: Any) -> Any:
+    """Take 3.0 for 3, as JSON schemas do, before a strict validation."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Text = Annotated[str, AfterValidator(_checked)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]  # and no text of it
 
 
 def _is_number(annotation: Any) -> bool:
@@ -156,14 +153,21 @@ def _accept_more(model: type[BaseModel], schema: JsonSchemaValue) -> None:
         if first not in required:
             properties[first] = _or_null(properties[first])
         for other in others:
-            properties[other] = properties[first] | {"description": f"Another name of {first}."}
+            properties[other] = _or_null(properties[first] | {"description": f"Another name of {first}."})
+        if others:
+            properties[first] = _or_null(properties[first])
         if others and first in required:
             required.remove(first)
-            only_one.append({"oneOf": [{"required": [each]} for each in (first, *others)]})
+            only_one.append({"oneOf": [_given(each) for each in (first, *others)]})
         elif others and model.model_config.get("extra") == "forbid":
-            only_one.append({"not": {"required": [first, *others]}})
+            only_one.append({"not": _given(first, *others)})
     if only_one:
         schema["allOf"] = only_one
+
+
+def _given(*names: str) -> JsonSchemaValue:
+    """Return a schema that says that fields are given, which null is not."""
+    return {"properties": {name: {"not": {"type": "null"}} for name in names}, "required": [*names]}
 
 
 def _or_null(schema: JsonSchemaValue) -> JsonSchemaValue:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from llamaserve.api.adapters import adapters_for
-from llamaserve.api.fields import Text, Whole
+from llamaserve.api.fields import Text, whole
 from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
 from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
@@ -42,7 +42,7 @@ class TextRequest(BaseModel):
 class TokensRequest(BaseModel):
     """Token ids to be turned into text."""
 
-    tokens: list[Annotated[Whole, Field(ge=0, le=_MAX_TOKEN_ID)]]
+    tokens: list[Annotated[int, Field(strict=True, ge=0, le=_MAX_TOKEN_ID), BeforeValidator(whole)]]
     model: str | None = None
     skip_special_tokens: bool = Field(default=False, description="Leave out control tokens.")
 

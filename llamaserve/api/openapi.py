@@ -66,6 +66,7 @@ _HEADERS: Final = {
     "x-llamaserve-rerank-method": "How documents were compared: cross_encoder or embedding_cosine.",
     "x-compute-tokens": "How many tokens were evaluated, where the answer has TEI's shape.",
 }
+_DONE: Final = "[DONE]"  # the data of the last event
 _BOUNDS: Final = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 _INT64: Final = 2**63 - 1
 _METHODS: Final = ("get", "post", "put", "patch", "delete")
@@ -154,14 +155,16 @@ def _media_type(content: Content, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     schema = {"anyOf": [first, *others]} if others else first
     examples = content.examples
     if content.media_type == EVENTS:
-        schema = _event_of(schema)
+        schema = _event_of(schema, done=content.done)
         examples = {name: {"data": json.dumps(data)} for name, data in examples.items()}
     return {"schema": schema} | ({"examples": _examples(examples)} if examples else {})
 
 
-def _event_of(schema: Any) -> dict[str, Any]:
+def _event_of(schema: Any, *, done: bool) -> dict[str, Any]:
     """Return the schema of a server-sent event, as OpenAPI describes those, of which the data has this schema."""
-    data = {"type": "string", "contentMediaType": JSON, "contentSchema": schema}
+    data: dict[str, Any] = {"type": "string", "contentMediaType": JSON, "contentSchema": schema}
+    if done:
+        data = {"anyOf": [{"const": _DONE}, data]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AliasChoices, Field, PlainValidator, WithJsonSchema
+from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
-from llamaserve.api.fields import Text, Whole
+from llamaserve.api.fields import Text, whole
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.options import TRUNCATED_HEADER, asked_of
 from llamaserve.api.services import UsesServices
@@ -95,7 +95,9 @@ class RerankRequest(EmbeddingFields):
         validation_alias=AliasChoices("documents", "texts"),
         description="The texts to sort; under the name of texts, the answer has the shape of TEI's.",
     )
-    top_n: Whole | None = Field(None, ge=1, description="How many of the best to answer with; null: all.")
+    top_n: Annotated[int, Field(strict=True, ge=1), BeforeValidator(whole)] | None = Field(
+        None, description="How many of the best to answer with; null: all."
+    )
     return_documents: bool = Field(
         default=False,
         validation_alias=AliasChoices("return_documents", "return_text"),

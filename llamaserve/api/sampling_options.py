@@ -101,7 +101,7 @@ def _stages(names: list[str]) -> list[str]:
 
 _BREAKERS_SCHEMA = {
     "anyOf": [
-        {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 10}, "maxItems": _MAX_BREAKERS},
+        {"type": "array", "items": {"type": "string", "pattern": "^[^\\u0000]{1,10}$"}, "maxItems": _MAX_BREAKERS},
         {"type": "string", "examples": ['"\\n", ":"']},
     ]
 }

@@ -32,6 +32,7 @@ class Content:
     types: Any
     examples: Mapping[str, Any]
     media_type: str = JSON
+    done: bool = True  # whether the last event of a stream is ``[DONE]``
 
     @property
     def kinds(self) -> tuple[Any, ...]:

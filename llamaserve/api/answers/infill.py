@@ -146,7 +146,10 @@ ROUTES: Final = {
                 (InfillAnswer, SelectedFields), {"whole": _WHOLE, "chosen": {"content": "x", "timings/prompt_n": 34}}
             ),
             Content(
-                (InfillPiece, InfillAnswer, SelectedFields, ErrorAnswer), {"piece": _PIECE, "last": _WHOLE}, EVENTS
+                (InfillPiece, InfillAnswer, SelectedFields, ErrorAnswer),
+                {"piece": _PIECE, "last": _WHOLE},
+                EVENTS,
+                done=False,
             ),
         ),
         errors=(*BODY, *WAITS, *LACKS),
