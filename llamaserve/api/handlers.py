@@ -30,7 +30,7 @@ from llamaserve.errors import (
 logger = logging.getLogger(__name__)
 
 _SHOWN_PROBLEMS = 3
-_METHODS = ("GET", "HEAD", "POST")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class _RouteError(InvalidRequest):

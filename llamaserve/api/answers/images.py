@@ -121,9 +121,9 @@ ROUTES: Final = {
         },
     ),
     "POST /v1/images/edits": _documented(
-        "image_edit", {"with a mask": {"image": "room.png", "mask": "mask.png", "prompt": "a fireplace"}}, UPLOADS
+        "image_edit", {"with a mask": {"image": ["room.png"], "mask": ["mask.png"], "prompt": "a fireplace"}}, UPLOADS
     ),
-    "POST /v1/images/variations": _documented("image_variation", {"picture": {"image": "room.png"}}, UPLOADS),
+    "POST /v1/images/variations": _documented("image_variation", {"picture": {"image": ["room.png"]}}, UPLOADS),
     "GET /v1/images/files/{name}": Documented(
         answers=tuple(Content(PictureFile, {}, f"image/{name}") for name in ("png", "jpeg", "webp")), errors=(404,)
     ),
