@@ -1,5 +1,6 @@
 # make run     install, fetch a model and serve it:  make run MODEL=qwen3-4b PORT=8080 HOST=0.0.0.0
 # make test    install and run the tests
+# make fuzz    ask the server for anything, and see that answers are what the document says:  make fuzz MINUTES=15
 # make lint    check style and types
 # make format  put the code into the project's style
 # make images  install what pictures need; this compiles stable-diffusion.cpp
@@ -18,7 +19,7 @@ given = $(if $(filter command line,$(origin $(1))),$($(1)))
 
 export WHEELS
 
-.PHONY: run models install images test lint format bench clean
+.PHONY: run models install images test fuzz lint format bench clean
 
 run: install
 	@$(BIN)/llamaserve run $(if $(call given,MODEL),"$(MODEL)") $(addprefix --port ,$(call given,PORT)) \
@@ -39,6 +40,9 @@ install-dev:
 
 test: install-dev
 	$(BIN)/pytest
+
+fuzz: install-dev
+	FUZZ_MINUTES=$(or $(call given,MINUTES),15) $(BIN)/pytest tests/fuzz --timeout 0
 
 lint: install-dev
 	$(BIN)/ruff format --check .

@@ -39,6 +39,7 @@ from llamaserve.api.hosts import HostGate, Hosts, OriginHeaders, Origins
 from llamaserve.api.image_links import ImageLinks
 from llamaserve.api.metrics import Metrics
 from llamaserve.api.middleware import RequestGate
+from llamaserve.api.openapi import DocumentedAPI
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.request_log import HEADER as REQUEST_ID_HEADER, RequestLog
@@ -138,12 +139,13 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
                 await asyncio.gather(*beside, return_exceptions=True)
                 await pool.aclose()
 
-    app = FastAPI(
+    app = DocumentedAPI(
         title="llamaserve",
         version=__version__,
         summary="Quantised GGUF models behind an OpenAI-compatible API",
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     for resource in _RESOURCES:
         app.include_router(resource.router)

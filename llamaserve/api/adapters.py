@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from llamaserve.api.fields import check_text
+from llamaserve.api.fields import check_text, whole
 from llamaserve.errors import InvalidRequest
 from llamaserve.registry.served import ServedModel
 
@@ -22,6 +22,7 @@ _SHOWN = 10
 
 
 def _id(value: object) -> int | str:
+    value = whole(value)
     if type(value) is int and 0 <= value < MAX_ADAPTERS:
         return value
     if isinstance(value, str) and 0 < len(value) <= _MAX_NAME:
@@ -30,7 +31,12 @@ def _id(value: object) -> int | str:
     raise ValueError(f"must be an adapter's name, or its place in the model's list, from 0 to {MAX_ADAPTERS - 1}")
 
 
-_ID_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+_ID_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": MAX_ADAPTERS - 1},
+        {"type": "string", "minLength": 1, "maxLength": _MAX_NAME},
+    ]
+}
 
 
 class AdapterWish(BaseModel):
@@ -39,7 +45,7 @@ class AdapterWish(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     id: Annotated[int | str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-    scale: float = Field(ge=-MAX_SCALE, le=MAX_SCALE)
+    scale: float = Field(strict=True, ge=-MAX_SCALE, le=MAX_SCALE)
 
 
 def _check_once(wishes: list[AdapterWish]) -> list[AdapterWish]:

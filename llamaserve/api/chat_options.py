@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, WithJsonSchema
 
+from llamaserve.api.chat_schemas import FUNCTION_CALL, FUNCTIONS, MESSAGES, TOOL_CHOICE, TOOLS
 from llamaserve.api.fields import Text
 from llamaserve.api.options import GenerationOptions
 from llamaserve.api.services import Services
@@ -29,18 +30,22 @@ _OFF = ("none", "off", "disabled")  # efforts that are none
 class ChatRequest(GenerationOptions):
     """A request for the next message."""
 
-    messages: list[dict[str, Any]] = Field(
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES)] = Field(
         description="The conversation, in the roles system, developer, user, assistant, tool and function.",
         examples=[[{"role": "user", "content": "Why is the sky blue?"}]],
     )
     logprobs: bool = Field(default=False, description="Report the log-probabilities of the answer's tokens.")
     top_logprobs: int = Field(0, ge=0, le=20, description="And of so many of the most probable ones in their places.")
 
-    tools: list[Any] | None = Field(None, description="Functions that the model may call.")
-    tool_choice: Any = Field(None, description="auto, none, required, or which function.")
+    tools: Annotated[list[Any] | None, WithJsonSchema(TOOLS)] = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE)] = Field(
+        None, description="auto, none, required, or which function."
+    )
     parallel_tool_calls: bool | None = Field(None, description="Whether an answer may have several calls.")
-    functions: list[Any] | None = Field(None, description="Older name of tools.")
-    function_call: Any = Field(None, description="Older name of tool_choice.")
+    functions: Annotated[list[Any] | None, WithJsonSchema(FUNCTIONS)] = Field(None, description="Older name of tools.")
+    function_call: Annotated[Any, WithJsonSchema(FUNCTION_CALL)] = Field(None, description="Older name of tool_choice.")
 
     enable_thinking: bool | None = Field(
         None, validation_alias=AliasChoices("enable_thinking", "think"), description="Whether the model thinks first."

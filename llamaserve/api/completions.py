@@ -35,12 +35,19 @@ router = APIRouter(tags=["generation"], dependencies=[Depends(metered)])
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_TOKENS = 1024 * 1024  # of all prompts together; more could not fit, and looking at each takes time
+_TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}
+
+
+def _list_of(schema: dict[str, Any], most: int = MAX_SEQUENCES) -> dict[str, Any]:
+    return {"type": "array", "items": schema, "minItems": 1, "maxItems": most}
+
+
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        _list_of({"type": "string"}),
+        _list_of(_TOKEN_SCHEMA, _MAX_TOKENS),
+        _list_of(_list_of(_TOKEN_SCHEMA, _MAX_TOKENS)),
     ]
 }
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema
 
+from llamaserve.api.chat_schemas import RESPONSE_FORMAT
 from llamaserve.api.fields import RequestFields, Text, check_text
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
@@ -34,7 +35,7 @@ class StructuredOutputs(BaseModel):
 class ConstraintOptions(RequestFields):
     """What form the answer must have."""
 
-    response_format: dict[str, Any] | None = Field(
+    response_format: Annotated[dict[str, Any] | None, WithJsonSchema(RESPONSE_FORMAT)] = Field(
         None, description="text, json_object or json_schema, as OpenAI has it; the schema also beside the type."
     )
     json_schema: dict[str, Any] | bool | str | None = Field(

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from llamaserve.api.accounting import metered
-from llamaserve.api.fields import check_text
+from llamaserve.api.fields import check_text, whole
 from llamaserve.api.generating import unless_client_leaves
 from llamaserve.api.options import asked_of
 from llamaserve.api.services import UsesServices
@@ -44,12 +44,19 @@ Kind = Literal["query", "document", "plain"]
 _MAX_INPUTS: Final = 2048
 _INT32: Final = 2**31 - 1  # the largest token id
 _MAX_TOKENS: Final = 1024 * 1024  # ids of all inputs together; more could not fit, and looking at each takes time
+_TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
+_TOKENS_SCHEMA: Final = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": _INT32},
+    "minItems": 1,
+    "maxItems": _MAX_TOKENS,
+}
 _INPUT_SCHEMA: Final = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        _TEXT_SCHEMA,
+        {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": _MAX_INPUTS},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1, "maxItems": _MAX_INPUTS},
     ]
 }
 _KINDS: Final[dict[str, Kind]] = {  # by our word, and those of Cohere, Jina, Gemini and sentence-transformers
@@ -134,11 +141,8 @@ class EmbeddingRequest(EmbeddingFields):
         validation_alias=AliasChoices("encoding_format", "embedding_type"),
         description="A list of numbers, or their bytes as little-endian 32-bit floats in base64.",
     )
-    dimensions: int | None = Field(
+    dimensions: Annotated[int, Field(strict=True, ge=1, le=_INT32), BeforeValidator(whole)] | None = Field(
         None,
-        ge=1,
-        le=_INT32,
-        strict=True,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="How many numbers of each vector to keep; it has a length of 1 again.",
     )

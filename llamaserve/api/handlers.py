@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from llamaserve.errors import (
     BodyTooLarge,
@@ -29,6 +30,7 @@ from llamaserve.errors import (
 logger = logging.getLogger(__name__)
 
 _SHOWN_PROBLEMS = 3
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class _RouteError(InvalidRequest):
@@ -113,7 +115,19 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         return _respond(request, _RouteError(f"there is no {request.method} {request.url.path}"), error.status_code)
     response = _respond(request, _RouteError(error.detail), error.status_code)
     response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["allow"] = ", ".join(_methods_of(request))
     return response
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the methods that a path has; the framework knows only those of the first function there."""
+    matching = ((method, {**request.scope, "method": method}) for method in _METHODS)
+    return [
+        method
+        for method, scope in matching
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+    ]
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:

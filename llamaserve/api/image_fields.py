@@ -34,7 +34,12 @@ _LARGEST_SEED: Final = 2**53 - 1  # what JavaScript can count to; pictures after
 _SIZE: Final = re.compile(r"(-?\d{1,9})\s*[x*]\s*(-?\d{1,9})", re.ASCII)
 
 _PROMPT: Final = "What the picture shows. (word:1.3) stresses a word, <lora:name> adds a LoRA."
-_SIZE_SCHEMA: Final = {"type": "string", "examples": ["512x768"], "default": "auto"}
+_SIZE_SCHEMA: Final = {
+    "type": "string",
+    "pattern": "^(auto|[0-9]{2,4}[x*][0-9]{2,4})$",
+    "examples": ["512x768"],
+    "default": "auto",
+}
 _SAMPLER_SCHEMA: Final = {"enum": [*SAMPLERS], "type": "string"}
 
 ResponseFormat = Literal["b64_json", "url", "data_url"]
@@ -188,7 +193,7 @@ class VariationRequest(ImageFields):
 class EditRequest(VariationRequest):
     """A picture from others."""
 
-    prompt: Prompt = Field(description=_PROMPT)
+    prompt: Prompt = Field(min_length=1, description=_PROMPT)
     image: Annotated[list[UploadFile], BeforeValidator(_files)] = Field(
         min_length=1, max_length=MOST_FILES, description="The picture, or several for the model to look at."
     )

@@ -33,7 +33,7 @@ from llamaserve.api.generating import (
     unless_client_leaves,
 )
 from llamaserve.api.indentation import IndentLimit
-from llamaserve.api.options import GenerationOptions, asked_of
+from llamaserve.api.options import MAX_SEQUENCES, GenerationOptions, asked_of
 from llamaserve.api.sampling_options import Order
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.api.sse import EventStream, event
@@ -82,6 +82,9 @@ class InfillRequest(GenerationOptions):
     input_suffix: Text = Field(description="The text after the cursor.")
     input_extra: list[ExtraText] = Field([], max_length=_MAX_SNIPPETS, description="Texts from other files.")
     prompt: Text = Field("", description="What stands in the cursor's line before it.")
+    n: int = Field(
+        1, ge=1, le=MAX_SEQUENCES, description="There is one answer.", json_schema_extra={"minimum": 1, "maximum": 1}
+    )
     n_indent: int = Field(0, ge=0, le=_INT32, description="End before a line that is indented less; 0: don't.")
     t_max_prompt_ms: float = Field(0, ge=-1, le=_INT32, description="Time until the first token; 0 or -1: any.")
     t_max_predict_ms: float = Field(0, ge=-1, le=_INT32, description="Time for more than one line; 0 or -1: any.")

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from llamaserve.api.accounting import metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.caller import caller
-from llamaserve.api.fields import Text
+from llamaserve.api.fields import Text, whole
 from llamaserve.api.generating import Job, generate_whole, new_id, unless_client_leaves
 from llamaserve.api.logprobs import probabilities
 from llamaserve.api.models import capabilities
@@ -45,7 +45,7 @@ class TextRequest(BaseModel):
 class TokensRequest(BaseModel):
     """Token ids to be turned into text."""
 
-    tokens: list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]]
+    tokens: list[Annotated[int, Field(strict=True, ge=0, le=_MAX_TOKEN_ID), BeforeValidator(whole)]]
     model: str | None = None
     skip_special_tokens: bool = Field(default=False, description="Leave out control tokens.")
 

@@ -27,7 +27,7 @@ router = APIRouter(tags=["LoRA"], dependencies=[Depends(admin)])
 _MAX_NAME = 512
 _HERE = Path("loras")
 
-Scale = Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)]
+Scale = Annotated[float, Field(strict=True, ge=-MAX_SCALE, le=MAX_SCALE)]
 
 
 class AdaptersRequest(BaseModel):

@@ -39,9 +39,11 @@ _MAX_CHARACTERS: Final = 1_000_000  # of all inputs together
 _INPUT_SCHEMA: Final = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": _MAX_INPUTS},
         {
             "type": "array",
+            "minItems": 1,
+            "maxItems": _MAX_INPUTS,
             "items": {
                 "type": "object",
                 "properties": {"type": {"enum": [*TEXT_PARTS], "type": "string"}, "text": {"type": "string"}},

@@ -33,7 +33,7 @@ from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
 from llamaserve.errors import InvalidRequest, ModelNotCapable, UnsupportedParameter
-from llamaserve.registry.spec import parse_duration
+from llamaserve.registry.spec import LONGEST, parse_duration
 
 IGNORED_HEADER = "x-llamaserve-ignored"
 TRUNCATED_HEADER = "x-llamaserve-truncated"  # what was cut
@@ -60,8 +60,38 @@ _EMPTY: tuple[Any, ...] = ("", [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {"modalities": (["text"],)}
 
 _BAN: Literal["ban"] = "ban"  # among biases
-_DURATION = {"anyOf": [{"type": "number"}, {"type": "string", "examples": ["5m", "1h30m"]}]}
+_DURATION = {
+    "anyOf": [
+        {"type": "number", "maximum": LONGEST},
+        {
+            "type": "string",
+            "maxLength": 40,
+            "pattern": r"^-?([0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)$",
+            "examples": ["5m", "1h30m"],
+        },
+    ]
+}
 KeepAlive = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(_DURATION)]  # seconds; -1: for ever
+_STOP_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": _MAX_STOPS}],
+}
+_BIAS = {"anyOf": [{"type": "number", "minimum": -100, "maximum": 100}, {"const": False}]}
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": _INT32}
+_BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": _BIAS},
+        {
+            "type": "array",
+            "items": {"type": "array", "prefixItems": [_TOKEN, _BIAS], "items": False, "minItems": 2},
+        },
+    ]
+}
+_BANS_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": _TOKEN, "maxItems": _MAX_BANS},
+        {"type": "string", "pattern": r"^([0-9]+(,[0-9]+)*)?$"},
+    ]
+}
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 
 
@@ -150,8 +180,8 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     )
     max_completion_tokens: int | None = Field(None, ge=-1, le=_INT64, description="Newer name of max_tokens.")
     auto_max_new_tokens: bool = Field(default=False, description="As many tokens as the context has room for.")
-    stop: Annotated[list[str], BeforeValidator(_stops), AfterValidator(_check_stops)] = Field(
-        [], max_length=_MAX_STOPS, description="Texts before which the answer ends."
+    stop: Annotated[list[str], BeforeValidator(_stops), AfterValidator(_check_stops), WithJsonSchema(_STOP_SCHEMA)] = (
+        Field([], max_length=_MAX_STOPS, description="Texts before which the answer ends.")
     )
     n: int = Field(1, ge=1, le=MAX_SEQUENCES, description="Answers to each prompt.")
     stream: bool = Field(default=False, description="Send the answer in pieces, as it is made.")
@@ -160,9 +190,11 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     max_tokens_second: int = Field(0, ge=0, le=_INT32, description="Slow a stream down to so many tokens; 0: don't.")
     seed: int | None = Field(None, ge=-_INT64, le=_INT64, description="Null or -1: a random one.")
     logit_bias: Annotated[
-        dict[TokenId, Annotated[float, Field(ge=-100, le=100)] | Literal["ban"]], BeforeValidator(_biases)
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)] | Literal["ban"]],
+        BeforeValidator(_biases),
+        WithJsonSchema(_BIAS_SCHEMA),
     ] = Field({}, max_length=_MAX_BANS, description="Added to the logits of tokens.")
-    custom_token_bans: Annotated[list[TokenId], BeforeValidator(_bans)] = Field(
+    custom_token_bans: Annotated[list[TokenId], BeforeValidator(_bans), WithJsonSchema(_BANS_SCHEMA)] = Field(
         [], max_length=_MAX_BANS, description="Tokens that never come."
     )
     ban_eos_token: bool = Field(

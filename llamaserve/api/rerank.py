@@ -16,10 +16,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AliasChoices, Field, PlainValidator, WithJsonSchema
+from pydantic import AliasChoices, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from llamaserve.api.accounting import metered
-from llamaserve.api.fields import Text
+from llamaserve.api.fields import Text, whole
 from llamaserve.api.generating import new_id, unless_client_leaves
 from llamaserve.api.options import TRUNCATED_HEADER, asked_of
 from llamaserve.api.services import UsesServices
@@ -50,14 +50,17 @@ T = TypeVar("T")
 Method = Literal["cross_encoder", "embedding_cosine"]
 
 _MAX_DOCUMENTS: Final = 1024
+_TEXT_SCHEMA: Final = {"type": "string", "minLength": 1}
 _DOCUMENTS_SCHEMA: Final = {
     "type": "array",
     "items": {
         "anyOf": [
-            {"type": "string"},
-            {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+            _TEXT_SCHEMA,
+            {"type": "object", "properties": {"text": _TEXT_SCHEMA}, "required": ["text"]},
         ]
     },
+    "minItems": 1,
+    "maxItems": _MAX_DOCUMENTS,
 }
 
 
@@ -93,7 +96,9 @@ class RerankRequest(EmbeddingFields):
         validation_alias=AliasChoices("documents", "texts"),
         description="The texts to sort; under the name of texts, the answer has the shape of TEI's.",
     )
-    top_n: int | None = Field(None, ge=1, strict=True, description="How many of the best to answer with; null: all.")
+    top_n: Annotated[int, Field(strict=True, ge=1), BeforeValidator(whole)] | None = Field(
+        None, description="How many of the best to answer with; null: all."
+    )
     return_documents: bool = Field(
         default=False,
         validation_alias=AliasChoices("return_documents", "return_text"),
@@ -143,10 +148,10 @@ class _Ranking:
 
 
 @router.post("/v1/rerank", summary="Sort documents by how well they answer a query")
-@router.post("/rerank", summary="The same as /v1/rerank")
-@router.post("/v1/reranking", summary="The same as /v1/rerank")
-@router.post("/reranking", summary="The same as /v1/rerank")
-@router.post("/v2/rerank", summary="The same as /v1/rerank")
+@router.post("/rerank", summary="The same as /v1/rerank", operation_id="create_ranking_rerank")
+@router.post("/v1/reranking", summary="The same as /v1/rerank", operation_id="create_ranking_v1_reranking")
+@router.post("/reranking", summary="The same as /v1/rerank", operation_id="create_ranking_reranking")
+@router.post("/v2/rerank", summary="The same as /v1/rerank", operation_id="create_ranking_v2")
 async def create_ranking(body: RerankRequest, request: Request, services: UsesServices) -> Response:
     """Answer with the documents' numbers and scores, the best first."""
     body.check()

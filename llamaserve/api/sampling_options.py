@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llamaserve.api.fields import RequestFields, check_text
 from llamaserve.engine.params import STAGES, Sampling
@@ -99,7 +99,24 @@ def _stages(names: list[str]) -> list[str]:
     return list(dict.fromkeys(_STAGE_NAMES[name] for name in names if name in _STAGE_NAMES))
 
 
-Order = Annotated[list[str], BeforeValidator(_order), AfterValidator(_stages)]
+_BREAKERS_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": {"type": "string", "pattern": "^[^\\u0000]{1,10}$"}, "maxItems": _MAX_BREAKERS},
+        {"type": "string", "examples": ['"\\n", ":"']},
+    ]
+}
+_STAGE_NAME = "|".join((*_STAGE_NAMES, *_ALWAYS_LAST))
+_ORDER_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": {"enum": [*_STAGE_NAMES, *_ALWAYS_LAST]}, "maxItems": 64},
+        {
+            "type": "string",
+            "pattern": rf"^(({_STAGE_NAME})([,;\n]({_STAGE_NAME}))*|[{''.join(_STAGE_LETTERS)}]*)$",
+            "examples": ["top_k,temperature", "kt"],
+        },
+    ]
+}
+Order = Annotated[list[str], BeforeValidator(_order), AfterValidator(_stages), WithJsonSchema(_ORDER_SCHEMA)]
 
 
 class SamplingOptions(RequestFields):
@@ -177,9 +194,12 @@ class SamplingOptions(RequestFields):
     dry_penalty_last_n: int | None = Field(
         None, ge=-1, le=_INT32, description="Last tokens that DRY looks at; -1: all, 0: DRY off."
     )
-    dry_sequence_breakers: Annotated[list[str], BeforeValidator(quoted_texts), AfterValidator(_check_breakers)] = Field(
-        _BREAKERS, max_length=_MAX_BREAKERS, description="Texts across which nothing counts as repeated."
-    )
+    dry_sequence_breakers: Annotated[
+        list[str],
+        BeforeValidator(quoted_texts),
+        AfterValidator(_check_breakers),
+        WithJsonSchema(_BREAKERS_SCHEMA),
+    ] = Field(_BREAKERS, max_length=_MAX_BREAKERS, description="Texts across which nothing counts as repeated.")
     sampler_priority: Order | None = Field(
         None,
         max_length=64,

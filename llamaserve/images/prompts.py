@@ -19,6 +19,9 @@ _LEAST_WEIGHT, _LARGEST_WEIGHT = 0.001, 100.0
 
 _ZERO: Final = re.compile(r"[+-]?[0.]+")  # and not what is only too small for a number
 _NEAR: Final = 1e-6  # by which logarithms are rounded, at most
+# Of others the library asks C's isspace, whose table ends with the last byte; glibc's is read beyond its end, and far
+# beyond it the process dies. Everything that can be written is below, but for the flags of parts of countries.
+_BEYOND: Final = re.compile("[\U00040000-\U0010ffff]")
 _BRACKETS: Final = {"(": 1.1, "[": 1 / 1.1}
 _BRACKET: Final = re.compile(r"\\[()\[\]\\]|([(\[])|:([+-]?[.\d]+)\)|([)\]])", re.ASCII)  # or one that is a letter
 _WEIGHT: Final = re.compile(r":([+-]?[.\d]+)\)", re.ASCII)  # as in (word:1.3); the library ends its process over others
@@ -28,6 +31,8 @@ def checked_prompt(text: str) -> str:
     """Return a prompt. Raises ``ValueError`` for what the library can't take."""
     if "\0" in text:
         raise ValueError("must not contain the character U+0000")
+    if found := _BEYOND.search(text):
+        raise ValueError(f"must not contain characters over U+3FFFF, such as U+{ord(found[0]):X}")
     if (size := len(text.encode())) > MOST_BYTES:
         raise ValueError(f"has {size} bytes in UTF-8; {MOST_BYTES} are the most")
     if (count := breaks(text)) > MOST_BREAKS:

@@ -36,7 +36,7 @@ MOST_GUIDANCE: Final = 100.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 _NAME_RULE = "a name starts with a letter or digit and goes on with letters, digits, and . _ - / :, without '..'"
-_LONGEST = 1e9  # seconds, thirty years
+LONGEST = 1e9  # seconds, thirty years
 _YAML = "tag:yaml.org,2002:"
 _Where = tuple[str | int, ...]
 
@@ -84,7 +84,7 @@ def parse_duration(value: object) -> object:
     Raises ``ValueError`` for anything else.
     """
     seconds: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool) and value <= _LONGEST:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= LONGEST:
         seconds = float(max(value, -1))  # an integer may be too large for a float
     elif isinstance(value, str) and len(value) <= 40:
         text = value.strip()
@@ -94,7 +94,7 @@ def parse_duration(value: object) -> object:
         elif re.fullmatch(rf"(?:{_DURATION.pattern})+", text):
             parts = _DURATION.findall(text)
             seconds = sign * sum(float(number) * (0.001 if unit == "ms" else _UNITS[unit]) for number, unit in parts)
-    if seconds is None or seconds != seconds or seconds > _LONGEST:
+    if seconds is None or seconds != seconds or seconds > LONGEST:
         raise ValueError(f"should be seconds or a text such as 15m, 1h30m or -1 for ever, not {_shown(value)}")
     return -1.0 if seconds < 0 else seconds
 
