@@ -6,7 +6,7 @@ All that every route has in common is put in here, in one place. Knows nothing o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from llamaserve.api.answers import (
     audio,
+    billing,
     chat,
     completions,
     downloads,
@@ -27,6 +28,7 @@ from llamaserve.api.answers import (
     model_events,
     models,
     moderations,
+    observation,
     rerank,
 )
 from llamaserve.api.answers.answer import EVENTS, FORM, JSON, Content, Documented
@@ -35,7 +37,7 @@ ROUTES: Final[Mapping[str, Documented]] = {
     route: documented
     for module in (
         *(audio, chat, completions, downloads, embeddings, images, infill, internal, lora, model_admin, model_events),
-        *(models, moderations, rerank),
+        *(models, moderations, rerank, billing, observation),
     )
     for route, documented in module.ROUTES.items()
 }
@@ -54,12 +56,22 @@ _TAGS: Final = {
     "audio": "Speech to text.",
     "images": "Pictures from prompts and from other pictures.",
     "models": "Which models there are.",
+    "billing": "What requests have used.",
+    "observation": "What the server does, for whoever runs it.",
     "internal": "Tokens, prompts, and how the server is.",
     "models by command": "For whoever runs the server: which models are loaded, and what happens to them.",
     "LoRA": "For whoever runs the server: the adapters of the current model.",
     "downloads": "For whoever runs the server: fetching models, and deleting them.",
 }
+_OPEN: Final = ("GET /health", "GET /v1/internal/health")  # also without a key
+_SECURITY: Final = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key of the server, if it has any."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+}
+_REQUEST_ID: Final = "x-request-id"
 _HEADERS: Final = {
+    _REQUEST_ID: "The request's own, or a new one.",
     "x-llamaserve-ignored": "The fields that have no effect, between commas.",
     "x-llamaserve-truncated": "What was cut.",
     "x-llamaserve-warning": "What is not just as it was asked for.",
@@ -98,9 +110,12 @@ def complete(document: dict[str, Any]) -> None:
     schemas.update(components)
     known = dict(zip(kinds, found, strict=True))
     document["components"]["responses"] = errors.components()
+    document["components"]["securitySchemes"] = _SECURITY
+    document["security"] = [{}, *({name: []} for name in _SECURITY)]
     _make_bounds_whole(schemas)
     for path, operation in _operations(document):
-        _describe(operation, ROUTES[path], known, internal="/v1/internal/" in path)
+        statuses = {*errors.EVERYWHERE, *ROUTES[path].errors, *(() if path in _OPEN else errors.KEYS)}
+        _describe(operation, ROUTES[path], known, sorted(statuses), internal="/v1/internal/" in path)
 
 
 def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,13 +139,23 @@ def _make_bounds_whole(schema: Any) -> None:
                 _make_bounds_whole(value)
 
 
-def _describe(operation: dict[str, Any], documented: Documented, schemas: Mapping[Any, Any], *, internal: bool) -> None:
+def _describe(
+    operation: dict[str, Any],
+    documented: Documented,
+    schemas: Mapping[Any, Any],
+    statuses: Sequence[int],
+    *,
+    internal: bool,
+) -> None:
     content = {each.media_type: _media_type(each, schemas) for each in documented.answers}
-    headers = {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in documented.headers}
+    headers = {
+        name: {"description": _HEADERS[name], "schema": {"type": "string"}}
+        for name in (_REQUEST_ID, *documented.headers)
+    }
     responses: dict[str, Any] = {"200": {"description": operation["responses"]["200"]["description"]}}
-    responses["200"] |= {"headers": headers} if headers else {}
+    responses["200"]["headers"] = headers
     responses["200"]["content"] = content
-    for status in sorted({*errors.EVERYWHERE, *documented.errors}):
+    for status in statuses:
         responses[str(status)] = {"$ref": f"#/components/responses/{errors.name_of(status, internal=internal)}"}
     operation["responses"] = responses
     for media_type, body in operation.get("requestBody", {}).get("content", {}).items():

@@ -40,6 +40,7 @@ OPERATIONS = {
     *("create_translation", "create_image", "edit_image", "vary_image", "get_image", "list_models", "get_model"),
     *("encode", "decode", "token_count", "logits", "stop_generation", "health", "internal_health", "model_info"),
     *("list_model_names", "load_model", "unload_model", "download_model", "list_downloads", "cancel_download"),
+    *("billing_usage", "dashboard_usage", "dashboard_subscription", "metrics", "status"),
     *("delete_model", "list_lora_names", "load_adapters", "unload_adapters", "list_scales", "set_scales", "events"),
 }
 

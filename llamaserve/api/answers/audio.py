@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from llamaserve.api.answers.answer import EVENTS, Answer, Content, Documented
-from llamaserve.api.answers.errors import BODY, LACKS, UPLOADS, WAITS, ErrorAnswer
+from llamaserve.api.answers.errors import BODY, LACKS, WAITS, ErrorAnswer
 from llamaserve.api.answers.generation import HEADERS
 
 Seconds = Annotated[float, Meta(ge=0)]
@@ -149,7 +149,7 @@ def _documented(model: str) -> Documented:
             Content(str, {"vtt": _VTT}, "text/vtt"),
             Content((TranscriptDelta, TranscriptSegment, TranscriptDone, ErrorAnswer), _EVENTS, EVENTS),
         ),
-        errors=(*BODY, *UPLOADS, *WAITS, *LACKS),
+        errors=(*BODY, *WAITS, *LACKS),
         requests={
             "text": {"file": "speech.flac", "model": model},
             "with times": {"file": "speech.flac", "model": model, "response_format": "verbose_json"},

@@ -12,16 +12,19 @@ from llamaserve.api.answers.answer import JSON, Answer
 from llamaserve.errors import LlamaserveError
 
 # Statuses of every route; and of those that
-EVERYWHERE: Final = (500,)
-BODY: Final = (400, 413)  # read a body,
+EVERYWHERE: Final = (403, 500)
+KEYS: Final = (401,)  # are not open to strangers,
+BODY: Final = (400, 408, 413)  # read a body,
+METERED: Final = (429,)  # count, and so have limits,
 LOADS: Final = (404, 503, 507)  # need a model, which may have to be loaded,
-WAITS: Final = (*LOADS, 429, 504)  # wait for their turn there as well,
-UPLOADS: Final = (408,)  # or read a form
+WAITS: Final = (*LOADS, *METERED, 504)  # wait for their turn there as well,
 LACKS: Final = (501,)  # for something that not every model or installation has.
 
 _RETRY_AFTER: Final = {"schema": {"type": "string"}, "description": "Seconds after which to try again."}
 _NO_RETRY: Final = {"schema": {"const": "false"}, "description": "Tells OpenAI's SDK that trying again won't help."}
+_AUTHENTICATE: Final = {"schema": {"const": "Bearer"}, "description": "How a key is sent."}
 _HEADERS: Final[Mapping[int, dict[str, Any]]] = {
+    401: {"WWW-Authenticate": _AUTHENTICATE},
     429: {"Retry-After": _RETRY_AFTER},
     501: {"x-should-retry": _NO_RETRY},
     503: {"Retry-After": _RETRY_AFTER},
@@ -53,10 +56,12 @@ class InternalErrorAnswer(Answer):
 
 _DESCRIPTIONS: Final[Mapping[int, str]] = {
     400: "The request can't work as it is written.",
+    401: "The server has keys, and the request brings none of them.",
+    403: "The key is no admin's, or the request is for another host or of a page that may not call.",
     404: "There is no such model, picture or route.",
-    408: "Nothing more of an upload has come for a minute.",
+    408: "Nothing more of the request has come for a minute.",
     413: "The body is over the limit.",
-    429: "As many requests wait as may.",
+    429: "As many requests wait as may, or the key's limits are reached.",
     500: "The model's file is bad or missing, llama.cpp failed, or the server did.",
     501: "The model or the installation lacks what this needs.",
     503: "It can't be done now: there is no model, or its process has ended.",
@@ -69,10 +74,14 @@ _EXAMPLES: Final[tuple[LlamaserveError, ...]] = (
         "the prompt has 5012 tokens, but the context has room for 4096 with at least one for the answer",
         param="messages",
     ),
+    errors.Unauthenticated("this is none of the server's keys"),
+    errors.AdminKeyRequired("this needs an admin key; the one that came is for ordinary requests"),
+    errors.HostNotAllowed("the request is for the host evil.example, which this server does not go by"),
     errors.ModelNotFound("there is no model 'smolm'; did you mean 'smollm2-135m'?", param="model"),
     errors.RequestTimeout("nothing more of the request has come for 60 seconds"),
     errors.BodyTooLarge("the request body is larger than 33554432 bytes"),
     errors.QueueFull("64 requests wait for smollm2-135m already; try again later"),
+    errors.RateLimitExceeded("the key laptop has used up its 20000 tokens a minute; try again in 12 s"),
     errors.ModelFileMissing("smollm2-135m is not on this machine; fetch it: llamaserve pull smollm2-135m"),
     errors.NotSupported("smollm2-135m can't fill in the middle: it has no tokens for that"),
     errors.ModelNotLoaded("no model is loaded, and the request names none"),

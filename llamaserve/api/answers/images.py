@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from llamaserve.api.answers.answer import EVENTS, Answer, Content, Documented
-from llamaserve.api.answers.errors import BODY, LACKS, UPLOADS, WAITS, ErrorAnswer
+from llamaserve.api.answers.errors import BODY, LACKS, WAITS, ErrorAnswer
 from llamaserve.api.answers.generation import CREATED, HEADERS, Created, Index
 
 Base64 = Annotated[str, Meta(description="The file in base64.")]
@@ -121,9 +121,9 @@ ROUTES: Final = {
         },
     ),
     "POST /v1/images/edits": _documented(
-        "image_edit", {"with a mask": {"image": ["room.png"], "mask": ["mask.png"], "prompt": "a fireplace"}}, UPLOADS
+        "image_edit", {"with a mask": {"image": ["room.png"], "mask": ["mask.png"], "prompt": "a fireplace"}}
     ),
-    "POST /v1/images/variations": _documented("image_variation", {"picture": {"image": ["room.png"]}}, UPLOADS),
+    "POST /v1/images/variations": _documented("image_variation", {"picture": {"image": ["room.png"]}}),
     "GET /v1/images/files/{name}": Documented(
         answers=tuple(Content(PictureFile, {}, f"image/{name}") for name in ("png", "jpeg", "webp")), errors=(404,)
     ),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from llamaserve.api.answers.answer import OK, Answer, Content, Documented
-from llamaserve.api.answers.errors import BODY, LOADS, WAITS
+from llamaserve.api.answers.errors import BODY, LOADS, METERED, WAITS
 from llamaserve.api.answers.generation import HEADERS, MODEL, Count
 from llamaserve.api.answers.models import CAPABILITIES, Capabilities, State
 
@@ -124,15 +124,17 @@ _HELLO: Final = {"text": "Hello world"}
 ROUTES: Final = {
     "POST /v1/internal/encode": Documented(
         answers=(Content(Tokens, {"two": {"tokens": [19556, 905], "length": 2}}),),
-        errors=(*BODY, *LOADS),
+        errors=(*BODY, *LOADS, *METERED),
         requests={"text": _HELLO},
     ),
     "POST /v1/internal/token-count": Documented(
-        answers=(Content(TokenCount, {"two": {"length": 2}}),), errors=(*BODY, *LOADS), requests={"text": _HELLO}
+        answers=(Content(TokenCount, {"two": {"length": 2}}),),
+        errors=(*BODY, *LOADS, *METERED),
+        requests={"text": _HELLO},
     ),
     "POST /v1/internal/decode": Documented(
         answers=(Content(DecodedText, {"text": _HELLO}),),
-        errors=(*BODY, *LOADS),
+        errors=(*BODY, *LOADS, *METERED),
         requests={"tokens": {"tokens": [19556, 905]}},
     ),
     "POST /v1/internal/logits": Documented(
@@ -149,7 +151,9 @@ ROUTES: Final = {
     "GET /health": Documented(answers=(Content(Health, {"up": {"status": "ok"}}),)),
     "GET /v1/internal/health": Documented(
         answers=(
-            Content(Busyness, {"idle": {"status": "ok", "running": 0, "waiting": 0, "models": {MODEL: "loaded"}}}),
+            Content(
+                (Busyness, Health), {"idle": {"status": "ok", "running": 0, "waiting": 0, "models": {MODEL: "loaded"}}}
+            ),
         )
     ),
     "GET /v1/internal/model/info": Documented(

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from llamaserve.api.answers.answer import Answer, Content, Documented
-from llamaserve.api.answers.embeddings import EMBEDDER
+from llamaserve.api.answers.embeddings import EMBEDDER, TextUsage
 from llamaserve.api.answers.errors import BODY, WAITS
 from llamaserve.api.answers.generation import HEADERS
 from llamaserve.moderation.categories import CATEGORIES
@@ -47,6 +47,7 @@ class Moderation(Answer):
     method: Annotated[Literal["embedding_heads", "guard"], Meta(description="The classifier, or a guard model.")]
     category_models: Judges  # type: ignore[valid-type]
     results: list[ModerationResult]
+    usage: TextUsage
 
 
 def _each(value: object) -> dict[str, object]:
@@ -66,6 +67,7 @@ _ANSWER: Final = {
             "category_applied_input_types": _each(["text"]),
         }
     ],
+    "usage": {"prompt_tokens": 12, "total_tokens": 12},
 }
 
 ROUTES: Final = {
