@@ -1,6 +1,7 @@
 """Connections that don't wait for ever for the head of a request, or take one of any length; uvicorn's own do.
 
-A client that opens connections and sends next to nothing would otherwise use up all that the server may have open.
+A client that opens connections and sends next to nothing would otherwise use up all that the server may have open. How
+long a body may take is not known here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ else:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as UvicornProtocol
 
 HEAD_LIMIT: Final = 30.0  # seconds from the first byte of a request, or from the beginning, to the end of its head
-LONGEST_HEAD: Final = 64 * 1024  # bytes
+LONGEST_HEAD: Final = 64 * 1024  # bytes, but for what comes at once
+_TOO_LONG: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Connection(UvicornProtocol):
@@ -25,6 +27,7 @@ class Connection(UvicornProtocol):
         super().__init__(*arguments, **options)
         self._timer: asyncio.TimerHandle | None = None
         self._head = 0  # bytes of a head that is not complete
+        self._in_body = False  # httptools says so
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -34,12 +37,13 @@ class Connection(UvicornProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what comes; what does not complete a head must do so soon."""
         super().data_received(data)
-        if self._answers:
+        if not self._head_is_due:
             self._forget()
             return
         self._head += len(data)
         if self._head > LONGEST_HEAD:
-            self.transport.abort()
+            self.transport.write(_TOO_LONG)
+            self.transport.close()
         elif self._timer is None:
             self._expect()
 
@@ -48,10 +52,28 @@ class Connection(UvicornProtocol):
         self._forget()
         super().connection_lost(exc)
 
+    def on_headers_complete(self) -> None:
+        """Take note that what comes now is the body."""
+        self._in_body = True
+        super().on_headers_complete()  # type: ignore[misc]  # which is httptools'
+
+    def on_message_complete(self) -> None:
+        """Take note that what comes now is another request."""
+        self._in_body = False
+        super().on_message_complete()  # type: ignore[misc]
+
+    def abandon_half_a_request(self) -> None:
+        """End the connection if the body of its request has not come yet, so that nobody waits for it."""
+        if self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body:
+            self.transport.abort()
+
     @property
-    def _answers(self) -> bool:
-        """Whether a request is being answered, of which the head has come."""
-        return self.cycle is not None and not self.cycle.response_complete
+    def _head_is_due(self) -> bool:
+        """Whether neither a request is being answered nor the rest of one is still coming."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        conn = getattr(self, "conn", None)  # h11's
+        return not self._in_body if conn is None else conn.their_state.__name__ == "IDLE"
 
     def _expect(self) -> None:
         self._timer = self.loop.call_later(HEAD_LIMIT, self._give_up)
@@ -64,5 +86,5 @@ class Connection(UvicornProtocol):
 
     def _give_up(self) -> None:
         self._timer = None
-        if not self._answers:
+        if self._head_is_due:
             self.transport.abort()

@@ -138,6 +138,9 @@ class _Server(uvicorn.Server):
             connection.shutdown()  # once its request is over, if it has one
         await self._let_finish()
         AppStatus.should_exit = True  # which ends streams
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.abandon_half_a_request()
         closing = asyncio.gather(self._pool.aclose(), self._app.state.services.audio.aclose())
         asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
         await super().shutdown(sockets)

@@ -13,7 +13,7 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llamaserve.api.caller import EVERYBODY, Caller, caller, current
+from llamaserve.api.caller import EVERYBODY, STRANGER, Caller, caller, current
 from llamaserve.api.middleware import refuse
 from llamaserve.errors import AdminKeyRequired, Unauthenticated
 from llamaserve.keys.watched import WatchedKeys
@@ -61,7 +61,7 @@ class KeyGate:
             if (key := keyring.find(secret)) is not None:
                 return Caller(key, admin=key.admin)
         if scope["method"] in ("GET", "HEAD") and _is_open(scope["path"]):
-            return Caller(None, admin=False)
+            return STRANGER
         return Unauthenticated(
             "this is none of the server's keys"
             if secrets
@@ -71,10 +71,11 @@ class KeyGate:
 
 def _presented(headers: Headers) -> list[bytes]:
     """Return what a request brings as keys."""
-    secrets = [headers[name] for name in _NAMES if name in headers]
-    scheme, _, credentials = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        secrets.append(credentials)
+    secrets = [value for name in _NAMES for value in headers.getlist(name)]
+    for value in headers.getlist("authorization"):
+        scheme, _, credentials = value.partition(" ")
+        if scheme.lower() == "bearer":
+            secrets.append(credentials)
     return [secret.strip().encode("latin-1") for secret in secrets if secret.strip()]
 
 

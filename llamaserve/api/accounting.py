@@ -7,6 +7,7 @@ Endpoints whose work counts depend on ``metered``, and say with ``used`` what th
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -210,7 +211,7 @@ async def metered(request: Request) -> None:
     opened = account()
     opened.enter()
     if opened.logs_prompt and not request.headers.get("content-type", "").lower().startswith("multipart/"):
-        prompts.info("%s", (await request.body()).decode("utf-8", "backslashreplace"))
+        prompts.info("%s", json.dumps((await request.body()).decode("utf-8", "backslashreplace")))
 
 
 class Accounting:
@@ -244,6 +245,9 @@ class Accounting:
 
         try:
             await self._app(scope, receive, counted)
+        except Exception:  # an answer that has begun can't be taken back
+            await opened.settle("failed")
+            raise
         finally:
             opened.close()
             scope["state"]["facts"].update(opened.facts)

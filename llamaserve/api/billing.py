@@ -46,15 +46,15 @@ def billing_usage(
     groups = _groups(group_by)
     start, end = _period(start_date, end_date)
     whose = _whose(key)
-    answered = _totals(services, start, end, whose)[0]
-    others = [total for total in _totals(services, start, end, whose, ["outcome"]) if total.outcome != "answered"]
+    outcomes = {total.outcome: total for total in _totals(services, start, end, whose, ["outcome"])}
+    answered = outcomes.pop("answered", Total())
     answer = {
         "object": "billing.usage",
         "total_usage": answered.total_tokens,
         "start_date": _shown(start),
         "end_date": _shown(end),
         **_numbers(answered),
-        "unanswered": [{"outcome": total.outcome, **_numbers(total)} for total in others],
+        "unanswered": [{"outcome": name, **_numbers(total)} for name, total in outcomes.items()],
         "recorded": services.books.ledger is not None,
     }
     if groups:
@@ -136,10 +136,10 @@ def _totals(
     start: float | None,
     end: float | None,
     whose: str | AllKeys | None,
-    groups: Sequence[Group] = (),
+    groups: Sequence[Group],
 ) -> list[Total]:
     if services.books.ledger is None:
-        return [] if groups else [Total()]
+        return []
     return totals(services.settings.ledger_path, start=start, end=end, key=whose, group_by=groups)
 
 

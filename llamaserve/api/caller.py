@@ -30,7 +30,8 @@ class Caller:
 
 
 EVERYBODY: Final = Caller(None, admin=True)  # where there are no keys
-current: ContextVar[Caller] = ContextVar("caller", default=EVERYBODY)
+STRANGER: Final = Caller(None, admin=False)
+current: ContextVar[Caller] = ContextVar("caller", default=STRANGER)
 
 
 def caller() -> Caller:

@@ -6,6 +6,7 @@ Knows requests, responses and the stream of engine events; what an answer looks 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import secrets
 import time
@@ -23,7 +24,7 @@ from llamaserve.api.services import Running, Services
 from llamaserve.api.sse import EventStream, TextEvent, event
 from llamaserve.engine.events import Delta, Finished, FinishReason, Progress
 from llamaserve.engine.params import Generation
-from llamaserve.errors import InvalidRequest
+from llamaserve.errors import InvalidRequest, LlamaserveError
 from llamaserve.registry.admission import Place
 from llamaserve.registry.served import ServedModel, Use
 from llamaserve.registry.tasks import GENERATING
@@ -36,6 +37,7 @@ T = TypeVar("T")
 EARLY = 5.0  # seconds in which an error is still an HTTP error; after that a stream has begun, and errors are in-band
 WAITS_FOR_TURN = "waiting for other requests with this key"
 WORKING = "working"  # what a request waits for of which no more is known
+_LAST_WORDS = 1.0  # seconds for a generation that nobody waits for to say how far it came
 CLIENT_CLOSED = 499  # nobody reads this status; nginx logs it for the same thing
 
 
@@ -180,14 +182,27 @@ async def generate_whole(
 ) -> tuple[list[Finished], dict[str, Any]]:
     """Return all answers in the order of their index, and the usage. ``opened`` runs while the job is open."""
     stream = await open_generation(services, job)
+    finished: list[Finished] = []
     try:
         if opened is not None:
             await opened()
-        finished = [event async for event in stream.events() if isinstance(event, Finished)]
+        await _collect(stream, finished)
         finished.sort(key=lambda event: event.index)
         return finished, counted_usage(job, finished)
+    except asyncio.CancelledError:  # what was generated until now is known once it is stopped
+        stream.stop()
+        with contextlib.suppress(TimeoutError, LlamaserveError):
+            async with asyncio.timeout(_LAST_WORDS):
+                await _collect(stream, finished)
+        job.generated = sum(each.completion_tokens for each in finished)
+        raise
     finally:
         close_generation(services, job)
+
+
+async def _collect(stream: GenerationStream, finished: list[Finished]) -> None:
+    async for each in stream.events():
+        finished += [each] if isinstance(each, Finished) else []
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:

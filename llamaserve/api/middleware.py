@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Final
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaserve.api.handlers import error_response
-from llamaserve.errors import BodyTooLarge, LlamaserveError, RequestTimeout
+from llamaserve.api.handlers import error_response, server_bug
+from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, RequestTimeout
+
+logger = logging.getLogger(__name__)
 
 _UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
 PATIENCE: Final = 60.0  # seconds in which a client must send something
 SILENT: Final = f"nothing more of the request has come for {PATIENCE:g} seconds"
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 _STRANGERS_BODY: Final = 1024 * 1024  # bytes that are read and dropped of those who are refused before that
-_STRANGERS_PATIENCE: Final = 5.0  # seconds
+_STRANGERS_PATIENCE: Final = 5.0  # seconds for each piece
+_STRANGERS_TIME: Final = 15.0  # seconds for all of it
 
 
 class RequestGate:
@@ -49,7 +53,28 @@ class RequestGate:
             await refuse(scope, receive, send, _too_large(limit), drain=False)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
-        await self._app(scope, _Counted(receive, limit), send)
+        if not scope["path"].isprintable():  # a route's pattern may end before a line break
+            await refuse(scope, receive, send, InvalidRequest("the path has characters that can't be seen"))
+            return
+        await _or_say_so(self._app, scope, _Counted(receive, limit), send)
+
+
+async def _or_say_so(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run an application; a bug in it is logged and answered, as long as no answer has begun."""
+    begun = False
+
+    async def noted(message: Message) -> None:
+        nonlocal begun
+        begun = True
+        await send(message)
+
+    try:
+        await app(scope, receive, noted)
+    except Exception:
+        if begun:
+            raise
+        logger.exception("%s %s failed", scope["method"], scope["path"])
+        await error_response(scope["path"], server_bug())(scope, receive, send)
 
 
 async def refuse(
@@ -64,8 +89,10 @@ async def refuse(
     """Answer a request with an error, and close the connection. What is on its way of the body is read first: some
     clients don't see an answer that comes before they have sent all.
     """
-    if drain:
-        await _drain(receive, _STRANGERS_BODY, _STRANGERS_PATIENCE)
+    if drain and "expect" not in Headers(scope=scope):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STRANGERS_TIME):
+                await _drain(receive, _STRANGERS_BODY, _STRANGERS_PATIENCE)
     response = error_response(scope["path"], error)
     response.headers.update({"connection": "close", **(headers or {})})
     await response(scope, receive, send)

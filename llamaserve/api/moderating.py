@@ -145,7 +145,7 @@ async def _by_heads(
     _check(heads, model, await model.file.read())
     scores: list[Scores] = []
     if texts:
-        async with in_use(model, place_for(model, texts), keep_alive) as (worker, used):
+        async with in_use(model, lambda: place_for(model, texts), keep_alive) as (worker, used):
             _check(heads, used, await used.file.read())  # again, for that is what was loaded
             scores = await _of_chunks(heads, worker, texts, place)
     return Judgement("embedding_heads", scores, heads.thresholds, dict.fromkeys(CATEGORIES, model.name))
@@ -247,7 +247,8 @@ async def _verdicts(
     if not texts:
         return family, []
     sequences = min(model.spec.parallel, len(texts) * family.prompts)
-    async with in_use(model, model.admission.enter(sequences, account().owner), keep_alive) as (worker, used):
+    owner = account().owner
+    async with in_use(model, lambda: model.admission.enter(sequences, owner), keep_alive) as (worker, used):
         await used.require("moderation")
         guard = _Guard(
             services.conversations, worker, used, await _family(used), sequences

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from llamaserve.api.accounting import account
-from llamaserve.api.generating import WORKING, phase_of
+from llamaserve.api.generating import WAITS_FOR_TURN, WORKING, phase_of
 from llamaserve.api.image_fields import ImageFields, VariationRequest
 from llamaserve.api.image_order import Order, described, order
 from llamaserve.api.image_uploads import UploadedPictures
@@ -56,6 +56,7 @@ class Painting:
         self._model = model
         self._body = body
         self._uploaded = None if upload is None else UploadedPictures(services.pictures, upload)
+        self._account = account()
         self._closed = False
         self._place: Place | None = None
         self._order: Order | None = None  # known once it is open
@@ -85,8 +86,7 @@ class Painting:
         self._contents = contents = await file.read_contents()
         self._order = await asyncio.to_thread(order, self._body, file, contents)  # which may read LoRAs
         self._body.ignored_header(self._order.idle)  # refuses what is strict, before there is work
-        await account().turn(self._model.name)
-        self._place = self._model.admission.enter(self._order.count, account().owner)
+        self._place = self._model.admission.enter(self._order.count, self._account.owner)
         if self._uploaded is not None and isinstance(self._body, VariationRequest):
             usual = ImageSettings.of(file.spec, contents)
             self._order = await self._uploaded.added_to(self._order, self._body, usual, contents)
@@ -127,6 +127,7 @@ class Painting:
         """Make all pictures, and hold the model from the first to the last: it is not unloaded between them."""
         use = self._model.use(follows=False)  # other files would have to be asked for in other words
         try:
+            await self._account.turn(self._model.name)
             await use.worker()
             if (limit := self._model.spec.time_limit) is not None:
                 self._time_limit, self._deadline = limit, asyncio.get_running_loop().time() + limit
@@ -148,7 +149,7 @@ class Painting:
         async with contextlib.AsyncExitStack() as stack:
             self._waits = True
             async with self._in_time():
-                await stack.enter_async_context(self._model.turn(account().owner))
+                await stack.enter_async_context(self._model.turn(self._account.owner))
             before = asyncio.get_running_loop().time()
             worker = await use.again()  # another picture, for which nobody waited, may have ended the process
             if self._deadline is not None:
@@ -214,6 +215,8 @@ class Painting:
     @property
     def phase(self) -> str:
         """What the client waits for, in a few words."""
+        if self._account.waits:
+            return WAITS_FOR_TURN
         if self._under_way is None or self._order is None:
             return phase_of(self._model, None, str)
         number, step = self._under_way

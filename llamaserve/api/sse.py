@@ -44,7 +44,7 @@ class TextEvent:
         return self._before + _json.encode(text) + self._after
 
 
-async def _stream(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _stream(events: AsyncIterator[bytes], close: Callable[[], None]) -> AsyncIterator[bytes]:
     failed: bytes | None = None
     try:
         async for some in events:
@@ -54,15 +54,17 @@ async def _stream(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     except Exception:
         logger.exception("a stream failed")
         failed = event(server_bug().body())
-    await account().settle("answered" if failed is None else "failed")
     if failed is not None:
+        close()  # which counts what it has used until then
+        await account().settle("failed")
         yield failed
+    await account().settle("answered")
     yield b"data: [DONE]\n\n"
 
 
 class EventStream(EventSourceResponse):
     """A streamed answer, made of pieces of one or more whole events. ``close`` is called when the response is over,
-    however it ended and even if it never began.
+    however it ended and even if it never began, maybe more than once.
 
     ``phase`` says in a word or two what is going on; it becomes the text of the comment lines sent every ``heartbeat``
     seconds.
@@ -81,7 +83,7 @@ class EventStream(EventSourceResponse):
             return ServerSentEvent(comment=phase(), sep="\n")
 
         super().__init__(
-            _stream(events),
+            _stream(events, close),
             headers=headers,
             ping=heartbeat,
             ping_message_factory=comment,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from llamaserve.api.accounting import account
-from llamaserve.api.generating import phase_of
+from llamaserve.api.generating import WAITS_FOR_TURN, phase_of
 from llamaserve.api.models import known_speech
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload, kept
@@ -56,6 +56,7 @@ class Hearing:
         self._transcription = transcription
         self._named = named
         self._keep_alive = keep_alive
+        self._account = account()
         self._folder: Path | None = None
         self._place: Place | None = None
         self._space: Place | None = None  # on the disk
@@ -78,8 +79,8 @@ class Hearing:
 
     async def _open(self) -> Audio:
         await self._check()
-        await account().turn(self._model.name)
-        self._place = self._model.admission.enter(1, account().owner)
+        await self._account.turn(self._model.name)
+        self._place = self._model.admission.enter(1, self._account.owner)
         with kept():
             self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-audio-"))
             with self._upload.file as upload, _created(self._folder / "upload") as copy:
@@ -92,7 +93,7 @@ class Hearing:
         self._use = self._model.use()
         worker = await self._use.worker()
         self._time_limit = self._answering.spec.time_limit
-        self._stream = worker.transcribe(samples, self._transcription, share=account().owner)
+        self._stream = worker.transcribe(samples, self._transcription, share=self._account.owner)
         self._stream.when_over(self._over)
         return audio
 
@@ -142,6 +143,8 @@ class Hearing:
     @property
     def phase(self) -> str:
         """What the client waits for, in a few words."""
+        if self._account.waits:
+            return WAITS_FOR_TURN
         if self._use is None:
             return "decoding"
         progress = self._stream.progress if self._stream is not None else None

@@ -143,7 +143,7 @@ async def embed(
     ``keep_alive`` is how many seconds it stays after this, if the request says so.
     """
     await model.require("embedding")
-    async with in_use(model, place_for(model, inputs), keep_alive) as (worker, _):
+    async with in_use(model, lambda: place_for(model, inputs), keep_alive) as (worker, _):
         embedded = await worker.embed(inputs, embedding, share=account().owner)
         account().used(prompt=sum(embedded.tokens))
         return embedded
@@ -153,7 +153,7 @@ async def rank(
     model: ServedModel, query: str, documents: Sequence[str], *, truncate: bool, keep_alive: float | None = None
 ) -> Embedded:
     """Return what a model that scores pairs makes of each document together with the query, the score first."""
-    async with in_use(model, place_for(model, [query, *documents]), keep_alive) as (worker, _):
+    async with in_use(model, lambda: place_for(model, [query, *documents]), keep_alive) as (worker, _):
         ranked = await worker.rank(query, documents, truncate=truncate, share=account().owner)
         account().used(prompt=sum(ranked.tokens))
         return ranked
@@ -166,15 +166,15 @@ def place_for(model: ServedModel, inputs: Sequence[Prompt]) -> Place:
 
 @contextlib.asynccontextmanager
 async def in_use(
-    model: ServedModel, place: Place, keep_alive: float | None = None
+    model: ServedModel, enter: Callable[[], Place], keep_alive: float | None = None
 ) -> AsyncIterator[tuple[WorkerProcess, ServedModel]]:
-    """Have the process of a model, at which the request has a place, within a ``with`` block; and the model that it
-    runs, since another may have taken the name while this one was waited for, or its file have changed. Once it is
-    loaded, the request may take as long as that model's time limit says.
+    """Have the process of a model, at which the request gets a place by ``enter``, within a ``with`` block; and the
+    model that it runs, since another may have taken the name while this one was waited for, or its file have changed.
+    Once it is loaded, the request may take as long as that model's time limit says.
     """
-    use = model.use()
+    await account().turn(model.name)
+    place, use = enter(), model.use()
     try:
-        await account().turn(model.name)
         worker = await use.worker()
         used = use.model or model
         try:

@@ -86,7 +86,7 @@ def read_keys(path: Path) -> KeyFile:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise KeysError(f"{path}: {where or 'the file'}: {problem['msg']}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:  # of tags
         raise KeysError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     for name in found.keys:
         if (why := _name_problem(name)) is not None:

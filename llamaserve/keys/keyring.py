@@ -104,14 +104,15 @@ def is_guessable(secret: str) -> bool:
 class Keyring:
     """All keys of a server."""
 
-    def __init__(self, given: Iterable[Key], listed: Iterable[Key] = ()) -> None:
-        """``given`` are those of the command line, ``listed`` those of a file. As long as no key is an admin's, the
-        given ones are. Raises ``KeysError`` if a secret occurs twice.
+    def __init__(self, given: Iterable[Key], listed: Iterable[Key] | None = None) -> None:
+        """``given`` are those of the command line, ``listed`` those of a file, if there is one. Where there is none,
+        and no given key is an admin's, all given ones are: which rights a key has never hangs on another one's being
+        revoked. Raises ``KeysError`` if a secret occurs twice.
         """
-        given, listed = list(given), list(listed)
-        if not any(key.admin for key in (*given, *listed)):
+        given = list(given)
+        if listed is None and not any(key.admin for key in given):
             given = [Key(key.name, key.digest, admin=True, limits=key.limits) for key in given]
-        self.keys: tuple[Key, ...] = (*given, *listed)
+        self.keys: tuple[Key, ...] = (*given, *(listed or ()))
         first: dict[bytes, str] = {}
         for key in self.keys:
             if (other := first.setdefault(key.digest, key.name)) != key.name:

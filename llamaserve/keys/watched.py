@@ -6,7 +6,6 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from pathlib import Path
 from typing import Final
@@ -36,6 +35,7 @@ class WatchedKeys:
         except OSError as error:
             raise KeysError(f"{path} can't be read: {error}") from error
         self._refused: _Stamp = None
+        self._hidden = False  # whether it could not be looked at
         self.needed = bool(given) or self._stamp is not None
         self.keyring = self._read() if self._stamp is not None else Keyring(given)
 
@@ -43,12 +43,20 @@ class WatchedKeys:
         """Take over changes of the file, until cancelled."""
         while True:
             await asyncio.sleep(_INTERVAL)
-            with contextlib.suppress(OSError):  # it can't be looked at, for now
-                stamp = await asyncio.to_thread(_stamp_of, self._path)
-                if stamp not in (self._stamp, self._refused):
-                    await asyncio.to_thread(self._reload, stamp)
+            await asyncio.to_thread(self._look)
 
-    def _reload(self, stamp: _Stamp) -> None:
+    def _look(self) -> None:
+        """Read the file again if it is another one than before. Whatever is wrong with it is logged once."""
+        try:
+            stamp = _stamp_of(self._path)
+        except OSError as error:
+            if not self._hidden:
+                logger.error("%s can't be looked at, and its keys go on holding: %s", self._path, error)
+            self._hidden = True
+            return
+        self._hidden = False
+        if stamp in (self._stamp, self._refused):
+            return
         if stamp is None:
             logger.error("%s is gone; its keys hold until the server is started anew", self._path)
             self._stamp = None
@@ -57,6 +65,10 @@ class WatchedKeys:
             self.keyring = self._read()
         except KeysError as error:
             logger.error("the former keys go on holding: %s", error.message)
+            self._refused = stamp
+            return
+        except Exception:  # whoever was let in before still is, and the next change counts
+            logger.exception("the former keys go on holding")
             self._refused = stamp
             return
         self._stamp, self._refused, self.needed = stamp, None, True

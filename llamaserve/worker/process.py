@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import Context
 from pathlib import Path
 
 from llamaserve.engine.events import Delta, Embedded, Failed, Finished, Occupancy, Progress
@@ -393,7 +394,7 @@ class WorkerProcess:
                             on_progress(fraction)
                         case Ready(gpu, memory):
                             self.gpu, self.memory = gpu, memory
-                            self._dispatcher = asyncio.create_task(self._dispatch())
+                            self._dispatcher = asyncio.create_task(self._dispatch(), context=Context())
                             return
                         case LoadFailed(error):
                             raise from_value(error)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from enum import StrEnum
 from typing import Protocol
 
@@ -118,7 +119,7 @@ class Supervisor:
             return worker
         if self._loading is None:
             self._refuse_in_vain()
-            self._loading = asyncio.create_task(self._load(self._pause()))
+            self._loading = asyncio.create_task(self._load(self._pause()), context=Context())
             self._loading.add_done_callback(_mark_retrieved)
         loading = self._loading
         try:
@@ -203,7 +204,7 @@ class Supervisor:
             self._loading = None
         self._failure = None
         self._worker = worker
-        self._watcher = asyncio.create_task(self._watch(worker))
+        self._watcher = asyncio.create_task(self._watch(worker), context=Context())
         logger.info("%s is loaded on the %s (process %d)", self._name, "GPU" if worker.gpu else "CPU", worker.pid)
         if self._listener:
             self._listener.loaded(worker, self._clock() - started)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -157,6 +159,31 @@ def test_what_was_not_answered_is_listed_apart(folder: Path) -> None:
         assert outcomes["cancelled"]["requests"] == 1
         assert outcomes["cancelled"]["prompt_tokens"] > 0
         assert outcomes["cancelled"]["completion_tokens"] > 0
+
+
+def test_what_failed_in_the_middle_has_used_what_it_had(folder: Path) -> None:
+    with started(folder, "failed") as server:
+        with httpx.stream("POST", server.url + COMPLETIONS, json={**ENDLESS, "stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            for _ in range(20):
+                next(lines)
+            os.kill(server.worker_pid(), signal.SIGKILL)
+            assert any("engine_crashed" in line for line in lines)
+        (failed,) = billed(server)["unanswered"]
+        assert failed["outcome"] == "failed"
+        assert failed["prompt_tokens"] > 0
+        assert failed["completion_tokens"] >= 5
+
+
+def test_a_whole_answer_that_nobody_waits_for_has_used_what_it_had(folder: Path) -> None:
+    with started(folder, "left") as server:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + COMPLETIONS, json=ENDLESS, timeout=2)
+        wait_until(lambda: len(billed(server)["unanswered"]) == 1)
+        (cancelled,) = billed(server)["unanswered"]
+        assert cancelled["outcome"] == "cancelled"
+        assert cancelled["completion_tokens"] >= 5
+        wait_until(lambda: server.running == 0)
 
 
 def test_audio_counts_in_seconds(folder: Path) -> None:

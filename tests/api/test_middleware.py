@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from llamaserve.api import middleware
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
+from llamaserve.errors import Unauthenticated
 
 
 def ask(*pieces: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
@@ -54,6 +55,56 @@ def test_a_whole_body_is_not_followed_by_anything(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(middleware, "PATIENCE", 0.05)
     status, _, answer = ask({"body": b'{"a":', "more_body": True}, {"body": b'"b"}'})
     assert (status, answer) == (200, {"a": "b"})
+
+
+def test_a_bug_is_answered_where_ids_and_accounts_see_it(caplog: pytest.LogCaptureFixture) -> None:
+    answer: list[Any] = []
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("a bug")
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
+    asyncio.run(RequestGate(broken, max_body=100, max_upload=100)(scope, _nothing, send))
+    assert answer[0]["status"] == 500
+    assert json.loads(answer[1]["body"])["error"]["code"] == "internal_error"
+    assert "a bug" in caplog.text
+
+
+async def _nothing() -> dict[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+def test_a_path_with_a_line_break_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    answer: list[Any] = []
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions\n", "headers": []}
+    asyncio.run(RequestGate(never, max_body=100, max_upload=100)(scope, _nothing, send))
+    assert answer[0]["status"] == 400
+
+
+def test_a_stranger_who_sends_byte_by_byte_is_not_read_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "_STRANGERS_TIME", 0.2)
+    answer: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(asyncio.wait_for(middleware.refuse(scope, receive, send, Unauthenticated("no key")), 5))
+    assert answer[0]["status"] == 401
 
 
 def test_a_body_that_does_not_tell_its_length_is_counted() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -233,6 +234,15 @@ def test_answers_that_take_too_long_end_as_they_are(patient: RunningServer) -> N
         assert client.events()[-1]["choices"][0]["finish_reason"] == "stop"
         assert 0.9 < time.monotonic() - before < 1 + SOON
     assert patient.process.wait(20) in (0, -signal.SIGTERM, 143)
+
+
+@pytest.mark.parametrize("patient", [1], indirect=True)
+def test_half_a_request_holds_nothing_up(patient: RunningServer) -> None:
+    url = httpx.URL(patient.url)
+    with socket.create_connection((url.host, url.port or 80)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        wait_until(lambda: patient.get("/health") == {"status": "ok"})
+        end(patient, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("patient", [60], indirect=True)

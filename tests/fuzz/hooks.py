@@ -58,6 +58,8 @@ REFUSED = re.compile(
             # Files that are none
             r"audio|picture|image|mask|file",
             # References of the hub, and settings of models
+            # Periods, and what usage is grouped by
+            r"should be a date|is no moment|the period ends|is none of day",
             r"hf:|is no setting|args|settings|can't be (deleted|fetched)|is no reference",
         )
     )

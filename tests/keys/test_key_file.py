@@ -96,6 +96,9 @@ def test_keys_that_are_made_at_once_are_all_there(path: Path) -> None:
         "keys: {",
         "keys: !!python/object/apply:os.system [ls]",
         "\x00",
+        "keys: {a: !!bool x}",
+        "keys: {a: !!int ''}",
+        "keys: {a: !!timestamp x}",
         "keys:\n" + "[" * 5000,
     ],
 )
@@ -167,6 +170,29 @@ def test_changes_count_while_the_server_runs(
     assert keys.keyring.find(made[0].encode()) is None
     asyncio.run(watching(keys, lambda: revoke_key(path, "phone"), lambda: not keys.keyring.keys))
     assert keys.needed
+
+
+def test_no_key_gets_rights_when_another_is_revoked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "_INTERVAL", 0.01)
+    create_key(path, "boss", Limits(), admin=True)
+    keys = WatchedKeys(given_keys(["guest"], []), path)
+    asyncio.run(watching(keys, lambda: revoke_key(path, "boss"), lambda: len(keys.keyring.keys) == 1))
+    assert [key.admin for key in keys.keyring.keys] == [False]
+
+
+@pytest.mark.parametrize("text", ["keys: {a: !!bool x}", "keys: {a: !!int ''}", "keys: 3", "\x00"])
+def test_after_a_bad_file_a_good_one_counts(path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(watched, "_INTERVAL", 0.01)
+    create_key(path, "laptop", Limits(), admin=False)
+    keys = WatchedKeys([], path)
+
+    def break_and_mend() -> None:
+        path.write_text(text)
+        keys._look()
+        assert len(keys.keyring.keys) == 1
+        path.write_text("keys: {}\n")
+
+    asyncio.run(watching(keys, break_and_mend, lambda: not keys.keyring.keys))
 
 
 def test_what_is_written_is_plain_yaml(path: Path) -> None:

@@ -68,9 +68,11 @@ def test_keys_of_the_command_line_have_names() -> None:
     assert not is_given_name("laptop")
 
 
-def test_keys_of_the_command_line_are_the_admins_as_long_as_there_is_no_other() -> None:
+def test_keys_of_the_command_line_are_the_admins_where_there_is_no_file_and_no_other() -> None:
     api, admin = given_keys(["api"], ["admin"])
     assert [each.admin for each in Keyring([api]).keys] == [True]
+    assert [each.admin for each in Keyring([api], []).keys] == [False]
+    assert [each.admin for each in Keyring([api], [key("guest")]).keys] == [False, False]
     assert [each.admin for each in Keyring([api, admin]).keys] == [False, True]
     assert [each.admin for each in Keyring([api], [key("boss", admin=True)]).keys] == [False, True]
     assert [each.admin for each in Keyring([], [key("guest")]).keys] == [False]
