@@ -79,7 +79,7 @@ _BIAS = {"anyOf": [{"type": "number", "minimum": -100, "maximum": 100}, {"const"
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": _INT32}
 _BIAS_SCHEMA = {
     "anyOf": [
-        {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": _BIAS},
+        {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "additionalProperties": _BIAS},
         {
             "type": "array",
             "items": {"type": "array", "prefixItems": [_TOKEN, _BIAS], "items": False, "minItems": 2},

@@ -81,7 +81,8 @@ class Course(NamedTuple):
         """
         if strength >= 1:
             return cls(steps, steps)
-        total = min(max(math.ceil(steps / strength) if strength else _MOST_STEPS, steps + 1), _MOST_STEPS)
+        needed = math.ceil(min(steps / strength, _MOST_STEPS)) if strength else _MOST_STEPS
+        total = min(max(needed, steps + 1), _MOST_STEPS)
         return cls(total, max(1, min(steps, round(total * strength))))
 
 

@@ -78,10 +78,10 @@ def test_what_is_done_with_a_model_is_within_its_time_limit(listed: Path) -> Non
     async def test(pool: ModelPool) -> None:
         model = pool.get("vectors")
         with pytest.raises(TimeLimitExceeded, match=r"0\.2 seconds that this model's `time_limit`"):
-            async with in_use(model, place_for(model, ["x"])):
+            async with in_use(model, lambda: place_for(model, ["x"])):
                 await asyncio.sleep(60)
         with pytest.raises(TimeoutError):
-            async with in_use(model, place_for(model, ["x"])):
+            async with in_use(model, lambda: place_for(model, ["x"])):
                 raise TimeoutError
         assert model.embedding_admission.open == 0
         assert not model.busy

@@ -230,7 +230,7 @@ def changed(draw: st.DrawFn) -> Body:
             case "twice" if isinstance(where, list):
                 where.insert(key, copy.deepcopy(where[key]))
             case "deep":
-                where[key] = _nested(where[key], draw(st.sampled_from([1, 60, 200, 900])))
+                where[key] = _nested(where[key], draw(st.sampled_from([1, 60, 150])))
             case _ if isinstance(where, dict):
                 where[draw(TEXTS) if draw(st.booleans()) else key.upper()] = where.pop(key)
     return body

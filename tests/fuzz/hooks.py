@@ -33,34 +33,38 @@ REFUSED = re.compile(
     "|".join(
         (
             # Names of what is not on this machine. (That of a model gets 404, which is fine by itself.)
-            r"there is no (LoRA adapter|preset|character|instruction template|download|model) ",
-            r"the model has no adapter|is no language that|lies outside the models folder",
+            r"there is no (LoRA adapter|preset|character|instruction template|download) '",
+            r"the model has no adapter|is no language that Whisper knows|is no model of models\.yaml and no hf:",
             # What a model is for, how many tokens it knows, and how many it takes
-            r"this request needs a model|knows English|the model's vectors have",
-            r"token id|is not for|needs two steps",
-            r"the prompt is empty; the model needs at least one token",
-            r"dimensions; it has \d+|has \d+ dimensions",
-            r"tokens?, but|room for",
+            r"this request needs a model|knows English only|the model's vectors have",
+            r"the scheduler \w+ (is not for|needs)",
+            r"token id -?\d+ is not between|the prompt is empty; the model needs|the prompt has (at least )?\d+ tokens",
+            # Ids that are written with a point, which JSON schemas take for integers
+            r"^input(\[\d+\])+: must be a token id|^prompt: must be a string, a list of strings, a list of token ids",
             # `strict` refuses what would have no effect, which hangs on the other fields.
-            r"^strict: ",
+            r"^strict: .* would have no effect",
             # Fields that don't go together
-            r"can't be combined|can't both be|give one|needs logprobs|over the limit of|dynatemp_low is over",
-            r"are wanted;|in all at most|the last picture's seed",
-            r"is (the old|another) name of|both are given|offers no|is not among the|there are \d+ for \d+ adapters",
-            r"can't be true with functions|is there twice|has the name|has the id|stream goes with|only be cut at",
-            # The order of messages, and texts in languages of their own: Jinja, GBNF, regular expressions, JSON
-            r"^messages\[\d+\]|must have <\|user\|>|chat template|instruction template|^[\w.\[\]]*template",
-            r"grammar|regex|pattern|schema|JSON|choose from",
-            r"^chat_template_kwargs",
-            r"must not contain|half of a surrogate|Unicode",
-            # Numbers that are within bounds only together, and durations, which have units
-            r"characters together|are taken|should be seconds or a text such as|breaker",
+            r"can't be combined|can't both be true|; give one$|needs logprobs to be true|dynatemp_low is over",
+            r"prompts with n=\d+ are over the limit|pictures are wanted|the last picture's seed|in all at most$",
+            r"is the old name of|is another name of|the request offers no|is not among the (tools|functions)",
+            r"scales: there are|is there twice|has the (name|id) .* already|stream goes with|only be cut at their end",
+            r"parallel_tool_calls can't be true|is for texts, and input",
+            # The order of messages, and the JSON in them
+            r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments is no JSON",
+            # Texts in languages of their own: Jinja, GBNF, regular expressions, JSON schemas; and characters
+            r"the turn must have <\|user\|>|the (chat|instruction) template|template: ",
+            r"^(grammar|grammar_string|guided_grammar|regex|guided_regex|structured_outputs|response_format): ",
+            r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
+            r"^dry_sequence_breakers: must be a list of strings, or the inside",
+            r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
+            # Durations of more than thirty years, and texts that are too long together
+            r"should be seconds or a text such as|characters together",
             # Files that are none
-            r"audio|picture|image|mask|file",
-            # References of the hub, and settings of models
+            r"the file is (empty|text|no|a)|the audio |the picture ",
+            # What is not deleted, and settings of models
+            r"lies outside the models folder|^(args|settings)[.:]",
             # Periods, and what usage is grouped by
             r"should be a date|is no moment|the period ends|is none of day",
-            r"hf:|is no setting|args|settings|can't be (deleted|fetched)|is no reference",
         )
     )
 )

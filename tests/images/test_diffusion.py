@@ -118,6 +118,11 @@ def test_pixels_of_another_shape_never_reach_the_library(diffusion: Diffusion) -
         draw(diffusion, prompt="a\0b")
 
 
+@pytest.mark.parametrize("strength", [0.0, 5e-324, 1e-308, 1e-9])
+def test_the_least_strength_leaves_one_step_of_the_most(strength: float) -> None:
+    assert Course.of(30, strength) == (1000, 1)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 20, 150])
 def test_strength_says_how_much_is_left_of_a_picture(diffusion: Diffusion, steps: int) -> None:
     courses = [Course.of(steps, strength) for strength in (0.0, 0.01, 0.3, 0.75, 0.99, 1.0)]
