@@ -40,7 +40,8 @@ REFUSED = re.compile(
             r"the scheduler \w+ (is not for|needs)",
             r"token id -?\d+ is not between|the prompt is empty; the model needs|the prompt has (at least )?\d+ tokens",
             # Ids that are written with a point, which JSON schemas take for integers
-            r"^input(\[\d+\])+: must be a token id|^prompt: must be a string, a list of strings, a list of token ids",
+            r"^input(\[\d+\])+: must be a (token id|string or a list of token ids)",
+            r"^prompt: must be a string, a list of strings, a list of token ids",
             # `strict` refuses what would have no effect, which hangs on the other fields.
             r"^strict: .* would have no effect",
             # Fields that don't go together

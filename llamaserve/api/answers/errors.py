@@ -68,6 +68,7 @@ _DESCRIPTIONS: Final[Mapping[int, str]] = {
     504: "The time limit was over before there was an answer.",
     507: "The model does not fit into the memory that models may take.",
 }
+_OF_ROUTES: Final[Mapping[int, set[None]]] = {404: {None}}  # there is no such path
 _EXAMPLES: Final[tuple[LlamaserveError, ...]] = (
     errors.InvalidRequest("temperature: Input should be less than or equal to 100", param="temperature"),
     errors.ContextLengthExceeded(
@@ -121,7 +122,7 @@ def _component(status: int, *, internal: bool) -> dict[str, Any]:
 
 def codes_of(status: int) -> list[str | None]:
     """Return the codes that errors of this status have."""
-    codes = {kind.code for kind in _kinds(LlamaserveError) if kind.status == status}
+    codes = {kind.code for kind in _kinds(LlamaserveError) if kind.status == status} | _OF_ROUTES.get(status, set())
     return sorted(code for code in codes if code is not None) + [None] * (None in codes)
 
 
