@@ -53,8 +53,8 @@ class RequestGate:
             await refuse(scope, receive, send, _too_large(limit), drain=False)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
-        if not scope["path"].isprintable():  # a route's pattern may end before a line break
-            await refuse(scope, receive, send, InvalidRequest("the path has characters that can't be seen"))
+        if scope["path"].endswith("\n"):  # before which the pattern of a route may end
+            await refuse(scope, receive, send, InvalidRequest("the path ends with a line break"))
             return
         await _or_say_so(self._app, scope, _Counted(receive, limit), send)
 
