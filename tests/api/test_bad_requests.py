@@ -122,6 +122,19 @@ def test_numbers_out_of_range(server: RunningServer, field: str, value: float) -
     assert_error(send_json(server, CHAT, {"messages": HELLO, "stream": True, field: value}), 400, None, field)
 
 
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("field", [*sorted(NUMBERS), "logprobs"])
+def test_true_and_false_are_no_numbers(server: RunningServer, field: str, value: bool) -> None:
+    assert "number" in assert_error(server.post(COMPLETIONS, {**TINY, field: value}), 400, None, field)
+
+
+def test_whole_numbers_may_be_written_with_a_point(server: RunningServer) -> None:
+    assert server.post(COMPLETIONS, {**TINY, "max_tokens": 2.0, "seed": 3.0}).json()["seed"] == 3
+    assert server.post("/v1/internal/decode", {"tokens": [19556.0, 905]}).json() == {"text": "Hello world"}
+    for token in (True, "905", 1.5):
+        assert is_error(server.post("/v1/internal/decode", {"tokens": [token]}))
+
+
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_a_message_has_a_token(server: RunningServer, field: str) -> None:
     assert_error(server.post(CHAT, {"messages": HELLO, field: 0}), 400, None, field)
@@ -319,6 +332,11 @@ def test_wrong_methods(server: RunningServer, path: str) -> None:
         response = httpx.request(method, server.url + path, timeout=10)
         assert_error(response, 405, None)
         assert right in response.headers["allow"]
+
+
+def test_wrong_methods_are_told_all_methods_of_a_path(server: RunningServer) -> None:
+    allowed = httpx.delete(f"{server.url}/lora-adapters", timeout=10).headers["allow"]
+    assert allowed.split(", ") == ["GET", "POST"]
 
 
 JSON = st.recursive(

@@ -33,7 +33,7 @@ REFUSED = re.compile(
     "|".join(
         (
             # Names of what is not on this machine. (That of a model gets 404, which is fine by itself.)
-            r"there is no (LoRA adapter|preset|character|instruction template|download) '",
+            r"there is no (LoRA adapter|preset|character|instruction template|download) ['\"]",
             r"the model has no adapter|is no language that Whisper knows|is no model of models\.yaml and no hf:",
             # What a model is for, how many tokens it knows, and how many it takes
             r"this request needs a model|knows English only|the model's vectors have",
