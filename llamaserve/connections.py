@@ -48,6 +48,11 @@ class Connection(UvicornProtocol):
         self._forget()
         super().connection_lost(exc)
 
+    def abandon(self) -> None:
+        """Let go of a client that has still not sent all of its request: nobody will read it any more."""
+        if self._answers and self.cycle.more_body:
+            self.transport.abort()
+
     @property
     def _answers(self) -> bool:
         """Whether a request is being answered, of which the head has come."""

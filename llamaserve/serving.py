@@ -126,6 +126,9 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()  # once its request is over, if it has one
         await self._let_finish()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.abandon()  # or uvicorn would wait for the rest of a request, and log that it did
         AppStatus.should_exit = True  # which ends streams
         closing = asyncio.gather(self._pool.aclose(), self._app.state.services.audio.aclose())
         asyncio.get_running_loop().call_later(_EVENTS_LIMIT, self._pool.events.end)
