@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from llamaserve.api.accounting import metered
+from llamaserve.api.accounting import account, metered
 from llamaserve.api.adapters import adapters_for
 from llamaserve.api.caller import caller
 from llamaserve.api.fields import Text
@@ -57,7 +57,9 @@ class StopRequest(BaseModel):
 
 
 async def _tokens(body: TextRequest, services: UsesServices) -> list[int]:
-    async with services.pool.get(body.model).in_use() as worker:
+    model = services.pool.get(body.model)
+    account().model = model.name
+    async with model.in_use() as worker:
         return await worker.tokenize(body.text, add_bos=body.add_bos_token, parse_special=body.parse_special)
 
 
@@ -77,7 +79,9 @@ async def token_count(body: TextRequest, services: UsesServices) -> dict[str, in
 @router.post("/v1/internal/decode", summary="Turn token ids into text", dependencies=_METERED)
 async def decode(body: TokensRequest, services: UsesServices) -> dict[str, str]:
     """Return the text of the token ids; bytes that are no UTF-8 become U+FFFD."""
-    async with services.pool.get(body.model).in_use() as worker:
+    model = services.pool.get(body.model)
+    account().model = model.name
+    async with model.in_use() as worker:
         return {"text": await worker.detokenize(body.tokens, special=not body.skip_special_tokens)}
 
 
