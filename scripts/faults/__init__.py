@@ -1,0 +1,1 @@
+"""What `make chaos` consists of: a server, its clients, faults, and checks of what came of them."""

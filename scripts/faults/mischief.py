@@ -1,0 +1,474 @@
+"""The faults: what can go wrong with processes, commands, files, disks, clocks and keys, made to go wrong.
+
+Each is a function that makes one fault, has it last for a moment, and undoes it. What it excuses is in the calendar
+before it begins. Knows nothing of what clients make of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import random
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+import psutil
+
+from faults import hostile
+from faults.calendar import NOTHING, Excuses
+from faults.clients import Crowd
+from faults.journal import Journal
+from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, Question
+from faults.server import ENDED, NO_TLS, Down, Refused, Server, models_text
+from faults.vitals import FORK_SERVER, GRAMMARS, RENDERER, role_of, session
+from llamaserve.errors import KeysError
+from llamaserve.keys.key_file import create_key, revoke_key
+from llamaserve.keys.keyring import Limits
+
+_CRASH = Excuses(frozenset({"engine_crashed", "model_quarantined"}))
+_HELPER_GONE = Excuses(frozenset({"chat_template_error", "unavailable", None}))  # None: a grammar was refused
+_LONGEST_STOP = 5.0  # seconds for which a process stands still
+_DISK_SECONDS = 4.0  # more than the ledger waits between two attempts
+_CLOCK_SECONDS = 3.0  # libfaketime looks once a second
+_KEY_SECONDS = 30.0  # until a key must count, or count no more
+_SMALL_FILE = 4096  # bytes
+
+
+class NotNow(Exception):
+    """A fault can't be made at the moment."""
+
+
+@dataclass
+class World:
+    """What faults are made with."""
+
+    server: Server
+    crowd: Crowd
+    journal: Journal
+    random: random.Random
+    connections: int  # of a storm
+    books: asyncio.Lock = field(default_factory=asyncio.Lock)  # of who keeps rows from being written or ends the server
+
+    def at_work(self, fault: str, excuses: Excuses = NOTHING) -> contextlib.AbstractContextManager[None]:
+        """See ``Calendar.at_work``."""
+        return self.journal.calendar.at_work(fault, excuses)
+
+    def violate(self, what: str, evidence: str = "") -> None:
+        """Take note of a fault that the server did not take as it should."""
+        self.journal.violate("faults", what, evidence)
+
+    def pause(self, longest: float) -> Awaitable[None]:
+        """Wait for a moment."""
+        return asyncio.sleep(self.random.uniform(0.2, longest))
+
+    async def model_pids(self) -> dict[str, int]:
+        """Return the processes of loaded models by name. Raises ``Down``."""
+        status = await self.server.ask("GET", "/v1/internal/status")
+        return {model["name"]: model["pid"] for model in status["models"] if "pid" in model}
+
+    def helpers(self, *roles: str) -> list[int]:
+        """Return the server's processes with these roles. Raises ``Down``."""
+        found, leader = [], self.server.pid
+        for process in session(leader):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if role_of(process, leader) in roles:
+                    found.append(process.pid)
+        return found
+
+
+Fault = Callable[[World], Awaitable[None]]
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _one(world: World, pids: Sequence[int]) -> int:
+    if not pids:
+        raise NotNow
+    return world.random.choice(pids)
+
+
+async def _stand_still(world: World, pid: int, longest: float) -> None:
+    _signal(pid, signal.SIGSTOP)
+    try:
+        await world.pause(longest)
+    finally:
+        _signal(pid, signal.SIGCONT)
+
+
+async def kill_model(world: World) -> None:
+    """Kill a model's process; mostly have the model forgiven, or it will be in quarantine soon."""
+    name, pid = world.random.choice(list((await world.model_pids()).items()) or [("", 0)])
+    if not pid:
+        raise NotNow
+    with world.at_work("model killed", _CRASH):
+        _signal(pid, signal.SIGKILL)
+        await world.pause(2)
+        if world.random.random() < 0.7:
+            await world.server.ask("POST", "/v1/internal/model/load", {"model_name": name})
+
+
+async def stop_model(world: World) -> None:
+    """Have a model's process stand still."""
+    pid = _one(world, list((await world.model_pids()).values()))
+    with world.at_work("model stopped"):
+        await _stand_still(world, pid, _LONGEST_STOP)
+
+
+async def kill_fork_server(world: World) -> None:
+    """Kill the process that forks those of the models; they end with it."""
+    pid = _one(world, world.helpers(FORK_SERVER))
+    with world.at_work("fork server killed", _CRASH):
+        _signal(pid, signal.SIGKILL)
+        await world.pause(2)
+        await forgive(world)
+
+
+async def stop_fork_server(world: World) -> None:
+    """Have it stand still, while a model is loaded."""
+    pid = _one(world, world.helpers(FORK_SERVER))
+    with world.at_work("fork server stopped"):
+        loading = asyncio.ensure_future(_load(world, SMALL_MODEL))
+        await _stand_still(world, pid, _LONGEST_STOP)
+        await loading
+
+
+async def kill_helper(world: World) -> None:
+    """Kill a process that renders templates or tries grammars."""
+    pid = _one(world, world.helpers(RENDERER, GRAMMARS))
+    with world.at_work("helper killed", _HELPER_GONE):
+        _signal(pid, signal.SIGKILL)
+        await world.pause(1)
+
+
+async def stop_helper(world: World) -> None:
+    """Have one stand still, for longer than it may take for its work."""
+    pid = _one(world, world.helpers(RENDERER, GRAMMARS))
+    with world.at_work("helper stopped", _HELPER_GONE):
+        await _stand_still(world, pid, 2 * _LONGEST_STOP)
+
+
+async def forgive(world: World) -> None:
+    """Have all models loaded as models.yaml says, those in quarantine, too."""
+    for name in world.server.models:
+        await _load(world, name)
+
+
+async def _load(world: World, name: str, **args: int) -> None:
+    body = {"model_name": name, "args": args}
+    try:
+        await world.server.ask("POST", "/v1/internal/model/load", body, limit=120)
+    except Refused as error:  # its process may have been killed while it was loaded
+        if error.status != 503:
+            world.violate(f"a load of {name} with {args} was refused", str(error))
+
+
+async def unload(world: World) -> None:
+    """Unload a model, or all, by command."""
+    name = world.random.choice([*world.server.models, None])
+    with world.at_work("unloaded", Excuses(frozenset({"unavailable"}))):
+        body = {} if name is None else {"model_name": name}
+        await world.server.ask("POST", "/v1/internal/model/unload", body, limit=120)
+
+
+async def load(world: World) -> None:
+    """Load a model by command with another context: it gets another process beside the one that works."""
+    with world.at_work("loaded by command"):
+        await _load(world, CHAT_MODEL, ctx_size=world.random.choice((768, 1024, 1280)))
+
+
+async def load_too_much(world: World) -> None:
+    """Ask for more memory than there is, by command or with a request; nothing else may change."""
+    with world.at_work("load too large"):
+        try:
+            if world.random.random() < 0.5:
+                await world.server.ask("POST", "/v1/internal/model/load", {"model_name": HUGE_MODEL}, limit=120)
+            else:
+                body = {"model": HUGE_MODEL, "prompt": "Hello", "max_tokens": 1}
+                await world.server.ask("POST", "/v1/completions", body, limit=120)
+        except Refused as error:
+            if error.status != 507:
+                world.violate("a load that is too large was not refused with 507", str(error))
+        else:
+            world.violate("a load that is too large was not refused")
+
+
+async def edit_models(world: World) -> None:
+    """Change models.yaml: to what is right, to nonsense, or not at all; a signal may ask for it to be read."""
+    path, kind = world.server.folders.models_file, world.random.choice(("valid", "invalid", "touched"))
+    plain = models_text(world.server.weights)
+    with world.at_work(f"models.yaml {kind}"):
+        try:
+            if kind == "touched":
+                path.touch()
+            elif kind == "invalid":
+                path.write_text(world.random.choice(("models: [", "models: {talk: {source: 7}}", "\0\0", plain[:80])))
+            else:
+                context = world.random.choice((768, 1024, 1280))
+                path.write_text(models_text(world.server.weights, context=context, queue=65))
+            if world.random.random() < 0.5:
+                _signal(world.server.pid, signal.SIGHUP)
+            await world.pause(5)
+        finally:
+            if kind != "touched":
+                path.write_text(plain)
+
+
+async def hang_up(world: World) -> None:
+    """Have models.yaml read again, several times at once."""
+    with world.at_work("SIGHUP"):
+        for _ in range(5):
+            _signal(world.server.pid, signal.SIGHUP)
+            await asyncio.sleep(0)
+        await world.pause(1)
+
+
+async def full_disk(world: World) -> None:
+    """Have no file of the server grow, as when the disk is full."""
+    process = psutil.Process(world.server.pid)
+    async with world.books:
+        with world.at_work("disk full"):
+            soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+            process.rlimit(psutil.RLIMIT_FSIZE, (_SMALL_FILE, hard))
+            try:
+                await asyncio.sleep(_DISK_SECONDS)
+            finally:
+                for pid in (process.pid, *world.helpers(FORK_SERVER, RENDERER, GRAMMARS)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
+            await _recorded(world)
+
+
+async def lock_ledger(world: World) -> None:
+    """Have another program keep the ledger locked."""
+    async with world.books:
+        with world.at_work("ledger locked", Excuses(frozenset({"ledger_unavailable"}))):
+            connection = sqlite3.connect(world.server.folders.ledger, isolation_level=None)
+            try:
+                with contextlib.suppress(sqlite3.OperationalError):  # somebody writes just now
+                    connection.execute("BEGIN IMMEDIATE")
+                await asyncio.sleep(_DISK_SECONDS)
+            finally:
+                connection.close()
+            await _recorded(world)
+
+
+async def lose_state_folder(world: World) -> None:
+    """Have a file where the folder of the ledger should be, as when a volume is not mounted."""
+    folder = world.server.folders.state
+    away = folder.with_name("state-away")
+    async with world.books:
+        with world.at_work("state folder away", Excuses(frozenset({"ledger_unavailable"}))):
+            folder.rename(away)
+            try:
+                folder.touch()
+                await asyncio.sleep(_DISK_SECONDS)
+            finally:
+                folder.unlink()
+                away.rename(folder)
+            await _recorded(world)
+
+
+async def lock_state_folder(world: World) -> None:
+    """Take the right to write from the folder of the ledger and its files."""
+    folder = world.server.folders.state
+    async with world.books:
+        with world.at_work("state folder read-only", Excuses(frozenset({"ledger_unavailable"}))):
+            files = list(folder.iterdir())
+            for path, mode in ((folder, 0o500), *((file, 0o400) for file in files)):
+                path.chmod(mode)
+            try:
+                await asyncio.sleep(_DISK_SECONDS)
+            finally:
+                for path, mode in ((folder, 0o700), *((file, 0o600) for file in files)):
+                    path.chmod(mode)
+            await _recorded(world)
+
+
+async def _recorded(world: World) -> None:
+    """Return when nothing keeps rows from being written any more."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        usage = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
+        if usage["problem"] is None:
+            return
+        await asyncio.sleep(0.2)
+    world.violate("usage is still not recorded a minute after its fault", str(usage))
+
+
+async def restart(world: World) -> None:
+    """End the server as its user does, and start it again."""
+    async with _ledger_in_order(world):
+        with world.at_work("SIGTERM", Excuses(frozenset({"unavailable", "model_not_loaded"}), down=True, cut=True)):
+            status, left = await world.server.stop()
+            if status not in ENDED:
+                world.violate(f"SIGTERM ended the server with {status}", " / ".join(list(world.server.words)[-5:]))
+            if left:
+                world.violate(f"SIGTERM left processes of the server: {left}")
+            await world.server.start()
+
+
+async def kill_server(world: World) -> None:
+    """Kill the server, and start it again."""
+    async with _ledger_in_order(world):
+        with world.at_work("SIGKILL", Excuses(frozenset({"unavailable"}), down=True)):
+            if left := await world.server.kill():
+                world.violate(f"processes outlived the server by far: {left}")
+            for path in world.server.folders.temporary.rglob("*"):  # nobody is left who could delete them
+                if not path.is_dir():
+                    path.unlink()
+            await world.server.start()
+
+
+@contextlib.asynccontextmanager
+async def _ledger_in_order(world: World) -> AsyncIterator[None]:
+    """Rows that a full disk keeps in memory are lost with the server, which is no violation: so that is not tried."""
+    async with world.books:
+        usage = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
+        if usage["problem"] is not None:
+            raise NotNow
+        yield
+
+
+async def jump(world: World) -> None:
+    """Set the clock wrong, by up to years; the monotonic one goes on."""
+    if world.server.faketime is None:
+        raise NotNow
+    with world.at_work("clock jump"):
+        seconds = world.random.choice((-1, 1)) * math.exp(world.random.uniform(0, 18))
+        world.server.folders.clock.write_text(f"{seconds:+.0f}")
+        try:
+            await asyncio.sleep(_CLOCK_SECONDS)
+        finally:
+            world.server.folders.clock.write_text("+0")
+
+
+async def change_keys(world: World) -> None:
+    """Make a key, use it, and revoke it; before and after, it must be worth nothing."""
+    path, name = world.server.folders.keys_file, f"guest-{world.journal.calendar.counts['key made and revoked']}"
+    with world.at_work("key made and revoked"):
+        try:
+            secret = create_key(path, name, Limits(), admin=False)
+        except KeysError as error:
+            world.violate("a key could not be made", error.message)
+            return
+        world.server.secrets[name] = secret
+        await _until_key(world, secret, 200)
+        question = next(each for each in world.crowd.asked if each.name == f"{SMALL_MODEL}/completion/0")
+        await world.crowd.ask(question, key=name)
+        revoke_key(path, name)
+        await _until_key(world, secret, 401)
+
+
+async def _until_key(world: World, secret: str, status: int) -> None:
+    """Return when a key is good, or is none any more."""
+    began, found = time.monotonic(), 0
+    async with httpx.AsyncClient(base_url=world.server.url, timeout=30, verify=NO_TLS) as client:
+        while found != status:
+            with contextlib.suppress(httpx.TransportError):
+                found = (await client.get("/v1/models", headers={"x-api-key": secret})).status_code
+            now = time.monotonic()
+            if now > began + _KEY_SECONDS and not world.journal.calendar.excuses(began, now).down:
+                world.violate(f"a changed key is answered with {found}, not {status}, after {_KEY_SECONDS:g} seconds")
+                return
+            await asyncio.sleep(0.2)
+
+
+async def storm(world: World) -> None:
+    """Have hundreds of clients come at once."""
+    asked: Sequence[Question] = [each for each in world.crowd.asked if each.kind != "odd"]
+    with world.at_work("storm", Excuses(frozenset({"queue_full"}))):
+        await hostile.storm(world.crowd, asked, world.connections)
+
+
+async def malformed(world: World) -> None:
+    """Have clients come that speak no HTTP."""
+    with world.at_work("malformed HTTP"):
+        await hostile.malformed(world.crowd)
+
+
+async def odd_bodies(world: World) -> None:
+    """Have clients come with odd JSON, grammars and templates."""
+    with world.at_work("odd bodies"):
+        await hostile.odd_bodies(world.crowd)
+
+
+_FAULTS: Sequence[tuple[Fault, int]] = (  # and how often each comes, compared with others
+    (kill_model, 4),
+    (stop_model, 4),
+    (kill_fork_server, 1),
+    (stop_fork_server, 2),
+    (kill_helper, 3),
+    (stop_helper, 2),
+    (unload, 3),
+    (load, 3),
+    (load_too_much, 3),
+    (edit_models, 5),
+    (hang_up, 1),
+    (full_disk, 2),
+    (lock_ledger, 2),
+    (lose_state_folder, 2),
+    (lock_state_folder, 1),
+    (restart, 2),
+    (kill_server, 3),
+    (jump, 3),
+    (change_keys, 2),
+    (storm, 1),
+    (malformed, 3),
+    (odd_bodies, 4),
+)
+_WARMING: Sequence[Fault] = (load_too_much, odd_bodies, malformed, storm, odd_bodies, change_keys, load, edit_models)
+
+
+def impossible(server: Server) -> dict[Fault, str]:
+    """Return the faults that can't be made on this machine, and why."""
+    found: dict[Fault, str] = {}
+    if server.faketime is None:
+        found[jump] = "libfaketime is not here (Debian's package libfaketime, or --faketime FILE)"
+    if os.geteuid() == 0:
+        found[lock_state_folder] = "root may write into any folder"
+    if sys.platform != "linux":
+        found[full_disk] = "only Linux can limit the files of another process"
+    return found
+
+
+class Dice:
+    """Decides which fault comes next: in the first rounds each comes once, in any order."""
+
+    def __init__(self, server: Server, dice: random.Random) -> None:
+        without = impossible(server)
+        self._random = dice
+        self._faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
+        self._first = [fault for fault, _ in self._faults]
+        self._random.shuffle(self._first)
+
+    def next(self) -> Fault:
+        """Return the next fault."""
+        if self._first:
+            return self._first.pop()
+        return self._random.choices([fault for fault, _ in self._faults], [weight for _, weight in self._faults])[0]
+
+
+async def make(world: World, fault: Fault) -> None:
+    """Make a fault, if that is possible just now."""
+    with contextlib.suppress(NotNow, Down, psutil.NoSuchProcess):
+        try:
+            await fault(world)
+        except Refused as error:
+            if error.status != 503:
+                world.violate(f"a command was refused while there was a fault ({fault.__name__})", str(error))
+
+
+async def warm(world: World) -> None:
+    """Make the faults that leave all processes alive: what they need once is not taken for a leak later."""
+    for fault in _WARMING:
+        await make(world, fault)

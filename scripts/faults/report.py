@@ -1,0 +1,69 @@
+"""What is told at the end of a run, as lines and as JSON; and where libfaketime may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from faults.course import Course
+
+_PLACES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/opt/homebrew/lib")
+_NAME = "libfaketimeMT.so.1"  # for programs with threads
+_SHOWN, _EVIDENCE = 20, 8  # violations, and lines of what shows each
+
+
+def find_faketime(given: Path | None) -> Path | None:
+    """Return the library that sets a clock wrong, if it is here. Raises ``SystemExit`` if the given one is not."""
+    if given is not None:
+        if not given.is_file():
+            raise SystemExit(f"error: there is no file {given}")
+        return given.resolve()
+    for place in map(Path, _PLACES):
+        for found in (*place.glob(f"faketime/{_NAME}"), *place.glob(f"*/faketime/{_NAME}")):
+            return found
+    return None
+
+
+def summary(course: Course) -> Iterator[str]:
+    """Yield the lines that end a run."""
+    journal, findings = course.journal, course.findings
+    yield f"seed       {course.plan.seed}"
+    yield f"rounds     {findings.rounds}, starts of the server: {course.server.starts}"
+    yield "requests   " + ", ".join(f"{what}: {count}" for what, count in sorted(journal.outcomes.items()))
+    yield "faults     " + ", ".join(f"{what}: {count}" for what, count in sorted(journal.calendar.counts.items()))
+    for fault, why in journal.calendar.skipped.items():
+        yield f"not tried  {fault}: {why}"
+    if findings.baseline is not None and findings.memory:
+        before, last = findings.baseline.memory, findings.memory[-1]
+        changes = (f"{name} {before[name]:.0f} → {last[name]:.0f}" for name in before if name in last)
+        yield f"memory     after the warm-up → at the end, MiB: {', '.join(changes)}"
+    yield f"event loop 99 of 100 times late by at most {findings.lag:g} s"
+    for violation in journal.violations[:_SHOWN]:
+        yield f"VIOLATION  after {violation.at:g} s, {violation.check}: {violation.what}"
+        yield from (f"           {line}" for line in violation.evidence.splitlines()[:_EVIDENCE])
+    yield f"verdict    {journal.outcomes['violations']} violations" if journal.failed else "verdict    no violation"
+
+
+def write_report(path: Path, course: Course) -> None:
+    """Write everything into a file."""
+    journal, findings = course.journal, course.findings
+    report: dict[str, Any] = {
+        "seed": course.plan.seed,
+        "plan": dataclasses.asdict(course.plan),
+        "machine": platform.platform(),
+        "rounds": findings.rounds,
+        "starts": course.server.starts,
+        "requests": dict(journal.outcomes),
+        "faults": dict(journal.calendar.counts),
+        "not_tried": journal.calendar.skipped,
+        "history": [[round(at - journal.started, 1), fault] for at, fault in journal.calendar.history],
+        "memory": findings.memory,
+        "event_loop_lag_p99": findings.lag,
+        "violations": [dataclasses.asdict(violation) for violation in journal.violations],
+        "passed": not journal.failed,
+    }
+    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
