@@ -91,15 +91,19 @@ class Sandbox:
         async with self._slots:
             self._keep(await self._take())
 
-    async def ask(self, payload: bytes) -> bytes:
-        """Return the answer to one job.
+    async def ask(self, payload: bytes, begun: Callable[[], None] | None = None) -> bytes:
+        """Return the answer to one job. ``begun`` is called once a process has it, which may take long where all are at
+        work, or another one has to start.
 
         Raises ``TookTooLong``, ``OutOfMemory`` or ``Ended`` when there is none, and ``Unavailable`` when the pool is
         closed or no process can be started.
         """
         self._check_open()
         async with self._slots:
-            return await self._ask(await self._take(), payload)
+            child = await self._take()
+            if begun is not None:
+                begun()
+            return await self._ask(child, payload)
 
     async def aclose(self) -> None:
         """End all processes and wait until they are gone. Jobs that run or wait fail with ``Unavailable``."""

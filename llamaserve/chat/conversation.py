@@ -7,7 +7,7 @@ rendered; ``preparation.py`` does the rest. Knows nothing of HTTP, of tokens, or
 from __future__ import annotations
 
 import asyncio
-import time
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,13 +25,14 @@ from llamaserve.chat.template import RenderJob, TemplateRenderer
 from llamaserve.chat.tools import Tool, Toolbox
 from llamaserve.chat.traits import TraitFinder, Traits
 from llamaserve.engine.params import Constraint
-from llamaserve.errors import ChatTemplateError, InvalidRequest
+from llamaserve.errors import ChatTemplateError, InvalidRequest, Unavailable
 from llamaserve.worker.grammar_check import GrammarChecker
 
 Message = dict[str, Any]
 T = TypeVar("T")
 
 _PATIENCE = 4.0  # seconds for all that is rendered for one request; an ordinary chat takes a few milliseconds
+_TURN_LIMIT = 30.0  # seconds for each turn; on a busy machine a renderer that has to start may take some of them
 
 
 class Conversations:
@@ -57,14 +58,14 @@ class Conversations:
         own = wish.style.instruction.source is None and not wish.style.chat_template
         renderer, finder = self._own if own else self._guests
         patience = _Patience(_PATIENCE)
-        traits = await patience.wait(_traits_of(wish, finder))
+        traits = await patience.wait(functools.partial(_traits_of, wish, finder))
         template = _instruction(wish) or ""
         tools = [await self._closed(tool) for tool in _callable(wish.toolbox)]
         calls = call_format(template, traits).for_tools(tools)
         written = calls if isinstance(calls, JsonCalls) else HERMES
 
         async def rendered(job: RenderJob) -> str:
-            return await patience.wait(renderer.render(job))
+            return await patience.wait(functools.partial(renderer.render, job))
 
         async def render(messages: Sequence[Message]) -> Styled:
             shown, offered = adapted(messages, traits, wish.toolbox, written)
@@ -86,7 +87,7 @@ class Conversations:
 
     async def check(self, template: str) -> None:
         """Raise ``ChatTemplateError`` for an instruction template that can't be compiled, or takes for ever."""
-        await _Patience(_PATIENCE).wait(self._guests[1].of(template, "", ""))
+        await _Patience(_PATIENCE).wait(functools.partial(self._guests[1].of, template, "", ""))
 
     async def _closed(self, tool: Tool) -> Tool:
         """Return the tool without arguments that it does not list, if that leaves some arguments possible."""
@@ -142,12 +143,12 @@ class Conversations:
             return relaxed, f'"pattern" {left_out or ""}'
 
 
-async def _traits_of(wish: ChatWish, finder: TraitFinder) -> Traits:
+async def _traits_of(wish: ChatWish, finder: TraitFinder, begun: Callable[[], None]) -> Traits:
     """Return what the template shows; a dialogue of the chat modes has no place for tools."""
     source = _instruction(wish)
     if source is None:
         return Traits()
-    return await finder.of(source, wish.model.bos_token, wish.model.eos_token)
+    return await finder.of(source, wish.model.bos_token, wish.model.eos_token, begun)
 
 
 def _instruction(wish: ChatWish) -> str | None:
@@ -183,18 +184,32 @@ def call_format(template: str, traits: Traits) -> CallFormat:
 
 
 class _Patience:
-    """The time that all templates of a request may take together, waiting for their turn included."""
+    """The time that all templates of a request may take together. Waiting for their turn does not count: a template is
+    not to blame for others, or for a busy machine.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = self._left = seconds
 
-    async def wait(self, work: Awaitable[T]) -> T:
-        """Wait for a template. Raises ``ChatTemplateError`` when the time is over."""
-        start = time.monotonic()
+    async def wait(self, work: Callable[[Callable[[], None]], Awaitable[T]]) -> T:
+        """Wait for a template, with work that says when its turn has come. Raises ``ChatTemplateError`` when the time
+        is over, and ``Unavailable`` when there was no turn.
+        """
+        clock = asyncio.get_running_loop().time
+        began: float | None = None
+
+        def begin() -> None:
+            nonlocal began
+            began = clock()
+            limit.reschedule(began + self._left)
+
         try:
-            async with asyncio.timeout(self._left):
-                return await work
+            async with asyncio.timeout(_TURN_LIMIT) as limit:
+                return await work(begin)
         except TimeoutError:
+            if began is None:
+                raise Unavailable("too many chat templates wait for their turn", retry_after=_PATIENCE) from None
             raise ChatTemplateError(f"the chat template took longer than {self._seconds:g} s in all") from None
         finally:
-            self._left -= time.monotonic() - start
+            if began is not None:
+                self._left -= clock() - began

@@ -9,6 +9,7 @@ It knows nothing of HTTP, of Jinja, or of where a template comes from, and has n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -53,24 +54,26 @@ class TemplateRenderer(Sandbox):
     def __init__(self, size: int = 2, *, time_limit: float = TIME_LIMIT) -> None:
         super().__init__("llamaserve.chat.renderer", "the chat template renderer", size=size, time_limit=time_limit)
 
-    async def render(self, job: RenderJob) -> str:
-        """Return the prompt text.
+    async def render(self, job: RenderJob, begun: Callable[[], None] | None = None) -> str:
+        """Return the prompt text. ``begun`` is called once it is this job's turn.
 
         Raises ``ChatTemplateError`` when the template refuses the messages, fails, or takes too much time or memory;
         ``InvalidRequest`` when the variables hold a reserved name or a value that can't be passed on, or when the last
         message is none to continue; ``Unavailable`` when the pool is closed or no process can be started.
         """
-        return (await self._answer(_encoded(job))).text
+        return (await self._answer(_encoded(job), begun)).text
 
-    async def probe(self, job: ProbeJob) -> Traits:
-        """Return what a template can do. Raises ``ChatTemplateError`` as above, and ``Unavailable``."""
-        answer = await self._answer(msgspec.msgpack.encode(job))
+    async def probe(self, job: ProbeJob, begun: Callable[[], None] | None = None) -> Traits:
+        """Return what a template can do. ``begun`` is called once it is this job's turn. Raises ``ChatTemplateError``
+        as above, and ``Unavailable``.
+        """
+        answer = await self._answer(msgspec.msgpack.encode(job), begun)
         assert answer.traits is not None
         return answer.traits
 
-    async def _answer(self, payload: bytes) -> RenderAnswer:
+    async def _answer(self, payload: bytes, begun: Callable[[], None] | None) -> RenderAnswer:
         try:
-            answer = msgspec.msgpack.decode(await self.ask(payload), type=RenderAnswer)
+            answer = msgspec.msgpack.decode(await self.ask(payload, begun), type=RenderAnswer)
         except TookTooLong:
             raise _failure(f"took longer than {self._time_limit:g} s") from None
         except OutOfMemory:

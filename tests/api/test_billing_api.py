@@ -120,6 +120,22 @@ def test_the_bill_is_what_clients_were_told_after_a_kill_and_a_restart(folder: P
         assert billed(server, end_date="2020-01-01")["total_usage"] == 0
 
 
+def test_tokens_in_and_out_are_of_the_model_that_was_asked(folder: Path) -> None:
+    with started(folder, "tokens") as server:
+        for path, body in (
+            ("encode", {"text": "Hi"}),
+            ("token-count", {"text": "Hi"}),
+            ("decode", {"tokens": [28120]}),
+        ):
+            assert server.post(f"/v1/internal/{path}", body).status_code == 200
+        rows = billed(server, group_by="model,endpoint")["data"]
+    assert {(row["model"], row["endpoint"].rpartition("/")[2]) for row in rows} == {
+        ("smollm2", "encode"),
+        ("smollm2", "token-count"),
+        ("smollm2", "decode"),
+    }
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_is_in_the_ledger_before_its_client_has_all_of_it(folder: Path, stream: bool) -> None:
     """The process is killed as soon as the client has the usage."""

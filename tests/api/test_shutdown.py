@@ -189,6 +189,18 @@ def test_an_answer_that_does_not_end_holds_up_the_server_for_some_seconds_only(s
     assert not any("Traceback" in line for line in server.lines)
 
 
+@pytest.mark.parametrize("how", SIGNALS)
+def test_a_request_that_never_comes_whole_is_not_waited_for(server: RunningServer, how: signal.Signals) -> None:
+    port = httpx.URL(server.url).port
+    assert port is not None
+    with socket.create_connection(("127.0.0.1", port)) as silent:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n"
+        silent.sendall(head.encode())
+        assert b"100 Continue" in silent.recv(1000)  # somebody waits for the body
+        silent.sendall(b"{")
+        end(server, how)
+
+
 @pytest.fixture
 def patient(models_file: Path, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
     """A server that lets answers be finished, for as many seconds as the test says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from string import ascii_letters, digits
 from typing import Any, Literal
 
@@ -398,7 +399,7 @@ class Prober:
     def __init__(self) -> None:
         self.asked: list[ProbeJob] = []
 
-    async def probe(self, job: ProbeJob) -> Traits:
+    async def probe(self, job: ProbeJob, begun: Callable[[], None] | None = None) -> Traits:
         self.asked.append(job)
         if job.template == "broken":
             raise ChatTemplateError("it is broken", param="messages")
