@@ -137,9 +137,6 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()  # once its request is over, if it has one
         await self._let_finish()
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, Connection):
-                connection.abandon()  # or uvicorn would wait for the rest of a request, and log that it did
         AppStatus.should_exit = True  # which ends streams
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
