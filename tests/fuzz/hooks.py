@@ -58,6 +58,8 @@ REFUSED = re.compile(
             r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
             r"^dry_sequence_breakers: must be a list of strings, or the inside",
             r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
+            # Paths that end with a line break, and bodies over the limit, which is a small one here
+            r"^the path ends with a line break|^the request body is larger than",
             # Durations of more than thirty years, and texts that are too long together
             r"should be seconds or a text such as|characters together",
             # Files that are none
