@@ -51,7 +51,7 @@ REFUSED = re.compile(
             r"scales: there are|is there twice|has the (name|id) .* already|stream goes with|only be cut at their end",
             r"parallel_tool_calls can't be true|is for texts, and input",
             # The order of messages, and the JSON in them
-            r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments is no JSON",
+            r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments (is no JSON|holds|has|must)",
             # Texts in languages of their own: Jinja, GBNF, regular expressions, JSON schemas; and characters
             r"the turn must have <\|user\|>|the (chat|instruction) template|template: ",
             r"^(grammar|grammar_string|guided_grammar|regex|guided_regex|structured_outputs|response_format): ",
