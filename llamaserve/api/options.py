@@ -89,7 +89,7 @@ _BIAS_SCHEMA = {
 _BANS_SCHEMA = {
     "anyOf": [
         {"type": "array", "items": _TOKEN, "maxItems": _MAX_BANS},
-        {"type": "string", "pattern": r"^([0-9]+(,[0-9]+)*)?$"},
+        {"type": "string", "pattern": r"^([0-9]{1,9}(,[0-9]{1,9})*)?$"},
     ]
 }
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]

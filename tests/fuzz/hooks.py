@@ -51,13 +51,15 @@ REFUSED = re.compile(
             r"scales: there are|is there twice|has the (name|id) .* already|stream goes with|only be cut at their end",
             r"parallel_tool_calls can't be true|is for texts, and input",
             # The order of messages, and the JSON in them
-            r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments is no JSON",
+            r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments (is no JSON|holds|has|must)",
             # Texts in languages of their own: Jinja, GBNF, regular expressions, JSON schemas; and characters
             r"the turn must have <\|user\|>|the (chat|instruction) template|template: ",
             r"^(grammar|grammar_string|guided_grammar|regex|guided_regex|structured_outputs|response_format): ",
             r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
             r"^dry_sequence_breakers: must be a list of strings, or the inside",
             r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
+            # Paths that end with a line break, and bodies over the limit, which is a small one here
+            r"^the path ends with a line break|^the request body is larger than",
             # Durations of more than thirty years, and texts that are too long together
             r"should be seconds or a text such as|characters together",
             # Files that are none

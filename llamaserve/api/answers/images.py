@@ -125,6 +125,6 @@ ROUTES: Final = {
     ),
     "POST /v1/images/variations": _documented("image_variation", {"picture": {"image": ["room.png"]}}),
     "GET /v1/images/files/{name}": Documented(
-        answers=tuple(Content(PictureFile, {}, f"image/{name}") for name in ("png", "jpeg", "webp")), errors=(404,)
+        answers=tuple(Content(PictureFile, {}, f"image/{name}") for name in ("png", "jpeg", "webp")), errors=(400, 404)
     ),
 }

@@ -114,5 +114,5 @@ ROUTES: Final = {
     "GET /v1/models": Documented(
         answers=(Content(ModelList, {"one": {"object": "list", "data": [_MODEL]}}),), errors=(400,)
     ),
-    "GET /v1/models/{model_id}": Documented(answers=(Content(ModelObject, {"starter": _MODEL}),), errors=(404,)),
+    "GET /v1/models/{model_id}": Documented(answers=(Content(ModelObject, {"starter": _MODEL}),), errors=(400, 404)),
 }
