@@ -1,8 +1,10 @@
-"""Which processes run a model or wait for one, and which render templates."""
+"""Which processes run a model or wait for one, and which render templates; and one that listens."""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import psutil
@@ -10,6 +12,13 @@ import psutil
 _FORK_SERVER = "llamaserve.worker.fork_server_main"
 _PROGRAM = "llamaserve.worker.host"
 _RENDERER = "llamaserve.chat.renderer"
+_LISTEN = """
+import socket, sys
+families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in sys.argv[2:]]
+sockets = [socket.create_server((a, int(sys.argv[1])), family=f) for a, f in zip(sys.argv[2:], families)]
+print("listening", flush=True)
+sys.stdin.read()
+"""
 
 
 def model_processes(pid: int | None = None) -> set[int]:
@@ -26,6 +35,18 @@ def model_processes(pid: int | None = None) -> set[int]:
 def renderers(pid: int) -> set[int]:
     """Return those children of a process that render chat templates."""
     return {child.pid for child in _children(pid, _RENDERER)}
+
+
+@contextlib.contextmanager
+def listening(port: int, *addresses: str) -> Iterator[int]:
+    """Have a process of its own listen at a port, and give its pid: this one may listen for other tests."""
+    command = [sys.executable, "-I", "-c", _LISTEN, str(port), *addresses]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"listening\n"
+        yield process.pid
+        process.stdin.close()
 
 
 def _children(pid: int | None, module: str) -> Iterator[psutil.Process]:

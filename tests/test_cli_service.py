@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from child_processes import listening
 from fake_managers import FakeCommands, answer
 from unit_supervisor import Unit
 
@@ -138,8 +139,8 @@ def test_a_port_that_another_program_has_is_refused(machine: Machine, models: Pa
 
 def test_the_port_of_the_service_itself_is_no_obstacle(machine: Machine, models: Path) -> None:
     assert machine("install", "--port", machine.port).returncode == 0
-    machine.commands.answers(answer(SHOW, RUNNING.format(os.getpid())))
-    with socket.create_server(("127.0.0.1", int(machine.port))):
+    with listening(int(machine.port), "127.0.0.1") as pid:
+        machine.commands.answers(answer(SHOW, RUNNING.format(pid)))
         done = machine("install", "m", "--port", machine.port)
     assert done.returncode == 0, done.stderr
     assert Unit(machine.unit.read_text()).command[-1] == "m"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from child_processes import listening
 from running_server import wait_until
 from unit_supervisor import Supervisor, Unit
 
@@ -153,13 +154,7 @@ def test_the_url_is_where_the_process_listens(
     addresses: tuple[str, ...], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_module, "_ASKING", 0.1)  # nobody answers
-    port, sockets = free_port(), []
-    try:
-        for address in addresses:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            sockets.append(socket.create_server((address, port), family=family))
-        status = status_of(Managed(State(True, True, True, os.getpid(), "running")))
-    finally:
-        for sock in sockets:
-            sock.close()
+    port = free_port()
+    with listening(port, *addresses) as pid:
+        status = status_of(Managed(State(True, True, True, pid, "running")))
     assert (status.url, status.healthy) == (url.format(port), False)
