@@ -36,7 +36,7 @@ _CRASH = Excuses(frozenset({"engine_crashed", "model_quarantined"}))
 _HELPER_GONE = Excuses(frozenset({"chat_template_error", "unavailable", None}))  # None: a grammar was refused
 _LONGEST_STOP = 5.0  # seconds for which a process stands still
 _DISK_SECONDS = 4.0  # more than the ledger waits between two attempts
-_CLOCK_SECONDS = 3.0  # libfaketime looks once a second
+_JUMPS, _CLOCK_SECONDS = 3, 3.0  # how often, and for how long each; libfaketime looks once a second
 _KEY_SECONDS = 30.0  # until a key must count, or count no more
 _SMALL_FILE = 4096  # bytes
 
@@ -54,7 +54,7 @@ class World:
     journal: Journal
     random: random.Random
     connections: int  # of a storm
-    books: asyncio.Lock = field(default_factory=asyncio.Lock)  # of who keeps rows from being written or ends the server
+    steady: asyncio.Lock = field(default_factory=asyncio.Lock)  # of who ends the server, or what must not meet that
 
     def at_work(self, fault: str, excuses: Excuses = NOTHING) -> contextlib.AbstractContextManager[None]:
         """See ``Calendar.at_work``."""
@@ -206,21 +206,23 @@ async def edit_models(world: World) -> None:
     """Change models.yaml: to what is right, to nonsense, or not at all; a signal may ask for it to be read."""
     path, kind = world.server.folders.models_file, world.random.choice(("valid", "invalid", "touched"))
     plain = models_text(world.server.weights)
-    with world.at_work(f"models.yaml {kind}"):
-        try:
-            if kind == "touched":
-                path.touch()
-            elif kind == "invalid":
-                path.write_text(world.random.choice(("models: [", "models: {talk: {source: 7}}", "\0\0", plain[:80])))
-            else:
-                context = world.random.choice((768, 1024, 1280))
-                path.write_text(models_text(world.server.weights, context=context, queue=65))
-            if world.random.random() < 0.5:
-                _signal(world.server.pid, signal.SIGHUP)
-            await world.pause(5)
-        finally:
-            if kind != "touched":
-                path.write_text(plain)
+    async with world.steady if kind == "invalid" else contextlib.nullcontext():  # with that, it would not start
+        with world.at_work(f"models.yaml {kind}"):
+            try:
+                if kind == "touched":
+                    path.touch()
+                elif kind == "invalid":
+                    half = plain[: plain.index("source") + 3]
+                    path.write_text(world.random.choice(("models: [", "models: {talk: {source: 7}}", "\0\0", half)))
+                else:
+                    context = world.random.choice((768, 1024, 1280))
+                    path.write_text(models_text(world.server.weights, context=context, queue=65))
+                if world.random.random() < 0.5:
+                    _signal(world.server.pid, signal.SIGHUP)
+                await world.pause(5)
+            finally:
+                if kind != "touched":
+                    path.write_text(plain)
 
 
 async def hang_up(world: World) -> None:
@@ -235,8 +237,8 @@ async def hang_up(world: World) -> None:
 async def full_disk(world: World) -> None:
     """Have no file of the server grow, as when the disk is full."""
     process = psutil.Process(world.server.pid)
-    async with world.books:
-        with world.at_work("disk full"):
+    async with world.steady:
+        with world.at_work("disk full", Excuses(frozenset({"ledger_unavailable"}))):
             soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
             process.rlimit(psutil.RLIMIT_FSIZE, (_SMALL_FILE, hard))
             try:
@@ -250,7 +252,7 @@ async def full_disk(world: World) -> None:
 
 async def lock_ledger(world: World) -> None:
     """Have another program keep the ledger locked."""
-    async with world.books:
+    async with world.steady:
         with world.at_work("ledger locked", Excuses(frozenset({"ledger_unavailable"}))):
             connection = sqlite3.connect(world.server.folders.ledger, isolation_level=None)
             try:
@@ -266,7 +268,7 @@ async def lose_state_folder(world: World) -> None:
     """Have a file where the folder of the ledger should be, as when a volume is not mounted."""
     folder = world.server.folders.state
     away = folder.with_name("state-away")
-    async with world.books:
+    async with world.steady:
         with world.at_work("state folder away", Excuses(frozenset({"ledger_unavailable"}))):
             folder.rename(away)
             try:
@@ -281,7 +283,7 @@ async def lose_state_folder(world: World) -> None:
 async def lock_state_folder(world: World) -> None:
     """Take the right to write from the folder of the ledger and its files."""
     folder = world.server.folders.state
-    async with world.books:
+    async with world.steady:
         with world.at_work("state folder read-only", Excuses(frozenset({"ledger_unavailable"}))):
             files = list(folder.iterdir())
             for path, mode in ((folder, 0o500), *((file, 0o400) for file in files)):
@@ -308,13 +310,17 @@ async def _recorded(world: World) -> None:
 async def restart(world: World) -> None:
     """End the server as its user does, and start it again."""
     async with _ledger_in_order(world):
-        with world.at_work("SIGTERM", Excuses(frozenset({"unavailable", "model_not_loaded"}), down=True, cut=True)):
-            status, left = await world.server.stop()
-            if status not in ENDED:
-                world.violate(f"SIGTERM ended the server with {status}", " / ".join(list(world.server.words)[-5:]))
-            if left:
-                world.violate(f"SIGTERM left processes of the server: {left}")
-            await world.server.start()
+        await _restart(world)
+
+
+async def _restart(world: World, *, false_clock: bool = False) -> None:
+    with world.at_work("SIGTERM", Excuses(frozenset({"unavailable", "model_not_loaded"}), down=True, cut=True)):
+        status, left = await world.server.stop()
+        if status not in ENDED:
+            world.violate(f"SIGTERM ended the server with {status}", " / ".join(list(world.server.words)[-5:]))
+        if left:
+            world.violate(f"SIGTERM left processes of the server: {left}")
+        await world.server.start(false_clock=false_clock)
 
 
 async def kill_server(world: World) -> None:
@@ -332,7 +338,7 @@ async def kill_server(world: World) -> None:
 @contextlib.asynccontextmanager
 async def _ledger_in_order(world: World) -> AsyncIterator[None]:
     """Rows that a full disk keeps in memory are lost with the server, which is no violation: so that is not tried."""
-    async with world.books:
+    async with world.steady:
         usage = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
         if usage["problem"] is not None:
             raise NotNow
@@ -340,16 +346,21 @@ async def _ledger_in_order(world: World) -> AsyncIterator[None]:
 
 
 async def jump(world: World) -> None:
-    """Set the clock wrong, by up to years; the monotonic one goes on."""
-    if world.server.faketime is None:
-        raise NotNow
-    with world.at_work("clock jump"):
-        seconds = world.random.choice((-1, 1)) * math.exp(world.random.uniform(0, 18))
-        world.server.folders.clock.write_text(f"{seconds:+.0f}")
+    """Have a server whose clock goes wrong by up to years, again and again; the monotonic one goes on. It is one of its
+    own, since a false clock makes it several times slower.
+    """
+    async with _ledger_in_order(world):
+        await _restart(world, false_clock=True)
         try:
-            await asyncio.sleep(_CLOCK_SECONDS)
+            for _ in range(_JUMPS):
+                with world.at_work("clock jump"):
+                    seconds = world.random.choice((-1, 1)) * math.exp(world.random.uniform(0, 18))
+                    world.server.folders.clock.write_text(f"{seconds:+.0f}")
+                    await asyncio.sleep(_CLOCK_SECONDS)
         finally:
             world.server.folders.clock.write_text("+0")
+        await asyncio.sleep(_CLOCK_SECONDS)
+        await _restart(world)
 
 
 async def change_keys(world: World) -> None:
@@ -420,13 +431,14 @@ _FAULTS: Sequence[tuple[Fault, int]] = (  # and how often each comes, compared w
     (lock_state_folder, 1),
     (restart, 2),
     (kill_server, 3),
-    (jump, 3),
+    (jump, 1),
     (change_keys, 2),
     (storm, 1),
     (malformed, 3),
     (odd_bodies, 4),
 )
-_WARMING: Sequence[Fault] = (load_too_much, odd_bodies, malformed, storm, odd_bodies, change_keys, load, edit_models)
+# Those that replace processes come first: a process is warm when it has been through the others.
+_WARMING: Sequence[Fault] = (edit_models, load, load_too_much, change_keys, odd_bodies, malformed, storm, odd_bodies)
 
 
 def impossible(server: Server) -> dict[Fault, str]:

@@ -157,27 +157,27 @@ class Server:
         """The names of models that can be loaded."""
         return [CHAT_MODEL, SMALL_MODEL, *([VECTOR_MODEL] if self.weights.vectors is not None else [])]
 
-    def _environment(self) -> Mapping[str, str]:
+    def _environment(self, *, false_clock: bool) -> Mapping[str, str]:
         root = self.folders.root
         ours = {"LLAMASERVE_STATE_DIR": str(self.folders.state), "LLAMASERVE_CACHE": str(root / "cache")}
         ours |= {"TMPDIR": str(self.folders.temporary), "PYTHONUNBUFFERED": "1", "LLAMASERVE_SAVED_PREFIXES": "256MB"}
         ours |= {"LLAMASERVE_MEMORY": "3GB"}
-        if self.faketime is not None:
+        if false_clock:
             ours |= {"LD_PRELOAD": str(self.faketime), "FAKETIME_TIMESTAMP_FILE": str(self.folders.clock)}
             ours |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_CACHE_DURATION": "1", "NO_FAKE_STAT": "1"}
             ours |= {"FAKETIME_DISABLE_SHM": "1"}  # of which a process that stands still may have the lock
         return {**os.environ, **ours}
 
-    async def start(self) -> None:
+    async def start(self, *, false_clock: bool = False) -> None:
         """Start it, and return when it has loaded its first model: until then, a load that fails ends it. Raises
-        ``RuntimeError`` with its last words.
+        ``RuntimeError`` with its last words. A false clock goes as ``Folders.clock`` says.
         """
         command = [sys.executable, "-m", "llamaserve", "serve", CHAT_MODEL, "--port", str(self.port)]
         command += ["--host", "127.0.0.1", "--models-file", str(self.folders.models_file)]
         command += ["--keys-file", str(self.folders.keys_file)]
         self._process = await asyncio.create_subprocess_exec(
             *command,
-            env=self._environment(),
+            env=self._environment(false_clock=false_clock),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
