@@ -446,8 +446,10 @@ def impossible(server: Server) -> dict[Fault, str]:
     found: dict[Fault, str] = {}
     if server.faketime is None:
         found[jump] = "libfaketime is not here (Debian's package libfaketime, or --faketime FILE)"
-    if os.geteuid() == 0:
-        found[lock_state_folder] = "root may write into any folder"
+    if os.geteuid() == 0 and not server.humble:
+        found[lock_state_folder] = (
+            "root may write into any folder, and there is no setpriv to take that from the server"
+        )
     if sys.platform != "linux":
         found[full_disk] = "only Linux can limit the files of another process"
     return found

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -116,12 +117,15 @@ class Folders:
 
 
 class Server:
-    """A server that comes and goes. ``secrets`` are its keys by name, ``bugs`` unforeseen errors in its log."""
+    """A server that comes and goes. ``secrets`` are its keys by name, ``bugs`` unforeseen errors in its log, ``humble``
+    begins its command where it would have more rights than a user has.
+    """
 
     def __init__(self, root: Path, weights: Weights, faketime: Path | None) -> None:
         self.folders = Folders(root)
         self.weights = weights
         self.faketime = faketime
+        self.humble = _humble()
         self.starts = 0
         self.bugs: list[str] = []
         self.words: deque[str] = deque(maxlen=_WORDS)
@@ -172,7 +176,7 @@ class Server:
         """Start it, and return when it has loaded its first model: until then, a load that fails ends it. Raises
         ``RuntimeError`` with its last words. A false clock goes as ``Folders.clock`` says.
         """
-        command = [sys.executable, "-m", "llamaserve", "serve", CHAT_MODEL, "--port", str(self.port)]
+        command = [*self.humble, sys.executable, "-m", "llamaserve", "serve", CHAT_MODEL, "--port", str(self.port)]
         command += ["--host", "127.0.0.1", "--models-file", str(self.folders.models_file)]
         command += ["--keys-file", str(self.folders.keys_file)]
         self._process = await asyncio.create_subprocess_exec(
@@ -260,6 +264,14 @@ class Server:
         if answer.status_code != 200:
             raise Refused(answer.status_code, answer.text)
         return answer.json() if answer.headers["content-type"].startswith("application/json") else answer.text
+
+
+def _humble() -> list[str]:
+    """Return the beginning of a command that runs without root's right to write whatever modes of files say; nothing
+    if that is not needed, or not possible.
+    """
+    program = shutil.which("setpriv") if os.geteuid() == 0 else None
+    return [program, "--bounding-set", "-dac_override,-dac_read_search"] if program else []
 
 
 class Refused(Exception):
