@@ -1,6 +1,7 @@
 # make run     install, fetch a model and serve it:  make run MODEL=qwen3-4b PORT=8080 HOST=0.0.0.0
 # make test    install and run the tests
 # make fuzz    ask the server for anything, and see that answers are what the document says:  make fuzz MINUTES=15
+# make chaos   have things go wrong around a server under load, and look for what is lost:  make chaos ARGS="--minutes 60"
 # make lint    check style and types
 # make format  put the code into the project's style
 # make images  install what pictures need; this compiles stable-diffusion.cpp
@@ -19,7 +20,7 @@ given = $(if $(filter command line,$(origin $(1))),$($(1)))
 
 export WHEELS
 
-.PHONY: run models install images test fuzz lint format bench clean
+.PHONY: run models install images test fuzz chaos lint format bench clean
 
 run: install
 	@$(BIN)/llamaserve run $(if $(call given,MODEL),"$(MODEL)") $(addprefix --port ,$(call given,PORT)) \
@@ -43,6 +44,9 @@ test: install-dev
 
 fuzz: install-dev
 	FUZZ_MINUTES=$(or $(call given,MINUTES),15) $(BIN)/pytest tests/fuzz --timeout 0
+
+chaos: install-dev
+	$(BIN)/python scripts/chaos.py $(call given,ARGS)
 
 lint: install-dev
 	$(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ from llamaserve.registry.folder import folder_in_use
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes, saved_prefixes_folder
 from llamaserve.registry.spec import Registry
+from llamaserve.service.definition import STOP_LIMIT
 from llamaserve.service.notify import Notifier
 from llamaserve.settings import Settings, parse_size
 
@@ -129,7 +130,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, let answers be finished, and end all requests, models and listeners."""
-        self._notifier.tell("STOPPING=1")
+        patience = self._app.state.services.settings.shutdown_limit + STOP_LIMIT
+        self._notifier.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(patience * 1e6)}")
         for server in self.servers:
             server.close()
         for sock in sockets or []:

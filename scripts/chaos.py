@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -65,6 +66,8 @@ def main() -> None:
         weights = Weights(find_model("starter").file, vectors)
     except LlamaserveError as error:
         raise SystemExit(f"error: {error}") from None
+    except subprocess.CalledProcessError as error:  # it has told why
+        raise SystemExit(error.returncode) from None
     say(f"seed {what.seed}: {what.seconds / 60:g} minutes of faults with {what.clients} clients")
     with tempfile.TemporaryDirectory(prefix="llamaserve-chaos-") as folder:
         server = Server(Path(folder), weights, find_faketime(options.faketime))

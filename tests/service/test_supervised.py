@@ -18,7 +18,7 @@ from running_server import wait_until
 from unit_supervisor import Supervisor, Unit
 
 from llamaserve.service import status as status_module
-from llamaserve.service.definition import Definition
+from llamaserve.service.definition import STOP_LIMIT, Definition
 from llamaserve.service.manager import State
 from llamaserve.service.status import NOT_INSTALLED, NOT_RUNNING, RUNNING, status_of
 from llamaserve.service.unit import unit_text
@@ -88,6 +88,7 @@ def test_a_life_under_supervision(supervisor: Supervisor, port: int) -> None:
     supervisor.wait_for("WATCHDOG=1", limit=5)
     assert supervisor.stop() in (0, -signal.SIGTERM)  # both are a clean end to systemd
     assert "STOPPING=1" in supervisor.messages
+    assert f"EXTEND_TIMEOUT_USEC={(5 + STOP_LIMIT) * 1_000_000}" in supervisor.messages
     supervisor.start()
     supervisor.wait_for("READY=1")
     assert answer(port)

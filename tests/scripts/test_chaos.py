@@ -1,0 +1,340 @@
+"""The program that has things go wrong finds what is wrong, and only that; and a short run of it finds nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chaos
+import pytest
+from faults.answers import Answer, Failure, StreamReader, Usage, documented, problem_with, read_body
+from faults.calendar import NOTHING, Calendar, Excuses
+from faults.course import percentile
+from faults.journal import Entry, Journal
+from faults.questions import Question, questions
+from faults.rows import Row, check_rows, check_sums, read_rows
+from faults.vitals import API, MODEL, RENDERER, Process, Vitals, files_in, growth, leaks
+from usage_records import made
+
+from llamaserve.usage.database import Database
+
+SCRIPT = Path(chaos.__file__)
+QUESTION = Question("m/chat/0", "chat", "/v1/chat/completions", {"model": "m"})
+RIGHT = Answer(200, {0: "The sun is warm."}, {0: "stop"}, usage=Usage(9, 5, 0), complete=True)
+CRASH = Excuses(frozenset({"engine_crashed"}))
+DOWN = Excuses(down=True)
+CUT = Excuses(cut=True)
+
+
+def right(**changes: Any) -> Answer:
+    return replace(RIGHT, **changes)
+
+
+def failed(status: int, code: str | None, *, streamed: bool = False) -> Answer:
+    return Answer(200 if streamed else status, failure=Failure(status, code, "why"), complete=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "excuses"),
+    [
+        (right(), NOTHING),
+        (right(usage=Usage(9, 5, 8)), NOTHING),  # more was cached than the first time
+        (failed(503, "engine_crashed"), CRASH),
+        (failed(200, "engine_crashed", streamed=True), CRASH),
+        (Answer(broken="RemoteProtocolError"), DOWN),
+        (Answer(200, {0: "The"}), DOWN),
+        (right(texts={0: "The sun"}, usage=Usage(9, 2, 0)), CUT),
+    ],
+)
+def test_what_is_right_or_explained_is_no_problem(answer: Answer, excuses: Excuses) -> None:
+    assert problem_with(answer, RIGHT, excuses) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "excuses", "problem"),
+    [
+        (right(texts={0: "The sun is hot."}), NOTHING, "its text is .*hot.*, not .*warm"),
+        (right(texts={0: "The sun is hot."}), CUT, "its text is"),  # a cut answer is a beginning, not another one
+        (right(texts={0: "The sun"}), NOTHING, "its text is"),
+        (right(texts={0: "The sun"}, reasons={0: "length"}), CUT, "its text is"),
+        (right(texts={**RIGHT.texts, 1: "More"}), CUT, "its text is"),
+        (right(reasons={0: "length"}), NOTHING, "its text is"),
+        (right(usage=Usage(9, 6, 0)), NOTHING, "its usage is"),
+        (right(usage=Usage(9, 5, 10)), NOTHING, "which can't be"),
+        (right(usage=None), NOTHING, "its usage is None"),
+        (right(tokens=[1]), NOTHING, r"its tokens are \[1\]"),
+        (right(vectors=[[1.0]]), NOTHING, "it has 1 vectors, not 0"),
+        (right(complete=False), NOTHING, "ended without"),
+        (Answer(late=True), DOWN, "not answered within the limit"),
+        (Answer(broken="ReadError"), CRASH, "broke while the server lived: ReadError"),
+        (failed(503, "engine_crashed"), NOTHING, "no fault explains that: 503 engine_crashed"),
+        (failed(200, "engine_crashed", streamed=True), DOWN, "no fault explains that"),
+        (failed(500, "internal_error"), CRASH, "not documented: 500 internal_error"),
+        (failed(500, "engine_crashed"), CRASH, "not documented"),  # that code has another status
+        (failed(502, ""), NOTHING, "not documented"),
+    ],
+)
+def test_what_is_wrong_is_told(answer: Answer, excuses: Excuses, problem: str) -> None:
+    found = problem_with(answer, RIGHT, excuses)
+    assert found is not None
+    assert re.search(problem, found), found
+
+
+def test_vectors_are_compared_by_their_direction() -> None:
+    reference = Answer(200, vectors=[[3.0, 4.0]], complete=True)
+    assert problem_with(Answer(200, vectors=[[3.0, 4.0001]], complete=True), reference, NOTHING) is None
+    found = problem_with(Answer(200, vectors=[[4.0, 3.0]], complete=True), reference, NOTHING)
+    assert found is not None
+    assert "similarity=0.96" in found
+
+
+def test_of_an_odd_body_any_answer_is_right_that_is_documented_or_blames_the_client() -> None:
+    for answer in (right(), failed(400, "whatever"), failed(507, "insufficient_memory")):
+        assert problem_with(answer, None, NOTHING) is None
+    for answer in (failed(500, "internal_error"), failed(500, None), Answer(broken="ReadError"), Answer(late=True)):
+        assert problem_with(answer, None, NOTHING) is not None
+
+
+def test_a_bug_is_not_documented() -> None:
+    assert (500, "internal_error") not in documented()
+    assert {(503, "engine_crashed"), (429, "queue_full"), (504, "time_limit_exceeded")} <= documented()
+
+
+def test_a_stream_is_put_together() -> None:
+    answer = Answer(200)
+    reader = StreamReader(answer)
+    for delta in ({"role": "assistant"}, {"content": "The sun"}, {"content": " is warm."}):
+        reader.line("data: " + json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
+    reader.line(": 2 before you")
+    reader.line("data: " + json.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}}
+    reader.line("data: " + json.dumps({"choices": [], "usage": usage}))
+    assert not answer.answered
+    reader.line("data: [DONE]")
+    assert answer == RIGHT
+
+
+def test_an_error_within_a_stream_is_its_answer() -> None:
+    answer = Answer(200)
+    error = {"message": "gone", "type": "server_error", "param": None, "code": "engine_crashed"}
+    StreamReader(answer).line("data: " + json.dumps({"error": error}))
+    assert answer.failure == Failure(200, "engine_crashed", "gone")
+
+
+def test_an_error_must_have_openais_shape() -> None:
+    answer = read_body(QUESTION, 503, b'{"detail": "no"}')
+    assert "not documented" in str(problem_with(answer, RIGHT, CRASH))
+    assert "no JSON" in str(problem_with(read_body(QUESTION, 500, b"<h1>Oops</h1>"), RIGHT, CRASH))
+
+
+def test_codes_excuse_until_all_is_settled_and_the_rest_while_it_lasts() -> None:
+    calendar = Calendar()
+    with calendar.at_work("kill", Excuses(frozenset({"engine_crashed"}), down=True)):
+        began = _now()
+    after = _now()
+    assert calendar.excuses(began, began) == Excuses(frozenset({"engine_crashed"}), down=True)
+    assert calendar.excuses(after, after) == Excuses(frozenset({"engine_crashed"}))
+    assert calendar.at_work_between(after, after) == ["kill"]
+    calendar.settled()
+    later = _now()
+    assert calendar.excuses(later, later) == NOTHING
+    assert calendar.excuses(began, later).down  # a request that was already there
+    assert calendar.counts == {"kill": 1}
+
+
+def _now() -> float:
+    time.sleep(0.001)
+    return time.monotonic()
+
+
+@pytest.fixture
+def journal() -> Journal:
+    return Journal("run", Calendar(), {QUESTION.name: RIGHT})
+
+
+def ask(journal: Journal, answer: Answer, question: Question = QUESTION) -> Entry:
+    entry = journal.begin(question, "ann")
+    journal.end(entry, answer)
+    return entry
+
+
+def row(entry: Entry, **changes: Any) -> Row:
+    usual = Row(entry.id, "ann", QUESTION.path, "m", 9, 0, 5, 0, 200, "answered")
+    return replace(usual, **changes)
+
+
+def told(journal: Journal) -> list[str]:
+    return [violation.what for violation in journal.violations]
+
+
+def test_a_journal_judges_answers_and_tells_what_was_at_work(journal: Journal) -> None:
+    ask(journal, right())
+    assert not journal.failed
+    with journal.calendar.at_work("disk full"):
+        ask(journal, right(texts={0: "No"}))
+    assert journal.failed
+    assert "disk full" in journal.violations[0].evidence
+    assert journal.outcomes == {"answered": 2, "violations": 1}
+
+
+def test_a_client_that_left_is_not_judged(journal: Journal) -> None:
+    entry = journal.begin(QUESTION, "ann")
+    entry.left = True
+    journal.end(entry, Answer())
+    assert not journal.failed
+    check_rows(journal, [])
+    check_rows(journal, [row(entry, outcome="cancelled", status=499, completion_tokens=1)])
+    assert not journal.failed
+
+
+def test_rows_that_are_as_clients_saw_it(journal: Journal) -> None:
+    rows = [row(ask(journal, right())), row(ask(journal, right(usage=Usage(9, 5, 8))), cached_tokens=8)]
+    with journal.calendar.at_work("kill", CRASH):
+        rows.append(row(ask(journal, failed(503, "engine_crashed")), outcome="failed", status=503))
+        ask(journal, failed(503, "engine_crashed"))  # what was not answered need not have a row
+    check_rows(journal, [*rows, Row("of-another-run-1", None, "/", None, 0, 0, 0, 0, 200, "answered")])
+    assert not journal.failed
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (lambda entry: [], "an answered request has no row"),
+        (lambda entry: [row(entry), row(entry)], "a request has 2 rows"),
+        (lambda entry: [row(entry, outcome="cancelled")], "outcome of an answered request is 'cancelled'"),
+        (lambda entry: [row(entry, key="bob")], "key of an answered request is 'bob', not 'ann'"),
+        (lambda entry: [row(entry, model="n")], "model of an answered request"),
+        (lambda entry: [row(entry, prompt_tokens=8)], "prompt_tokens of an answered request is 8, not 9"),
+        (lambda entry: [row(entry, cached_tokens=1)], "cached_tokens of an answered request is 1, not 0"),
+        (lambda entry: [row(entry, completion_tokens=4)], "completion_tokens of an answered request is 4, not 5"),
+        (lambda entry: [row(entry, streamed=1)], "streamed of an answered request"),
+        (lambda entry: [row(entry), row(replace(entry, id="run-77"))], "a row is of a request that nobody has sent"),
+    ],
+)
+def test_rows_that_are_wrong_are_told(journal: Journal, rows: Callable[[Entry], list[Row]], what: str) -> None:
+    check_rows(journal, rows(ask(journal, right())))
+    assert len(journal.violations) == 1
+    assert journal.violations[0].what.startswith(what)
+
+
+def test_a_row_of_a_failure_must_say_so(journal: Journal) -> None:
+    with journal.calendar.at_work("kill", CRASH):
+        entry = ask(journal, failed(503, "engine_crashed"))
+    check_rows(journal, [row(entry, outcome="answered")])
+    assert told(journal) == ["a request that was told 503 engine_crashed is answered, not failed"]
+
+
+def billing(**changes: int) -> dict[str, Any]:
+    unanswered = {"outcome": "failed", "requests": 1, "prompt_tokens": 9, "cached_tokens": 0, "completion_tokens": 0}
+    sums = {"requests": 2, "prompt_tokens": 18, "cached_tokens": 8, "completion_tokens": 10}
+    return {**sums, **changes, "unanswered": [unanswered]}
+
+
+@pytest.mark.parametrize("part", ["", "requests", "prompt_tokens", "cached_tokens", "completion_tokens"])
+def test_sums_are_those_of_the_rows(journal: Journal, part: str) -> None:
+    entry = ask(journal, right())
+    rows = [row(entry), row(entry, cached_tokens=8), row(entry, outcome="failed", completion_tokens=0)]
+    check_sums(journal, rows, billing(**({part: 7} if part else {})))
+    assert [what.split(", and")[0] for what in told(journal)] == (
+        [f"billing says 7 {part} of answered requests"] if part else []
+    )
+
+
+def test_rows_are_read_from_a_real_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "usage.sqlite3"
+    with Database(path) as database:
+        database.insert([made(request_id="run-0", key="ann", model="m")])
+    assert read_rows(path) == [Row("run-0", "ann", "/v1/chat/completions", "m", 20, 5, 7, 1, 200, "answered")]
+
+
+def vitals(*processes: Process, **models: Process) -> Vitals:
+    return Vitals([Process(1, API, 90.0, 20), *processes, *models.values()], models)
+
+
+TALK = Process(2, MODEL, 270.0, 9)
+SPARE = Process(3, MODEL, 30.0, 9)
+RENDERERS = [Process(number, RENDERER, 20.0, 5) for number in range(4, 9)]
+
+
+def test_a_server_as_it_was_leaks_nothing() -> None:
+    before, now = vitals(SPARE, talk=TALK), vitals(SPARE, *RENDERERS[:4], talk=replace(TALK, memory=299.0, files=17))
+    assert leaks(now, before) == []
+    assert growth(now, before) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "what"),
+    [
+        (vitals(SPARE, Process(9, MODEL, 30.0, 9), talk=TALK), r"3 processes \(model\), and should be 2 at most: "),
+        (vitals(*RENDERERS, talk=TALK), r"5 processes \(renderer\)"),
+        (vitals(Process(9, "zombie", 0.0, 0), talk=TALK), r"1 processes \(zombie\), and should be 0 at most: \[9\]"),
+        (vitals(Process(9, "other", 9.0, 3), talk=TALK), r"1 processes \(other\)"),
+        (vitals(talk=replace(TALK, files=18)), "talk has 18 files open, and had 9 after the warm-up"),
+        (Vitals([Process(1, API, 90.0, 29), TALK], {"talk": TALK}), "the server has 29 files open, and had 20"),
+    ],
+)
+def test_leaks_are_told(now: Vitals, what: str) -> None:
+    found = leaks(now, vitals(SPARE, talk=TALK))
+    assert len(found) == 1
+    assert re.search(what, found[0]), found
+
+
+def test_growth_is_told() -> None:
+    found = growth(vitals(talk=replace(TALK, memory=301.0)), vitals(talk=TALK))
+    assert found == ["talk takes 301 MiB, and took 270 MiB after the warm-up"]
+
+
+def test_files_are_found_however_deep(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert files_in(tmp_path) == []
+    (tmp_path / "a" / "b" / "c").touch()
+    assert files_in(tmp_path) == ["a/b/c"]
+
+
+def test_a_percentile_is_the_bound_of_its_bucket() -> None:
+    buckets = [(0.01, 98.0), (0.05, 99.0), (0.1, 100.0), (float("inf"), 100.0)]
+    assert (percentile(buckets, 0.99), percentile(buckets, 0.98), percentile(buckets, 1.0)) == (0.05, 0.01, 0.1)
+    assert percentile([], 0.99) == 0.0
+
+
+def test_questions_have_names_of_their_own_and_are_greedy() -> None:
+    found = questions(vectors=True)
+    assert len({question.name for question in found}) == len(found)
+    assert all(question.body["temperature"] == 0 for question in found if question.can_stream)
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--clients", "0"]])
+def test_a_run_of_nothing_is_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="must be more than nothing"):
+        chaos.plan(chaos.arguments().parse_args(words))
+
+
+def test_a_seed_decides_the_course() -> None:
+    plan = chaos.plan(chaos.arguments().parse_args(["--seed", "7", "--minutes", "60"]))
+    assert (plan.seed, plan.seconds) == (7, 3600.0)
+
+
+@pytest.mark.timeout(900)
+def test_a_short_run_finds_nothing_wrong(starter_model: Path, embedding_model: Path, tmp_path: Path) -> None:
+    """The fixtures have the weights where the program finds them."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--short", "--seed", "20", "--out", str(report), "--log", str(tmp_path / "log")],
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    found: Mapping[str, Any] = json.loads(report.read_text())
+    assert found["passed"]
+    assert found["rounds"] >= 3
+    assert found["requests"]["answered"] > 100
+    assert sum(found["faults"].values()) > 10
+    assert len(found["memory"]) == found["rounds"]
