@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from benchmark import (
     constrained,
     contention,
+    crowd,
     embeddings,
     footprint,
     long_prompt,
@@ -73,6 +74,7 @@ WORKLOADS = (
     Workload("json", "4 streams whose output must have a form", constrained.run, constrained.rows),
     Workload("threads", "a busy process, numbers of threads", contention.run_threads, contention.threads_rows),
     Workload("change", "a busy process comes and goes", contention.run_change, contention.change_rows),
+    Workload("crowd", "500 clients at once that read slowly", crowd.run, crowd.rows),
     Workload("swap", "two models in turn, room for one", swap.run, swap.rows),
     Workload("embeddings", "texts to vectors, in one request and by 64 clients", embeddings.run, embeddings.rows),
     Workload("speech", "speech to text, and chats beside it", speech.run, speech.rows),

@@ -87,7 +87,7 @@ class Client:
         open_streams, select = self._selector.get_map(), self._selector.select
         while open_streams and not until() and time.perf_counter() < deadline:
             for key, _ in select(_TICK):
-                self._read(key.data)
+                self.read(key.data)
 
     def stop(self, stream: Stream) -> None:
         """Hang up; a server notices and stops generating."""
@@ -111,11 +111,21 @@ class Client:
         """Return the JSON at a path below the host, for what is not timed."""
         return self._exchange("GET", path, b"")
 
+    def text(self, path: str) -> str:
+        """Return the text at a path below the host, for what is not timed."""
+        return self._body("GET", path, b"").decode()
+
     def post(self, path: str, body: Any) -> Any:
         """Return the JSON that a path answers to a JSON body, for what is not timed."""
         return self._exchange("POST", path, json.dumps(body).encode())
 
     def _exchange(self, method: str, path: str, payload: bytes) -> Any:
+        try:
+            return json.loads(self._body(method, path, payload))
+        except ValueError as error:
+            raise Unreachable(f"{path} does not answer with JSON") from error
+
+    def _body(self, method: str, path: str, payload: bytes) -> bytes:
         data = bytearray()
         with self._connect(self._head(method, path, len(payload)) + payload) as connection:
             try:
@@ -126,10 +136,7 @@ class Client:
         status, body, _ = unpack(bytes(data))
         if status != 200:
             raise Unreachable(f"{path} answers with status {status}")
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise Unreachable(f"{path} does not answer with JSON") from error
+        return body
 
     def _head(self, method: str, path: str, length: int, kind: str = "application/json") -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._netloc}", "Connection: close"]
@@ -145,9 +152,10 @@ class Client:
         connection.sendall(message)
         return connection
 
-    def _read(self, stream: Stream) -> None:
+    def read(self, stream: Stream, most: int = _READ) -> None:
+        """Read what has come of a stream that is not done, as far as so many bytes."""
         try:
-            data = stream.socket.recv(_READ)
+            data = stream.socket.recv(most)
         except BlockingIOError:
             return
         except OSError:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from benchmark.histogram import histogram, percentile
 
 from faults import hostile, mischief
 from faults.calendar import Calendar
@@ -24,7 +25,6 @@ from faults.vitals import Vitals, files_in, growth, leaks, look
 
 _SETTLING = 90.0  # seconds in which everything must be as it was
 _MINUTE = 60.0
-_LAG = re.compile(r'llamaserve_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)')
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ class Course:
         check_sums(self.journal, rows, await self.server.ask("GET", "/v1/billing/usage"))
 
     async def _note_lag(self) -> None:
-        buckets = [(float(le), float(n)) for le, n in _LAG.findall(await self.server.ask("GET", "/metrics"))]
-        self.findings.lag = max(self.findings.lag, percentile(buckets, 0.99))
+        counts = histogram(await self.server.ask("GET", "/metrics"), "llamaserve_event_loop_lag_seconds")
+        self.findings.lag = max(self.findings.lag, percentile(counts, 0.99))
 
     def _check_log(self) -> None:
         for bug in self.server.bugs:
@@ -211,9 +211,3 @@ class Course:
         parts += [f"{outcomes['hung up']} hung up", f"{outcomes['broken']} broken", f"{faults.total()} faults"]
         parts += ["MiB: " + " ".join(f"{name} {value:.0f}" for name, value in memory.items())]
         self._say(", ".join([*parts, f"{outcomes['violations']} violations"]))
-
-
-def percentile(buckets: Sequence[tuple[float, float]], share: float) -> float:
-    """Return the bound of the first bucket of a histogram that has this share of all; 0 where there is nothing."""
-    total = max((count for _, count in buckets), default=0.0)
-    return next((bound for bound, count in sorted(buckets) if total and count >= share * total), 0.0)

@@ -16,7 +16,6 @@ import chaos
 import pytest
 from faults.answers import Answer, Failure, StreamReader, Usage, documented, problem_with, read_body
 from faults.calendar import NOTHING, Calendar, Excuses
-from faults.course import percentile
 from faults.journal import Entry, Journal
 from faults.questions import Question, questions
 from faults.rows import Row, check_rows, check_sums, read_rows
@@ -296,12 +295,6 @@ def test_files_are_found_however_deep(tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
     (tmp_path / "a" / "b" / "c").touch()
     assert files_in(tmp_path) == ["a/b/c"]
-
-
-def test_a_percentile_is_the_bound_of_its_bucket() -> None:
-    buckets = [(0.01, 98.0), (0.05, 99.0), (0.1, 100.0), (float("inf"), 100.0)]
-    assert (percentile(buckets, 0.99), percentile(buckets, 0.98), percentile(buckets, 1.0)) == (0.05, 0.01, 0.1)
-    assert percentile([], 0.99) == 0.0
 
 
 def test_questions_have_names_of_their_own_and_are_greedy() -> None:
