@@ -1,5 +1,5 @@
-"""Hundreds of clients at once that read slowly: does the server stay quick for all others, and what becomes of those for
-whom there is no room?
+"""Hundreds of clients at once that read slowly: does the server stay quick for all others, and what becomes of those
+for whom there is no room?
 """
 
 from __future__ import annotations
