@@ -33,7 +33,7 @@ from llamaserve.api import (
     rerank,
 )
 from llamaserve.api.access import KeyGate
-from llamaserve.api.accounting import Accounting, Books
+from llamaserve.api.accounting import RATE_LIMIT_HEADERS, Accounting, Books
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.hosts import HostGate, Hosts, OriginHeaders, Origins
 from llamaserve.api.image_links import ImageLinks
@@ -43,6 +43,7 @@ from llamaserve.api.openapi import DocumentedAPI
 from llamaserve.api.options import IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER
 from llamaserve.api.presets import Presets
 from llamaserve.api.request_log import HEADER as REQUEST_ID_HEADER, RequestLog
+from llamaserve.api.scratch import sweep
 from llamaserve.api.services import Services
 from llamaserve.api.tracing import Tracing
 from llamaserve.chat.characters import Characters
@@ -80,7 +81,7 @@ _RESOURCES = (
 )
 _EXPOSED = (
     *(IGNORED_HEADER, TRUNCATED_HEADER, WARNING_HEADER, rerank.METHOD_HEADER, "Retry-After", REQUEST_ID_HEADER),
-    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+    *RATE_LIMIT_HEADERS,
 )  # headers that web pages may see
 
 
@@ -98,6 +99,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(sweep)
         async with (
             TemplateRenderer() as renderer,
             guest_renderer() as guests,
@@ -105,8 +107,8 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
             AudioDecoder(longest=settings.max_audio) as decoder,
             PictureReader() as pictures,
             ImageLinks() as links,
-            _started(ledger),
             _started(tracing),
+            _started(ledger),  # so that it is closed before that
         ):
             downloads = Downloads(functools.partial(_tell_of_download, pool))
             app.state.services = Services(

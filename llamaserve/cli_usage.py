@@ -81,7 +81,7 @@ def usage(
     """Show what requests have used: tokens, seconds of audio, pictures."""
     settings = read_settings()
     query = _Query(settings.ledger_path, *_period(start, end), key)
-    groups: list[Group] = [each.value for each in by or [By.DAY]]
+    groups: list[Group] = list(dict.fromkeys(each.value for each in by or [By.DAY]))
     rows, outcomes = query.totals(*groups), query.totals("outcome")
     if as_json:
         say_json(_as_json(query, groups, rows, outcomes))

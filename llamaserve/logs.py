@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ Format = Literal["human", "json"]
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _FACTS: Final = "facts"  # the attribute of a record that has what can be told apart from its words
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HUMAN: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -40,7 +42,7 @@ def _with_request(record: logging.LogRecord) -> bool:
 
 
 class HumanLines(logging.Formatter):
-    """A line for people: the facts follow the words, and a line break in them can't begin a line of its own."""
+    """A line for people: the facts follow the words, and a line break in either can't begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter``."""
@@ -50,6 +52,10 @@ class HumanLines(logging.Formatter):
         line = super().format(record)
         head, *rest = line.split("\n", 1)
         return "\n".join([" ".join([head, *(f"{name}={_plain(value)}" for name, value in values.items())]), *rest])
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - its name there
+        """See ``logging.Formatter``."""
+        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().formatMessage(record))
 
 
 def _plain(value: object) -> str:

@@ -7,6 +7,7 @@ Endpoints whose work counts depend on ``metered``, and say with ``used`` what th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -28,6 +29,16 @@ from llamaserve.usage.record import Outcome, UsageRecord
 
 prompts = logging.getLogger("llamaserve.prompts")
 
+RATE_LIMIT_HEADERS: Final = {
+    f"x-ratelimit-{part}-{of}": f"{words} {of}, where the key has a limit of them."
+    for part, words in {
+        "limit": "How many can be left at most:",
+        "remaining": "How many are left:",
+        "reset": "The time until all are left again, such as 6m0s:",
+    }.items()
+    for of in ("requests", "tokens")
+}
+
 _CANCELLED: Final = 499
 _current: ContextVar[Account] = ContextVar("account")
 
@@ -45,6 +56,15 @@ class Books:
         self.open = 0  # requests that are not over
         self.balanced = asyncio.Event()  # whether there are none
         self.balanced.set()
+
+    def opened(self, requests: int) -> None:
+        """Take note that so many more are not over."""
+        self.open += requests
+        self.metrics.open.inc(requests)
+        if self.open:
+            self.balanced.clear()
+        else:
+            self.balanced.set()
 
     async def enter(self, record: UsageRecord, traceparent: str | None) -> None:
         """Return once the row is written. ``traceparent`` is the trace that the client began."""
@@ -101,8 +121,7 @@ class Account:
         """Let it in. Raises ``RateLimitExceeded``."""
         self._counts = True
         if self._books is not None:
-            self._books.open += 1
-            self._books.balanced.clear()
+            self._books.opened(1)
         if self.allowance is not None:
             self.allowance.enter()
             self._entered = True
@@ -114,7 +133,8 @@ class Account:
             return
         self.waits = True
         try:
-            await self.allowance.turn()
+            with contextlib.nullcontext() if self._books is None else self._books.metrics.waiting.track_inprogress():
+                await self.allowance.turn()
         finally:
             self.waits = False
         self._has_turn = True
@@ -157,9 +177,7 @@ class Account:
     def close(self) -> None:
         """Let others of its key have its place."""
         if self._counts and self._books is not None:
-            self._books.open -= 1
-            if not self._books.open:
-                self._books.balanced.set()
+            self._books.opened(-1)
         if self.allowance is not None and self._has_turn:
             self.allowance.end_turn()
         if self.allowance is not None and self._entered:

@@ -15,8 +15,8 @@ from fastapi import APIRouter, Query
 from llamaserve.api.caller import caller
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.errors import AdminKeyRequired, InvalidRequest
-from llamaserve.usage.period import parse_period
-from llamaserve.usage.totals import ALL, GROUPS, NUMBERS, AllKeys, Group, Total, totals
+from llamaserve.usage.period import parse_moment, parse_period
+from llamaserve.usage.totals import ALL, GROUPS, NUMBERS, AllKeys, Group, Total, added, totals
 
 router = APIRouter(tags=["billing"])
 
@@ -46,20 +46,23 @@ def billing_usage(
     groups = _groups(group_by)
     start, end = _period(start_date, end_date)
     whose = _whose(key)
-    outcomes = {total.outcome: total for total in _totals(services, start, end, whose, ["outcome"])}
-    answered = outcomes.pop("answered", Total())
+    found = _totals(services, start, end, whose, [*groups, "outcome"])  # in one look, since requests go on
+    answered = [total for total in found if total.outcome == "answered"]
+    outcomes = sorted({str(total.outcome) for total in found} - {"answered"})
     answer = {
         "object": "billing.usage",
-        "total_usage": answered.total_tokens,
+        "total_usage": added(answered).total_tokens,
         "start_date": _shown(start),
         "end_date": _shown(end),
-        **_numbers(answered),
-        "unanswered": [{"outcome": name, **_numbers(total)} for name, total in outcomes.items()],
+        **_numbers(added(answered)),
+        "unanswered": [
+            {"outcome": name, **_numbers(added(total for total in found if total.outcome == name))} for name in outcomes
+        ],
         "recorded": services.books.ledger is not None,
     }
     if groups:
         answer["group_by"] = groups
-        answer["data"] = [_row(groups, total) for total in _totals(services, start, end, whose, groups)]
+        answer["data"] = [_row(groups, total) for total in answered]
     return answer
 
 
@@ -115,10 +118,14 @@ def _groups(given: str | None) -> list[Group]:
 
 
 def _period(start: str | None, end: str | None) -> tuple[float | None, float | None]:
+    param = "start_date"
     try:
+        if start is not None:
+            parse_moment(start)
+        param = "end_date"
         return parse_period(start, end)
     except ValueError as error:
-        raise InvalidRequest(str(error), param="start_date" if end is None else "end_date") from None
+        raise InvalidRequest(str(error), param=param) from None
 
 
 def _whose(key: str | None) -> str | AllKeys | None:

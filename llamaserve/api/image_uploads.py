@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,6 +18,7 @@ from fastapi import UploadFile
 
 from llamaserve.api.image_fields import EditRequest, VariationRequest
 from llamaserve.api.image_order import Order, beginning, looks, sized
+from llamaserve.api.scratch import Scratch
 from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import InvalidRequest
 from llamaserve.images.pictures import PictureReader
@@ -50,12 +50,12 @@ class UploadedPictures:
     def __init__(self, reader: PictureReader, upload: Upload) -> None:
         self._reader = reader
         self._upload = upload
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
 
     def close(self) -> None:
         """Delete them. Further calls do nothing."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.close()
         self._upload.close()
 
     async def added_to(
@@ -93,9 +93,10 @@ class UploadedPictures:
     async def _looked_at(self, field: str, upload: UploadFile) -> _Picture:
         """Copy an upload to a file with a name, for another process, and have that look at it."""
         with kept():
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-images-"))
-            path = self._folder / f"{field}-{len(list(self._folder.iterdir()))}"
+            if self._scratch is None:
+                self._scratch = Scratch()
+            folder = self._scratch.path
+            path = folder / f"{field}-{len(list(folder.iterdir()))}"
             with upload.file as source, path.open("wb") as copy:
                 await asyncio.to_thread(shutil.copyfileobj, source, copy)
         with _blamed_on(field):

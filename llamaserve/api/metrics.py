@@ -10,7 +10,14 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from llamaserve.registry.model_events import ModelEvent
@@ -30,6 +37,7 @@ class Metrics:
     """The server's metrics."""
 
     def __init__(self, pool: ModelPool, ledger: Ledger | None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call] # a line for each other one, which nobody needs
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(_Models(pool))
@@ -68,6 +76,10 @@ class Metrics:
         self.unloads = Counter("llamaserve_model_unloads", "Unloads of models", ["model", "reason"], registry=registry)
         self.crashes = Counter("llamaserve_model_crashes", "Ends of models' processes", ["model"], registry=registry)
         self.refused = Counter("llamaserve_refused_requests", "Requests refused unread", ["reason"], registry=registry)
+        self.open = Gauge("llamaserve_requests_open", "Requests that use a model, and are not over", registry=registry)
+        self.waiting = Gauge(
+            "llamaserve_requests_waiting", "Requests that wait for others of their key to be over", registry=registry
+        )
         self.lag = Histogram(
             "llamaserve_event_loop_lag_seconds", "How late the event loop was", buckets=_LAGS, registry=registry
         )

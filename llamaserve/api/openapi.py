@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
 from fastapi import FastAPI
 
+from llamaserve.api.accounting import RATE_LIMIT_HEADERS
 from llamaserve.api.answers import (
     audio,
     billing,
@@ -111,6 +113,7 @@ def complete(document: dict[str, Any]) -> None:
     known = dict(zip(kinds, found, strict=True))
     document["components"]["responses"] = errors.components()
     document["components"]["securitySchemes"] = _SECURITY
+    document["components"]["headers"] = {name: _header(words) for name, words in RATE_LIMIT_HEADERS.items()}
     document["security"] = [{}, *({name: []} for name in _SECURITY)]
     _make_bounds_whole(schemas)
     for path, operation in _operations(document):
@@ -148,10 +151,9 @@ def _describe(
     internal: bool,
 ) -> None:
     content = {each.media_type: _media_type(each, schemas) for each in documented.answers}
-    headers = {
-        name: {"description": _HEADERS[name], "schema": {"type": "string"}}
-        for name in (_REQUEST_ID, *documented.headers)
-    }
+    headers = {name: _header(_HEADERS[name]) for name in (_REQUEST_ID, *documented.headers)}
+    if HTTPStatus.TOO_MANY_REQUESTS in statuses:
+        headers |= {name: {"$ref": f"#/components/headers/{name}"} for name in RATE_LIMIT_HEADERS}
     responses: dict[str, Any] = {"200": {"description": operation["responses"]["200"]["description"]}}
     responses["200"]["headers"] = headers
     responses["200"]["content"] = content
@@ -162,6 +164,10 @@ def _describe(
         body["examples"] = _examples(documented.requests)
         if media_type == FORM:
             _without_null(body["schema"])
+
+
+def _header(words: str) -> dict[str, Any]:
+    return {"description": words, "schema": {"type": "string"}}
 
 
 def _without_null(form: dict[str, Any]) -> None:

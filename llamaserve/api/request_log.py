@@ -20,6 +20,7 @@ logger = logging.getLogger("llamaserve.access")
 HEADER: Final = "x-request-id"
 _PLAIN: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what can do no harm in a log
 _POLLED: Final = ("/health", "/v1/internal/health", "/metrics")  # whose lines would be most of a log
+_PICTURES: Final = "/v1/images/files/"
 _SHOWN: Final = 200  # characters of a path
 _CLIENT_CLOSED: Final = 499
 
@@ -68,6 +69,9 @@ def _log(scope: Scope, status: int, seconds: float, facts: dict[str, Any]) -> No
 
 
 def _path(scope: Scope) -> str:
-    """Return the path as it was sent, without its query, which may have what is nobody's business."""
+    """Return the path as it was sent, without what is nobody's business: its query, and the name of a picture, which
+    everybody may see who knows it.
+    """
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    return raw.partition(b"?")[0][:_SHOWN].decode("ascii", "backslashreplace")
+    path = raw.partition(b"?")[0][:_SHOWN].decode("ascii", "backslashreplace")
+    return f"{_PICTURES}…" if path.startswith(_PICTURES) else path

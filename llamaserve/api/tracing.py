@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from llamaserve import __version__
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _NEEDED: Final = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 _SERVICE: Final = "llamaserve"
+_CLOSE_LIMIT: Final = 2.0  # seconds for spans that are not sent when the server ends
 _NANO: Final = 1_000_000_000
 _OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
@@ -68,7 +70,9 @@ class Tracing:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._provider.shutdown)  # which sends what is left
+        ending = Thread(target=self._provider.shutdown, daemon=True)  # which sends what is left
+        ending.start()
+        await asyncio.to_thread(ending.join, _CLOSE_LIMIT)
 
 
 def _is_here(package: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -18,6 +17,7 @@ from typing import BinaryIO, Final
 from llamaserve.api.accounting import account
 from llamaserve.api.generating import WAITS_FOR_TURN, phase_of
 from llamaserve.api.models import known_speech
+from llamaserve.api.scratch import Scratch
 from llamaserve.api.services import Services
 from llamaserve.api.uploads import Upload, kept
 from llamaserve.errors import InvalidRequest, ModelNotCapable, NotSupported, TimeLimitExceeded
@@ -57,7 +57,7 @@ class Hearing:
         self._named = named
         self._keep_alive = keep_alive
         self._account = account()
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
         self._place: Place | None = None
         self._space: Place | None = None  # on the disk
         self._use: Use | None = None
@@ -82,12 +82,13 @@ class Hearing:
         await self._account.turn(self._model.name)
         self._place = self._model.admission.enter(1, self._account.owner)
         with kept():
-            self._folder = Path(tempfile.mkdtemp(prefix="llamaserve-audio-"))
-            with self._upload.file as upload, _created(self._folder / "upload") as copy:
+            self._scratch = Scratch()
+            folder = self._scratch.path
+            with self._upload.file as upload, _created(folder / "upload") as copy:
                 await asyncio.to_thread(shutil.copyfileobj, upload, copy)
-        samples = self._folder / "samples"
-        audio = await self._services.audio.decode(self._folder / "upload", samples)
-        (self._folder / "upload").unlink()
+        samples = folder / "samples"
+        audio = await self._services.audio.decode(folder / "upload", samples)
+        (folder / "upload").unlink()
         self._upload.close()
         self._space = self._services.upload_admission.enter(audio.samples * SAMPLE_SIZE)
         self._use = self._model.use()
@@ -133,8 +134,8 @@ class Hearing:
             if place is not None:
                 place.leave()
         self._upload.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.close()
 
     @property
     def _answering(self) -> ServedModel:

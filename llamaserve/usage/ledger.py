@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from llamaserve.usage.damage import remedy, what_is_wrong
 from llamaserve.usage.database import Database
 from llamaserve.usage.record import UsageRecord
 from llamaserve.usage.retention import BATCH, Retention
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 1000  # records in a transaction
 _RETRY: Final = 3.0  # seconds between two attempts while there is a problem
@@ -143,7 +146,7 @@ class Ledger:
                 self._tell(self._backlog.written(database.insert(records)))
             if self._retention is not None and self._retention.pause <= 0 and not self._backlog.closed:
                 self._retention.deleted(database.delete_before(self._retention.cutoff, BATCH))
-        except (sqlite3.Error, OSError, LedgerUnavailable) as error:
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw must not end the thread
             self._close_database()
             self._retry_at = self._monotonic() + _RETRY
             self._tell(self._backlog.failed(self._described(error)))
@@ -163,9 +166,12 @@ class Ledger:
             self._database.close()
         self._database = None
 
-    def _described(self, error: sqlite3.Error | OSError | LedgerUnavailable) -> str:
+    def _described(self, error: Exception) -> str:
         if isinstance(error, LedgerUnavailable):
             return error.message
+        if not isinstance(error, sqlite3.Error | OSError):
+            logger.error("a bug keeps usage from being recorded", exc_info=error)
+            return f"{self._path} can't be written: {error!r}"
         return f"{self._path} can't be written: {what_is_wrong(error)}; try: {remedy(error, self._path)}"
 
     def _tell(self, waiters: Sequence[_Waiter]) -> None:

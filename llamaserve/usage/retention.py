@@ -1,7 +1,8 @@
 """When rows of the ledger are looked through for old ones, and which are old. Knows no database.
 
 A clock that is set forward, by mistake or by hand, must not delete what is new: while a server runs, its day is as late
-as the wall clock says, but no later than the time since its start allows.
+as the wall clock says, but no later than the time since its start allows. The clock of a small machine is often wrong
+until the network has told it the time, so nothing is deleted soon after the start.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 
 DAY: Final = 86400.0
 BATCH: Final = 500  # rows deleted at once, which takes a few milliseconds
+SETTLING: Final = 3600.0  # seconds after the start in which nothing is deleted
 _PAUSE: Final = 0.02  # seconds between two batches, in which others write
 
 
@@ -24,7 +26,7 @@ class Retention:
         self._wall = wall
         self._monotonic = monotonic
         self._start = wall(), monotonic()
-        self._next = self._start[1]
+        self._next = self._start[1] + SETTLING
 
     @property
     def pause(self) -> float:

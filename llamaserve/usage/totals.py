@@ -11,7 +11,7 @@ import contextlib
 import enum
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -108,6 +108,12 @@ def totals(
     if not rows and not grouped:
         return [Total()]
     return [_total(grouped, row) for row in rows]
+
+
+def added(found: Iterable[Total]) -> Total:
+    """Return the sum of some totals, without what they were grouped by."""
+    each = list(found)
+    return Total(**{name: sum(getattr(total, name) for total in each) for name in NUMBERS})
 
 
 def first_and_last(path: Path) -> tuple[float, float] | None:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from llamaserve.usage import backlog, database, ledger as ledger_module
 from llamaserve.usage.database import Database
 from llamaserve.usage.ledger import Ledger
 from llamaserve.usage.record import UsageRecord
-from llamaserve.usage.retention import DAY
+from llamaserve.usage.retention import DAY, SETTLING
 from llamaserve.usage.totals import totals
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -423,7 +424,32 @@ def test_two_ledgers_share_a_file(path: Path) -> None:
     assert sorted(ids(path)) == sorted(expected)
 
 
-def test_old_rows_are_deleted_at_the_start_and_records_come_between(
+def test_an_error_that_nobody_foresaw_is_told_and_does_not_end_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    insert, failures = Database.insert, [MemoryError("no room"), KeyError("what")]
+
+    def fail_at_first(opened: Database, records: Sequence[UsageRecord]) -> int:
+        if failures:
+            raise failures.pop()
+        return insert(opened, records)
+
+    monkeypatch.setattr(Database, "insert", fail_at_first)
+    monkeypatch.setattr(ledger_module, "_RETRY", 0.05)
+
+    async def run() -> None:
+        async with Ledger(path, None) as ledger:
+            await ledger.record(made(request_id="kept"))
+            assert "KeyError('what')" in str(ledger.problem)
+            await until(lambda: ledger.problem is None)
+            assert ledger.lost == 0
+
+    asyncio.run(run())
+    assert ids(path) == ["kept"]
+    assert "Traceback" in caplog.text
+
+
+def test_old_rows_are_deleted_after_the_start_and_records_come_between(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_800_000_000.0
@@ -435,8 +461,9 @@ def test_old_rows_are_deleted_at_the_start_and_records_come_between(
     delete, insert = Database.delete_before, Database.insert
 
     async def run() -> None:
-        loop = asyncio.get_running_loop()
-        ledger = Ledger(path, 10, wall=lambda: now)
+        loop, waited = asyncio.get_running_loop(), [0.0]
+        ledger = Ledger(path, 10, wall=lambda: now, monotonic=lambda: time.monotonic() + waited[0])
+        waited[0] = SETTLING
 
         def delete_and_record(opened: Database, moment: float, most: int) -> int:
             deleted = delete(opened, moment, most)
@@ -480,8 +507,11 @@ def test_a_wall_clock_that_jumps_deletes_nothing(path: Path, monkeypatch: pytest
 
     async def run() -> None:
         async with Ledger(path, 10, wall=lambda: wall[0], monotonic=lambda: monotonic[0]) as ledger:
-            await until(lambda: len(looked) == 1)
             await ledger.record(made(at=wall[0]))
+            assert not looked
+            monotonic[0] += SETTLING
+            await ledger.record(made(at=wall[0]))
+            await until(lambda: len(looked) == 1)
             wall[0] += 5000 * DAY
             await ledger.record(made(at=wall[0]))
             assert len(looked) == 1
@@ -490,8 +520,8 @@ def test_a_wall_clock_that_jumps_deletes_nothing(path: Path, monkeypatch: pytest
             await until(lambda: len(looked) == 2)
 
     asyncio.run(run())
-    assert looked == [1_800_000_000.0 - 10 * DAY, 1_800_000_000.0 - 9 * DAY]
-    assert len(ids(path)) == 3
+    assert looked == [1_800_000_000.0 - 10 * DAY, 1_800_000_000.0 + SETTLING - 9 * DAY]
+    assert len(ids(path)) == 4
 
 
 def test_without_retention_nothing_is_deleted(path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, strategies as st
 
-from llamaserve.usage.retention import BATCH, DAY, Retention
+from llamaserve.usage.retention import BATCH, DAY, SETTLING, Retention
 
 NOW = 1_800_000_000.0
 
@@ -27,9 +27,11 @@ class Clocks:
         self.monotonic += seconds
 
 
-def test_rows_are_looked_through_at_the_start_in_batches_and_then_once_a_day() -> None:
+def test_rows_are_looked_through_an_hour_after_the_start_in_batches_and_then_once_a_day() -> None:
     clocks = Clocks()
     retention = clocks.retention(10)
+    assert retention.pause == SETTLING
+    clocks.wait(SETTLING)
     assert retention.pause <= 0
     retention.deleted(BATCH)
     assert 0 < retention.pause < 1
@@ -48,6 +50,16 @@ def test_a_wall_clock_that_jumps_does_not_change_when_rows_are_looked_through(ju
     retention.deleted(0)
     clocks.wall += jump
     assert retention.pause == DAY
+
+
+def test_a_clock_that_is_ahead_at_the_start_and_put_right_deletes_nothing_new() -> None:
+    clocks = Clocks(wall=NOW + 500 * DAY)
+    retention = clocks.retention(400)
+    clocks.wait(60)
+    clocks.wall -= 500 * DAY
+    clocks.wait(SETTLING)
+    assert retention.pause <= 0
+    assert retention.cutoff == NOW + 60 + SETTLING - 400 * DAY
 
 
 @given(st.lists(st.tuples(st.floats(0, 40 * DAY), st.floats(-1e9, 1e9)), max_size=20))
