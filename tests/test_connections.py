@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,10 +26,17 @@ class Server:
     async def __aenter__(self) -> tuple[str, int]:
         import uvicorn
 
-        async def app(scope: dict[str, object], receive: object, send: object) -> None:
+        async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
             await asyncio.sleep(self.answer)
-            await send({"type": "http.response.start", "status": 204, "headers": []})  # type: ignore[operator]
-            await send({"type": "http.response.body"})  # type: ignore[operator]
+            body = b""
+            while scope["path"] == "/echo":
+                message = await receive()
+                body += message["body"]
+                if not message["more_body"]:
+                    break
+            length = [(b"content-length", str(len(body)).encode())] if body else []
+            await send({"type": "http.response.start", "status": 200 if body else 204, "headers": length})
+            await send({"type": "http.response.body", "body": body})
 
         config = uvicorn.Config(app, http=connections.Connection, lifespan="off", log_config=None, ws="none")
         self.server = uvicorn.Server(config)
@@ -125,6 +133,82 @@ def test_the_rest_of_a_body_after_its_answer_is_no_head() -> None:
             answers += await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
             assert answers.count(b"HTTP/1.1 204") == 2
             writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 100000000", b"Transfer-Encoding: chunked"])
+def test_the_rest_of_a_body_after_its_answer_is_not_waited_for_long(
+    head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "REST_LIMIT", 0.5)
+
+    async def run() -> None:
+        async with Server() as address:
+            pieces = [b"GET / HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n", *[b"1"] * 30]
+            seconds, data = await seconds_until_closed(address, *pieces, pause=0.05)
+            assert data.startswith(b"HTTP/1.1 204") or not data
+            assert 0.4 < seconds < 3
+
+    asyncio.run(run())
+
+
+def test_the_rest_of_a_body_after_its_answer_is_not_taken_at_any_length() -> None:
+    async def run() -> None:
+        async with Server() as address:
+            head = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+            seconds, data = await seconds_until_closed(address, head, *[b"x" * 100_000] * 40)
+            assert data.startswith(b"HTTP/1.1 204") or not data
+            assert seconds < 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("cut", [None, 1, 7])
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_a_client_that_offers_another_protocol_has_its_body_read(protocol: bytes, cut: int | None) -> None:
+    """As Java's client does with every request."""
+    body = b'{"prompt": "upgrade: h2c"}'
+    request = b"POST /echo HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: %d\r\n" % len(body)
+    request += b"Host: localhost\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUPGRADE: %s\r\n\r\n%s" % (protocol, body)
+    size = cut or len(request)
+    pieces = [request[start : start + size] for start in range(0, len(request), size)]
+
+    async def run() -> None:
+        async with Server() as address:
+            reader, writer = await asyncio.open_connection(*address)
+            for _ in range(2):
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0.001)
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+                assert head.startswith(b"HTTP/1.1 200")
+                assert await asyncio.wait_for(reader.readexactly(len(body)), 10) == body
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_requests_that_come_together_are_all_answered() -> None:
+    async def run() -> None:
+        async with Server() as address:
+            seconds, data = await seconds_until_closed(
+                address, REQUEST + b"\r\n" + REQUEST + REQUEST[:20], REQUEST[20:]
+            )
+            assert data.count(b"HTTP/1.1 204") == 3
+            assert seconds < 8
+
+    asyncio.run(run())
+
+
+def test_what_is_no_http_is_refused_at_once() -> None:
+    async def run() -> None:
+        async with Server() as address:
+            for data in (b"\x16\x03\x01\x02\x00", b"\x00" * 100, b"get / HTTP/1.1\r\n"):
+                seconds, answer = await seconds_until_closed(address, data)
+                assert answer.startswith(b"HTTP/1.1 400")
+                assert seconds < 0.4
 
     asyncio.run(run())
 
