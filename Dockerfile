@@ -48,6 +48,6 @@ USER llamaserve
 WORKDIR /home/llamaserve
 VOLUME ["/cache", "/state"]
 EXPOSE 5000
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["python", "-c", "import http.client, os; server = http.client.HTTPConnection('127.0.0.1', int(os.environ['LLAMASERVE_PORT']), timeout=5); server.request('GET', '/health'); raise SystemExit(server.getresponse().status != 200)"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["python", "-m", "llamaserve.service.health"]
 ENTRYPOINT ["llamaserve"]
 CMD ["run"]

@@ -34,7 +34,7 @@ def create(
         bool, typer.Option("--admin", help="May change the server: load, fetch and delete models.")
     ] = False,
     concurrent: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
-    queue: Annotated[int | None, typer.Option(help="Requests that may wait beside those.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait beside those.  [default: 64]")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="Requests a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens a minute, of prompts and answers.")] = None,
     keys_file: KeysFile = None,

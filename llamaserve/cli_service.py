@@ -158,10 +158,14 @@ def _install(manager: Manager, definition: Definition, settings: Settings, file:
 
 
 def _require_address(manager: Manager, settings: Settings) -> None:
-    """Raise what ``serve`` would say of the keys, the address and the port, unless the service itself listens there."""
+    """Raise what ``serve`` would say of keys, names, certificate, address and port, unless the service itself listens
+    there.
+    """
     from llamaserve.listening import listen, refuse_the_world
-    from llamaserve.serving import make_keys
+    from llamaserve.serving import check_names, make_keys, tls_context
 
+    check_names(settings)
+    tls_context(settings)
     keys, url = make_keys(settings), status_of(manager).url
     ours = url is not None and url.endswith(f":{settings.port}")
     sockets = listen(settings.host, 0 if ours else settings.port)

@@ -76,8 +76,8 @@ def serve_forever(
     """
     AppStatus.enable_automatic_graceful_drain = False  # streams end once we say so
     raise_limit_of_open_files()
-    _check_names(settings)
-    tls = _tls(settings)
+    check_names(settings)
+    tls = tls_context(settings)
     notifier = Notifier.of(os.environ)
     sockets = listen(settings.host, settings.port)
     try:
@@ -183,7 +183,7 @@ async def _serve(
         companion.result()
 
 
-def _check_names(settings: Settings) -> None:
+def check_names(settings: Settings) -> None:
     """Raise if a host or an origin that is allowed can't be one."""
     for setting, values, problem_of in (
         ("allowed_hosts", settings.allowed_hosts, host_problem),
@@ -194,7 +194,7 @@ def _check_names(settings: Settings) -> None:
                 raise LlamaserveError(f"setting {setting}: {value!r} {problem}", hint="llamaserve run --help")
 
 
-def _tls(settings: Settings) -> ssl.SSLContext | None:
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """Return what speaks TLS with the certificate of the settings, if they have one."""
     if settings.ssl_certfile is None:
         if settings.ssl_keyfile is not None:

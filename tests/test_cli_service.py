@@ -115,6 +115,9 @@ def test_paths_become_absolute(machine: Machine, starter_model: Path) -> None:
         (["--memory", "much"], "memory"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
         (["--log-level", "loud"], "log_level"),
+        (["--allowed-host", "a b"], "allowed_hosts"),
+        (["--cors-origin", "example.com/page"], "cors_origins"),
+        (["--ssl-certfile", "absent.pem"], "TLS can't be spoken"),
         (["--", "-m.gguf"], "-m"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 
@@ -27,6 +28,24 @@ def test_a_line_for_people_has_the_facts_behind_the_words() -> None:
 def test_facts_can_not_begin_a_line_or_change_the_terminal(text: str) -> None:
     line = logs.HumanLines(logs._HUMAN).format(record("words", path=text))
     assert line.isprintable()
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\n2026-11-27 INFO forged", "\x1b[31mred", "a\u2028b", "tab\there"])
+def test_words_can_not_begin_a_line_or_change_the_terminal(text: str) -> None:
+    line = logs.HumanLines(logs._HUMAN).format(record("GET %s failed", text))
+    assert line.isprintable()
+    assert line.endswith(" failed")
+
+
+def test_what_went_wrong_is_on_lines_of_its_own() -> None:
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        told = logging.LogRecord("llamaserve.test", logging.ERROR, "f", 1, "a\nbug", None, sys.exc_info())
+    head, *rest = logs.HumanLines(logs._HUMAN).format(told).splitlines()
+    assert head.endswith(r"a\nbug")
+    assert rest[0].startswith("Traceback")
+    assert rest[-1] == "ValueError: bad"
 
 
 def test_a_line_for_programs_is_an_object() -> None:

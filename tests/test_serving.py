@@ -13,6 +13,7 @@ from running_server import RunningServer
 
 from llamaserve.registry.saved_prefixes import saved_prefixes_folder
 from llamaserve.registry.spec import load_registry
+from llamaserve.service.health import healthy_at
 from llamaserve.serving import make_pool
 from llamaserve.settings import Settings
 
@@ -108,6 +109,9 @@ def test_tls(no_models: Path, tmp_path: Path, apart: bool) -> None:
         assert httpx.get(running.url + "/v1/models", verify=context).json()["data"] == []
         with pytest.raises(httpx.HTTPError):
             httpx.get(running.url.replace("https", "http") + "/v1/models")
+        port = int(running.url.rpartition(":")[2])
+        assert healthy_at("127.0.0.1", port) == running.url
+    assert healthy_at("127.0.0.1", port) is None
 
 
 def test_a_key_with_a_password_is_refused_rather_than_asked_for(no_models: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from llamaserve.keys.watched import WatchedKeys
 
 _HEALTH: Final = ("/health", "/v1/internal/health")
 _LINK: Final = re.compile(r"/v1/images/files/[\w.-]+")  # whose name nobody can guess: whoever has it may follow it
+_MOST: Final = 4  # keys in one request, each of which is compared with all that the server has
 _NAMES: Final = ("x-api-key", "api-key")
 
 
@@ -70,13 +71,13 @@ class KeyGate:
 
 
 def _presented(headers: Headers) -> list[bytes]:
-    """Return what a request brings as keys."""
+    """Return what a request brings as keys, as far as it is looked at."""
     secrets = [value for name in _NAMES for value in headers.getlist(name)]
     for value in headers.getlist("authorization"):
         scheme, _, credentials = value.partition(" ")
         if scheme.lower() == "bearer":
             secrets.append(credentials)
-    return [secret.strip().encode("latin-1") for secret in secrets if secret.strip()]
+    return [secret.strip().encode("latin-1") for secret in secrets if secret.strip()][:_MOST]
 
 
 def _is_open(path: str) -> bool:

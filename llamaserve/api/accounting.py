@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaserve.api.caller import EVERYBODY, Caller, caller
 from llamaserve.api.metrics import Metrics
 from llamaserve.api.tracing import Tracing
+from llamaserve.errors import RateLimitExceeded
 from llamaserve.keys.allowance import Allowance, Allowances, Bucket
 from llamaserve.usage.ledger import Ledger
 from llamaserve.usage.record import Outcome, UsageRecord
@@ -66,12 +67,12 @@ class Books:
         else:
             self.balanced.set()
 
-    async def enter(self, record: UsageRecord, traceparent: str | None) -> None:
-        """Return once the row is written. ``traceparent`` is the trace that the client began."""
+    async def enter(self, record: UsageRecord, traceparent: str | None, *, recorded: bool) -> None:
+        """Return once the row is written, if it shall be. ``traceparent`` is the trace that the client began."""
         self.metrics.request(record)
         if self._tracing is not None:
             self._tracing.request(record, traceparent)
-        if self.ledger is not None:
+        if self.ledger is not None and recorded:
             await self.ledger.record(record)
 
 
@@ -105,6 +106,7 @@ class Account:
         self._first_token: float | None = None
         self._last_token = self._began
         self._gaps: Histogram | None = None
+        self._recorded = True
         self._counts = self._entered = self._has_turn = self._settled = False
 
     @property
@@ -123,7 +125,11 @@ class Account:
         if self._books is not None:
             self._books.opened(1)
         if self.allowance is not None:
-            self.allowance.enter()
+            try:
+                self.allowance.enter()
+            except RateLimitExceeded:
+                self._recorded = self.allowance.records_refusal()
+                raise
             self._entered = True
 
     async def turn(self, model: str) -> None:
@@ -172,7 +178,8 @@ class Account:
         if self.allowance is not None:
             self.allowance.spend(self.prompt_tokens + self.completion_tokens)
         if self._books is not None:
-            await self._books.enter(self._record(outcome or _outcome_of(self.status)), self.traceparent)
+            record = self._record(outcome or _outcome_of(self.status))
+            await self._books.enter(record, self.traceparent, recorded=self._recorded)
 
     def close(self) -> None:
         """Let others of its key have its place."""

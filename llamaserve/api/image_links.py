@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import IO, Final, NamedTuple, Self
 
 from llamaserve.errors import Unavailable
 
@@ -51,7 +51,8 @@ class ImageLinks:
         self._space = space
         self._clock = clock
         self._lock = threading.Lock()
-        self._file = tempfile.TemporaryFile(prefix="llamaserve-images-", buffering=0)  # noqa: SIM115
+        self._file: IO[bytes] | None = None  # from the first picture on
+        self._closed = False
         self._places: dict[str, _Place] = {}  # the oldest first
         self._end = 0  # where the next one begins
         self._sweeping: asyncio.Task[None] | None = None
@@ -71,7 +72,9 @@ class ImageLinks:
         """Forget all pictures for good."""
         with self._lock:
             self._places.clear()
-            self._file.close()
+            self._closed = True
+            if self._file is not None:
+                self._file.close()
 
     def put(self, data: bytes, media_type: str) -> str:
         """Keep a picture, and return the last part of its link. Raises ``Unavailable`` when it can't be kept."""
@@ -79,7 +82,7 @@ class ImageLinks:
             raise Unavailable(f"the picture has {len(data)} bytes, and links are kept for {self._space} at most")
         name = f"{secrets.token_urlsafe(24)}.{media_type.rpartition('/')[2]}"
         with self._lock:
-            if self._file.closed:
+            if self._closed:
                 raise Unavailable("the server is being shut down")
             self._forget_old()
             if self._end + len(data) > self._space:
@@ -97,11 +100,14 @@ class ImageLinks:
             self._forget_old()
             if (place := self._places.get(name)) is None:
                 return None
+            assert self._file is not None
             data = os.pread(self._file.fileno(), place.size, place.start)
             return Kept(data, place.media_type, place.until - self._clock())
 
     def _write(self, data: bytes, start: int) -> None:
         try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="llamaserve-images-", buffering=0)  # noqa: SIM115
             written = 0
             while written < len(data):
                 written += os.pwrite(self._file.fileno(), data[written:], start + written)
@@ -115,7 +121,7 @@ class ImageLinks:
     def _forget_old(self) -> None:
         now = self._clock()
         self._places = {name: place for name, place in self._places.items() if place.until > now}
-        if not self._places and self._end and not self._file.closed:
+        if not self._places and self._end and self._file is not None and not self._closed:
             self._end = 0
             with contextlib.suppress(OSError):  # the next pictures write over them
                 self._file.truncate(0)

@@ -49,7 +49,9 @@ class RequestGate:
         limit = self._max_upload if is_form and scope["path"].startswith(_UPLOADS) else self._max_body
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
-            await _drain(receive, limit * _DRAIN_FACTOR, PATIENCE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE):
+                    await _drain(receive, limit * _DRAIN_FACTOR, PATIENCE)
             await refuse(scope, receive, send, _too_large(limit), drain=False)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}

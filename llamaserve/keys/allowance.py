@@ -17,6 +17,8 @@ from typing import Final
 from llamaserve.errors import RateLimitExceeded
 from llamaserve.keys.keyring import Key, Limits
 
+QUEUE: Final = 64  # requests that may wait for those at work, where nothing else is said
+_RECORDED: Final = 60  # refusals a minute
 _MINUTE: Final = 60.0  # seconds
 _SOON: Final = 1.0  # seconds after which somebody who waits may have gone
 
@@ -61,6 +63,7 @@ class Allowance:
         self.limits = Limits()
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
+        self._refusals = Bucket(_RECORDED, clock)
         self._open = 0  # requests
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -90,8 +93,8 @@ class Allowance:
     def enter(self) -> None:
         """Let a request in, which must ``leave``. Raises ``RateLimitExceeded``."""
         limits = self.limits
-        if limits.concurrent is not None and limits.queue is not None:
-            most = limits.concurrent + limits.queue
+        if limits.concurrent is not None:
+            most = limits.concurrent + (QUEUE if limits.queue is None else limits.queue)
             if self._open >= most:
                 raise self._refusal(f"has {most} requests under way or waiting, which is as many as it may", _SOON)
         if self.requests is not None and self.requests.level < 1:
@@ -107,6 +110,13 @@ class Allowance:
     def _refusal(self, what: str, seconds: float) -> RateLimitExceeded:
         wait = max(1, math.ceil(seconds))
         return RateLimitExceeded(f"the key {self._name} {what}; try again in {wait} s", retry_after=wait)
+
+    def records_refusal(self) -> bool:
+        """Tell whether a refusal is worth a record: a client that does not hear would fill the disk with them."""
+        if self._refusals.level < 1:
+            return False
+        self._refusals.take(1)
+        return True
 
     async def turn(self) -> None:
         """Wait until the request may be worked on, since others of the key are; those who came first are first. It must

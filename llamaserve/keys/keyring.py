@@ -30,8 +30,8 @@ _Number = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 class Limits(BaseModel):
     """What a key may use at most; None: as much as there is.
 
-    ``concurrent`` requests are worked on at once and ``queue`` more may wait for that; of requests and of tokens
-    (prompt and answer together) there may be so many a minute.
+    ``concurrent`` requests are worked on at once and ``queue`` more (None: 64) may wait for that; of requests and of
+    tokens (prompt and answer together) there may be so many a minute.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

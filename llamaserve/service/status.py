@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import psutil
 
+from llamaserve.service.health import healthy_at, url
 from llamaserve.service.manager import Manager
 
 RUNNING, NOT_RUNNING, NOT_INSTALLED = 0, 3, 4  # exit statuses, as of init scripts in the Linux Standard Base
-_ASKING = 5.0  # seconds for the server to answer
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
 
 
@@ -43,7 +41,8 @@ class Status(msgspec.Struct, frozen=True):
 def status_of(manager: Manager) -> Status:
     """Return how the service is. Its port is asked for its health."""
     state = manager.state()
-    since, url = (None, None) if state.pid is None else _process(state.pid)
+    since, address = (None, None) if state.pid is None else _process(state.pid)
+    healthy = None if address is None else healthy_at(*address)
     return Status(
         state.installed,
         state.enabled,
@@ -52,35 +51,18 @@ def status_of(manager: Manager) -> Status:
         manager.file,
         state.pid,
         since,
-        url,
-        url is not None and _answers(url),
+        healthy or (None if address is None else url("http", *address)),
+        healthy is not None,
     )
 
 
-def _process(pid: int) -> tuple[datetime | None, str | None]:
-    """Return since when a process runs, and the URL at which it listens."""
+def _process(pid: int) -> tuple[datetime | None, tuple[str, int] | None]:
+    """Return since when a process runs, and the address and port at which it listens, of IPv4 if it does."""
     try:
         process = psutil.Process(pid)
         since = datetime.fromtimestamp(int(process.create_time()), UTC)
         listening = [each.laddr for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     except psutil.Error:  # it has just ended, or is not ours to look at
         return None, None
-    return since, min((_url(address.ip, address.port) for address in listening), default=None, key=lambda u: "[" in u)
-
-
-def _url(address: str, port: int) -> str:
-    address = _EVERYWHERE.get(address, address)
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-
-
-def _answers(url: str) -> bool:
-    place = urlsplit(url)
-    assert place.hostname is not None
-    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=_ASKING)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    addresses = [(_EVERYWHERE.get(address.ip, address.ip), address.port) for address in listening]
+    return since, min(addresses, default=None, key=lambda address: ":" in address[0])

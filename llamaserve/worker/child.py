@@ -36,6 +36,7 @@ _LAST_WORDS = 5  # lines of standard error kept to explain an unexpected end
 # and it does not hold up every other program's threads on a busy one. No debugger is started when llama.cpp aborts.
 # Numpy needs no threads of its own.
 ENVIRONMENT: Final = {"GOMP_SPINCOUNT": "1000", "GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
+_SECRETS: Final = ("LLAMASERVE_API_KEY", "LLAMASERVE_ADMIN_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class Process(Protocol):
@@ -205,6 +206,11 @@ class Child:
             logger.warning("%s: %s", self.name, text)
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of a process that reads models: ours, but no secrets."""
+    return ENVIRONMENT | {name: value for name, value in os.environ.items() if name not in _SECRETS}
+
+
 def _command(descriptor: int) -> list[str]:
     return [sys.executable, "-P", "-m", "llamaserve.worker.host", str(descriptor)]
 
@@ -218,7 +224,7 @@ async def _execute(link: socket.socket) -> Process:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env=ENVIRONMENT | dict(os.environ),
+        env=environment(),
     )
     return _Program(process)
 

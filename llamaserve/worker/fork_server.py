@@ -22,7 +22,7 @@ from asyncio.subprocess import DEVNULL
 from typing import Final
 
 from llamaserve.errors import EngineCrashed, Unavailable
-from llamaserve.worker.child import ENVIRONMENT, Child, Process
+from llamaserve.worker.child import Child, Process, environment
 
 logger = logging.getLogger(__name__)
 
@@ -169,5 +169,5 @@ async def _execute(control: int) -> asyncio.subprocess.Process:
         stdin=DEVNULL,
         stdout=DEVNULL,
         stderr=None if sys.stderr is not None else DEVNULL,  # it may be closed
-        env=ENVIRONMENT | dict(os.environ),
+        env=environment(),
     )

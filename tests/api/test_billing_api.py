@@ -256,6 +256,8 @@ def test_a_key_stops_its_own_generations_only(shared: RunningServer) -> None:
         ({"start_date": "yesterday"}, "start_date"),
         ({"start_date": "2026-02-30"}, "start_date"),
         ({"start_date": "2026-01-02", "end_date": "2026-01-01"}, "end_date"),
+        ({"start_date": "bad", "end_date": "2026-01-01"}, "start_date"),
+        ({"start_date": "2026-01-01", "end_date": "bad"}, "end_date"),
         ({"group_by": "day,password"}, "group_by"),
         ({"group_by": "outcome"}, "group_by"),
         ({"start_date": "9" * 70}, "start_date"),
@@ -285,6 +287,28 @@ def test_what_the_former_dashboard_had(shared: RunningServer) -> None:
     plan = httpx.get(f"{shared.url}{DASHBOARD}/subscription", headers=headers).json()
     assert plan["hard_limit_usd"] - usage["total_usage"] / 100 > 0
     assert plan["account_name"] == "admin-key"
+
+
+def test_a_bill_adds_up_while_requests_go_on(shared: RunningServer) -> None:
+    done = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=shared.url, headers={"x-api-key": ALICE}) as client:
+            while not done.is_set():
+                assert client.post("/v1/internal/encode", json={"text": "a"}).status_code == 200
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            bill = billed(shared, ADMIN, group_by="key,endpoint")
+            for part in ("requests", "prompt_tokens", "completion_tokens"):
+                assert bill[part] == sum(row[part] for row in bill["data"])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_without_records_the_bill_says_so(folder: Path) -> None:

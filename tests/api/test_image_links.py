@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,21 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_full_disk_keeps_no_server_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with kept() as links:
+        assert links.get("anything.png") is None
+        with pytest.raises(Unavailable, match="No space left"):
+            links.put(b"a picture", "image/png")
+        monkeypatch.undo()
+        found = links.get(links.put(b"a picture", "image/png"))
+        assert found is not None
+        assert found.data == b"a picture"
 
 
 def test_a_picture_is_kept_for_an_hour() -> None:

@@ -86,6 +86,12 @@ def test_a_key_may_stand_where_clients_put_it(locked_server: RunningServer, head
     assert health["models"] == {"smollm2-135m": "loaded"}
 
 
+def test_only_some_of_many_keys_in_a_request_are_looked_at(locked_server: RunningServer) -> None:
+    for guesses, status in ((3, 200), (4, 401), (500, 401)):
+        headers = [*([("api-key", "guess")] * guesses), ("authorization", f"Bearer {API}")]
+        assert httpx.get(locked_server.url + "/v1/models", headers=headers).status_code == status
+
+
 def test_what_changes_the_server_needs_an_admin_key(locked_server: RunningServer) -> None:
     for each in sorted(ADMINS - {"GET /v1/internal/events"}):
         method, path = each.split()

@@ -80,6 +80,8 @@ def test_metrics_count_what_was_asked(seen: RunningServer) -> None:
     assert after["llamaserve_model_memory_bytes", "host", "smollm2"] > 50e6
     assert after["llamaserve_event_loop_lag_seconds_count",] > 5
     assert after["process_resident_memory_bytes",] > 1e7
+    assert after["llamaserve_requests_open",] == after["llamaserve_requests_waiting",] == 0
+    assert not any(name[0].endswith("_created") for name in after)
     wait_until(lambda: values(seen)["llamaserve_kv_cells_used", "smollm2"] > 0)
     guessed, right = (after[f"llamaserve_{kind}_tokens_total", "smollm2"] for kind in ("drafted", "accepted_draft"))
     assert guessed >= right >= 0
@@ -121,6 +123,12 @@ def test_a_path_can_not_forge_a_line(seen: RunningServer) -> None:
     wait_until(lambda: any("%0A" in line["path"] for line in lines(seen)))
     assert not any(SECRET in line for line in seen.lines)
     assert all(line["level"] == "info" for line in lines(seen))
+
+
+def test_the_name_of_a_picture_is_nobodys_business(seen: RunningServer) -> None:
+    httpx.get(seen.url + "/v1/images/files/some-name-that-is-a-secret.png")
+    wait_until(lambda: any(line["path"] == "/v1/images/files/…" for line in lines(seen)))
+    assert not any("some-name" in line for line in seen.lines)
 
 
 def test_health_is_not_what_a_log_is_full_of(seen: RunningServer) -> None:

@@ -22,6 +22,7 @@ LIMITS = {
     "free": Limits(),
     "few-tokens": Limits(tokens_per_minute=60),
     "few-requests": Limits(requests_per_minute=2),
+    "unheard": Limits(requests_per_minute=1),
     "one-by-one": Limits(concurrent=1, queue=1),
 }
 
@@ -83,6 +84,18 @@ def test_requests_a_minute(limited: RunningServer, headers: dict[str, dict[str, 
     assert remaining == ["1", "0"]
     for path, body in ((COMPLETIONS, TINY), (CHAT, {}), ("/v1/embeddings", {}), ("/v1/internal/encode", {"text": "a"})):
         assert 1 <= assert_limited(limited.post(path, body, headers=headers["few-requests"])) <= 30
+
+
+def test_a_client_that_does_not_hear_does_not_fill_the_ledger(
+    limited: RunningServer, headers: dict[str, dict[str, str]]
+) -> None:
+    with httpx.Client(base_url=limited.url, headers=headers["unheard"]) as client:
+        assert client.post(COMPLETIONS, json=TINY, timeout=60).status_code == 200
+        for _ in range(150):
+            assert_limited(client.post(COMPLETIONS, json=TINY))
+        (refused,) = client.get("/v1/billing/usage").json()["unanswered"]
+    assert refused["outcome"] == "refused"
+    assert 60 <= refused["requests"] < 100  # and one more each second
 
 
 def test_one_request_after_the_other(limited: RunningServer, headers: dict[str, dict[str, str]]) -> None:

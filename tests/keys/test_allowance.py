@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from simulated_clock import SimulatedClock
 
 from llamaserve.errors import RateLimitExceeded
-from llamaserve.keys.allowance import Allowance, Allowances, Bucket
+from llamaserve.keys.allowance import QUEUE, Allowance, Allowances, Bucket
 from llamaserve.keys.keyring import Key, Limits
 
 
@@ -91,6 +91,22 @@ def test_a_refused_request_costs_nothing() -> None:
     assert allowance.requests.level == 9
     allowance.leave()
     allowance.enter()
+
+
+def test_a_queue_has_an_end_where_nothing_is_said_of_it() -> None:
+    allowance = Allowance(key(concurrent=2))
+    for _ in range(2 + QUEUE):
+        allowance.enter()
+    with pytest.raises(RateLimitExceeded, match="66 requests under way or waiting"):
+        allowance.enter()
+
+
+def test_refusals_are_recorded_up_to_a_number_a_minute() -> None:
+    clock = SimulatedClock()
+    allowance = Allowance(key(requests_per_minute=1), clock)
+    assert [allowance.records_refusal() for _ in range(1000)].count(True) == 60
+    clock.now += 1
+    assert [allowance.records_refusal() for _ in range(1000)].count(True) == 1
 
 
 def test_turns_are_in_order_and_as_many_as_may_at_once() -> None:

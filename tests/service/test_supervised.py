@@ -17,7 +17,7 @@ from child_processes import listening
 from running_server import wait_until
 from unit_supervisor import Supervisor, Unit
 
-from llamaserve.service import status as status_module
+from llamaserve.service import health
 from llamaserve.service.definition import STOP_LIMIT, Definition
 from llamaserve.service.manager import State
 from llamaserve.service.status import NOT_INSTALLED, NOT_RUNNING, RUNNING, status_of
@@ -154,7 +154,7 @@ def test_the_exit_status_says_if_it_runs() -> None:
 def test_the_url_is_where_the_process_listens(
     addresses: tuple[str, ...], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_module, "_ASKING", 0.1)  # nobody answers
+    monkeypatch.setattr(health, "_ASKING", 0.1)  # nobody answers
     port = free_port()
     with listening(port, *addresses) as pid:
         status = status_of(Managed(State(True, True, True, pid, "running")))

@@ -23,7 +23,7 @@ from child_processes import model_processes
 from llamaserve.engine.params import Generation, LoadParams, Sampling
 from llamaserve.errors import EngineCrashed, ModelLoadFailed, Unavailable
 from llamaserve.worker import fork_server, fork_server_main
-from llamaserve.worker.child import Child
+from llamaserve.worker.child import Child, environment
 from llamaserve.worker.fork_server import ForkServer
 from llamaserve.worker.process import WorkerProcess
 from llamaserve.worker.spare import Spares
@@ -352,3 +352,13 @@ def test_a_fork_that_the_system_refuses_is_an_error(monkeypatch: pytest.MonkeyPa
     server._leave()
     for each in (*pair, channel):
         each.close()
+
+
+def test_no_secret_is_in_the_environment_of_a_process_that_reads_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMASERVE_API_KEY", "sk-1")
+    monkeypatch.setenv("HF_TOKEN", "hf-1")
+    monkeypatch.setenv("HF_HOME", "/models")
+    found = environment()
+    assert found["HF_HOME"] == "/models"
+    assert found["GOMP_SPINCOUNT"] == os.environ.get("GOMP_SPINCOUNT", "1000")
+    assert not {"LLAMASERVE_API_KEY", "HF_TOKEN"} & found.keys()
