@@ -115,9 +115,6 @@ def test_paths_become_absolute(machine: Machine, starter_model: Path) -> None:
         (["--memory", "much"], "memory"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
         (["--log-level", "loud"], "log_level"),
-        (["--allowed-host", "a b"], "allowed_hosts"),
-        (["--cors-origin", "example.com/page"], "cors_origins"),
-        (["--ssl-certfile", "absent.pem"], "TLS can't be spoken"),
         (["--", "-m.gguf"], "-m"),
     ],
 )
@@ -130,6 +127,25 @@ def test_what_serve_refuses_is_refused_before_anything_is_written(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert machine.untouched()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("LLAMASERVE_ALLOWED_HOSTS=a b", "allowed_hosts"),
+        ("LLAMASERVE_CORS_ORIGINS=example.com/page", "cors_origins"),
+        ("LLAMASERVE_SSL_CERTFILE=/absent.pem", "TLS can't be spoken"),
+        ("LLAMASERVE_KEYS_FILE=/absent.yaml", "there is no file"),
+    ],
+)
+def test_what_serve_refuses_of_the_environment_file_is_refused(
+    machine: Machine, models: Path, line: str, message: str
+) -> None:
+    machine.settings(f"{line}\n")
+    done = machine("install", "--port", machine.port)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not machine.unit.exists()
 
 
 def test_a_port_that_another_program_has_is_refused(machine: Machine, models: Path) -> None:
