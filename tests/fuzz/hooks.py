@@ -130,13 +130,24 @@ def filter_failure(context: HookContext, failure: Failure, case: Case, response:
     """Drop what is no failure of this API."""
     error = _error(response)
     if isinstance(failure, ServerError):  # status and code are documented, which other checks look at; but no bug is
-        return error.get("code") in (None, "internal_error", "engine_crashed", "engine_error", "model_quarantined")
+        hung = error.get("code") == "time_limit_exceeded" and not _limits_itself(case)
+        return hung or error.get("code") in (
+            None,
+            "internal_error",
+            "engine_crashed",
+            "engine_error",
+            "model_quarantined",
+        )
     if isinstance(failure, RejectedPositiveData):
         return REFUSED.search(error.get("message", "")) is None
     if isinstance(failure, AcceptedNegativeData):
         # A form has nothing but texts and files: once it is sent, most of what is wrong looks like what is right.
         return case.media_type != "multipart/form-data" and not _is_meant(case)
     return True
+
+
+def _limits_itself(case: Case) -> bool:
+    return isinstance(case.body, dict) and "time_limit" in case.body
 
 
 def _error(response: Response) -> dict[str, Any]:

@@ -18,11 +18,17 @@ PROGRAM = "from schemathesis.cli import schemathesis; schemathesis()"
 COSTLY = r"/v1/(audio|images)/|/v1/internal/model/(load|unload|download|delete)"  # in a short run
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return int(found[1])
+
+
 @pytest.mark.timeout(0)
 def test_schemathesis_finds_nothing(fuzzed_server: RunningServer, minutes: float, tmp_path: Path) -> None:
-    seconds = round(minutes * 30)  # half of the time
-    options = ["--max-time", str(seconds), "--seed", str(SEED if minutes < 2 else random.randrange(2**31))]
-    if minutes < 2:
+    seconds = round(minutes * 60)
+    options = ["--max-time", str(seconds), "--seed", str(SEED if minutes < 1 else random.randrange(2**31))]
+    if minutes < 1:
         options += ["--max-examples", "3", "--exclude-path-regex", COSTLY]
     command = [sys.executable, "-c", PROGRAM, "--config-file", str(HERE / "schemathesis.toml"), "run"]
     done = subprocess.run(
@@ -34,8 +40,7 @@ def test_schemathesis_finds_nothing(fuzzed_server: RunningServer, minutes: float
         timeout=seconds + 120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"(\d+) generated", done.stdout)
-    assert found is not None
-    assert int(found[1]) > 300
+    assert _number(r"(\d+) generated", done.stdout) > 300
+    assert _number(r"Tested: (\d+)", done.stdout) == _number(r"Selected: (\d+)/", done.stdout)
     assert not [line for line in fuzzed_server.lines if "Traceback" in line]
     assert fuzzed_server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
