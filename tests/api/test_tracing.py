@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,6 +94,18 @@ def test_each_request_has_a_span_in_the_trace_of_its_client(
     assert [event.name for event in streamed.events] == ["first token"]
     assert attributes(refused)["error.type"] == "refused"
     assert not any(b"secret" in body for body in collector.bodies)
+
+
+def test_a_collector_that_does_not_answer_keeps_no_server_from_ending(starter_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(f"models: {{smollm2: {{source: 'file:{starter_model}', context: 512}}}}\n")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        environment = {"LLAMASERVE_TRACING": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": address}
+        with RunningServer("serve", "smollm2", "--models-file", str(path), environment=environment) as server:
+            assert server.post(COMPLETIONS, TINY).status_code == 200
+            began = time.monotonic()
+        assert time.monotonic() - began < 8  # OpenTelemetry itself would wait for ten seconds and more
 
 
 def test_without_its_packages_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
