@@ -116,8 +116,9 @@ class FrameStream(asyncio.Protocol):
         self._check_end()
 
     def write(self, payload: bytes) -> None:
-        """Queue one frame; ``drain`` waits until the peer keeps up."""
-        self._transport.write(_framed(payload))
+        """Queue one frame; ``drain`` waits until the peer keeps up. That it is gone is told to who reads or drains."""
+        if not self._transport.is_closing():  # uvloop's raises a RuntimeError then
+            self._transport.write(_framed(payload))
 
     async def drain(self) -> None:
         """Wait while the peer is slower than the writes."""

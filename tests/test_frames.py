@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+import uvloop
 from hypothesis import given, settings, strategies as st
 
 from llamaserve import frames
@@ -254,3 +255,21 @@ def test_a_stream_waits_for_a_peer_that_does_not_read() -> None:
             await link.drain()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_who_writes_to_a_peer_that_is_gone_hears_it_by_reading(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        link = await FrameStream.open(ours)
+        theirs.close()
+        await asyncio.sleep(0.05)  # until the loop has seen it
+        link.write(b"x")
+        assert await link.read() is None
+        with pytest.raises(ConnectionError):
+            await link.drain()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
