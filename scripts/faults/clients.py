@@ -60,7 +60,7 @@ class Crowd:
         return httpx.AsyncClient(base_url=self.server.url, timeout=None, verify=NO_TLS, **options)  # noqa: S113
 
     def any_question(self, *, streams: bool = False) -> Question:
-        """Return a question, of those that clients ask more often rather one that is."""
+        """Return a question at random; some are asked more often than others."""
         among = [each for each in self.asked if each.can_stream or not streams]
         return self.random.choices(among, [each.often for each in among])[0]
 

@@ -522,15 +522,15 @@ class Dice:
     def __init__(self, server: Server, dice: random.Random, act: Act) -> None:
         without = impossible(server).keys() | _SPARED[act]
         self._random = dice
-        self._faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
-        self._first = [fault for fault, _ in self._faults]
+        self.faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
+        self._first = [fault for fault, _ in self.faults]
         self._random.shuffle(self._first)
 
     def next(self) -> Fault:
         """Return the next fault."""
         if self._first:
             return self._first.pop()
-        return self._random.choices([fault for fault, _ in self._faults], [weight for _, weight in self._faults])[0]
+        return self._random.choices([fault for fault, _ in self.faults], [weight for _, weight in self.faults])[0]
 
 
 async def make(world: World, fault: Fault) -> None:

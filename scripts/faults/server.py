@@ -39,7 +39,7 @@ _WORDS = 400  # lines of the log that are kept
 _READY = "API docs"  # what it says last of its start
 _BUG_LINES = 40  # lines of it that are evidence of one bug
 _LONGEST_LINE = 16 * 1024 * 1024
-_BUG = re.compile(
+BUG = re.compile(
     r"Traceback \(most recent call last\)|was never (retrieved|awaited)|Task was destroyed"
     r"|was ended by (?!SIGKILL)|ended with exit code|GGML_ASSERT|Fatal Python error|terminate called"  # nobody did that
 )
@@ -261,7 +261,7 @@ class Server:
                 if follow:
                     self.bugs[-1] += f"\n{self.words[-1]}"
                     follow -= 1
-                elif _BUG.search(self.words[-1]):
+                elif BUG.search(self.words[-1]):
                     self.bugs.append("\n".join(list(self.words)[-2:]))
                     follow = _BUG_LINES
 

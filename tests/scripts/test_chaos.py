@@ -25,7 +25,7 @@ from faults.mischief import ACTS, Dice, kill_model, lock_state_folder, restart
 from faults.questions import Question, questions
 from faults.recording import speech
 from faults.rows import Row, check_rows, check_sums, read_rows
-from faults.server import _BUG, Server, Weights
+from faults.server import BUG, Server, Weights
 from faults.vitals import API, MODEL, RENDERER, Lives, Process, Vitals, files_in, superfluous
 from usage_records import made
 
@@ -387,11 +387,11 @@ def test_the_longest_life_of_each_kind_is_known(lives: Lives) -> None:
     ],
 )
 def test_lines_of_crashes_that_nobody_made(line: str) -> None:
-    assert _BUG.search(line)
+    assert BUG.search(line)
 
 
 def test_a_killed_process_is_no_such_line() -> None:
-    assert not _BUG.search("ERROR the process that ran talk was ended by SIGKILL; the request was not finished")
+    assert not BUG.search("ERROR the process that ran talk was ended by SIGKILL; the request was not finished")
 
 
 def test_each_act_has_its_faults_once_first(tmp_path: Path) -> None:
@@ -399,9 +399,8 @@ def test_each_act_has_its_faults_once_first(tmp_path: Path) -> None:
     first = {}
     for act in ACTS:
         dice = Dice(server, random.Random(1), act)
-        count = len(dice._first)
-        first[act] = [dice.next() for _ in range(count)]
-        assert len(set(first[act])) == count
+        first[act] = [dice.next() for _ in dice.faults]
+        assert len(set(first[act])) == len(dice.faults)
     assert {restart, kill_model} <= set(first["ends"])
     assert set(first["crashes"]) < set(first["ends"]) - {restart, lock_state_folder}
     assert set(first["wear"]) < set(first["crashes"]) - {kill_model}
