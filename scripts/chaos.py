@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace) -> Plan:
     """Return what the command line asks for."""
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
     if options.short:
-        return Plan(seed, seconds=54.0, warm_up=5.0, round=9.0, clients=min(options.clients, 4), storm=12)
+        return Plan(seed, seconds=18.0, warm_up=5.0, round=6.0, clients=min(options.clients, 4), storm=12)
     if options.minutes <= 0 or options.clients < 1:
         raise SystemExit("error: --minutes and --clients must be more than nothing")
     return Plan(seed, seconds=60 * options.minutes, clients=options.clients)
@@ -70,7 +70,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     except subprocess.CalledProcessError as error:  # it has told why
         raise SystemExit(error.returncode) from None
-    say(f"seed {what.seed}: {what.seconds / 60:g} minutes of faults with {what.clients} clients")
+    say(f"seed {what.seed}: {what.seconds / 60:.1f} minutes of faults with {what.clients} clients")
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="llamaserve-chaos-") as folder:
         server = Server(Path(folder), weights, find_faketime(options.faketime))

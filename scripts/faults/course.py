@@ -95,9 +95,9 @@ class Course:
 
     async def _act(self, act: Act) -> None:
         self._say(f"act {act!r}")
-        dice, deadline = Dice(self.server, self._dice, act), time.monotonic() + self.plan.seconds / len(ACTS)
         if act != ACTS[0]:
             await self._round(0.0, self._warm_up)
+        dice, deadline = Dice(self.server, self._dice, act), time.monotonic() + self.plan.seconds / len(ACTS)
         while (left := deadline - time.monotonic()) > 0:
             lasting = self._lasting()
             await self._round(min(left, self.plan.round), partial(self._disorder, dice))

@@ -465,7 +465,7 @@ def test_a_short_run_finds_nothing_wrong(starter_model: Path, embedding_model: P
     assert done.returncode == 0, done.stderr
     found: Mapping[str, Any] = json.loads(report.read_text())
     assert found["passed"]
-    assert found["rounds"] >= 5
+    assert found["rounds"] >= 6
     assert found["longest_lives"]["small"]["readings"][2:]
     assert found["requests"]["answered"] > 100
     assert sum(found["faults"].values()) > 10
