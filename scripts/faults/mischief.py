@@ -499,6 +499,7 @@ _REPLACING: Sequence[Fault] = (edit_models, load, load_too_much)
 _WARMING: Sequence[Fault] = (change_keys, odd_bodies, malformed, storm, odd_bodies)
 _ENDS: frozenset[Fault] = frozenset({restart, kill_server, jump, lock_state_folder})  # the server
 _CRASHES: frozenset[Fault] = frozenset({kill_model, kill_fork_server, unload})  # a model's process
+_OWN: Mapping[Act, frozenset[Fault]] = {"ends": _ENDS, "crashes": _CRASHES, "wear": frozenset()}
 _SPARED: Mapping[Act, frozenset[Fault]] = {"ends": frozenset(), "crashes": _ENDS, "wear": _ENDS | _CRASHES}
 
 
@@ -517,7 +518,9 @@ def impossible(server: Server) -> dict[Fault, str]:
 
 
 class Dice:
-    """Decides which fault of an act comes next: first each comes once, in any order."""
+    """Decides which fault of an act comes next: first each comes once, in any order but for the very first, which is
+    one that the acts after this don't have.
+    """
 
     def __init__(self, server: Server, dice: random.Random, act: Act) -> None:
         without = impossible(server).keys() | _SPARED[act]
@@ -525,6 +528,9 @@ class Dice:
         self.faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
         self._first = [fault for fault, _ in self.faults]
         self._random.shuffle(self._first)
+        for fault in [each for each in self._first if each in _OWN[act]][:1]:
+            self._first.remove(fault)
+            self._first.append(fault)
 
     def next(self) -> Fault:
         """Return the next fault."""

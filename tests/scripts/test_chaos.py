@@ -401,6 +401,8 @@ def test_each_act_has_its_faults_once_first(tmp_path: Path) -> None:
         dice = Dice(server, random.Random(1), act)
         first[act] = [dice.next() for _ in dice.faults]
         assert len(set(first[act])) == len(dice.faults)
+    assert first["ends"][0] not in first["crashes"]
+    assert first["crashes"][0] not in first["wear"]
     assert {restart, kill_model} <= set(first["ends"])
     assert set(first["crashes"]) < set(first["ends"]) - {restart, lock_state_folder}
     assert set(first["wear"]) < set(first["crashes"]) - {kill_model}
