@@ -25,7 +25,7 @@ from faults import hostile
 from faults.calendar import NOTHING, Excuses
 from faults.clients import Crowd
 from faults.journal import Journal
-from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, VECTOR_MODEL
+from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, VECTOR_MODEL, Question
 from faults.server import ENDED, Down, Refused, Server, models_text
 from faults.vitals import AUDIO, FORK_SERVER, GRAMMARS, MODEL, RENDERER, role_of, session
 from llamaserve.errors import KeysError
@@ -323,11 +323,18 @@ async def lock_state_folder(world: World) -> None:
 
 
 async def _noticed(world: World) -> None:
-    """Have what keeps rows from being written last for a while; the server must notice, if there are rows to write."""
+    """Have what keeps rows from being written last for a while, and until a request is over; the server must notice, if
+    there was one to record.
+    """
     began, noticed = time.monotonic(), False
-    while time.monotonic() < began + _DISK_SECONDS:
-        noticed = noticed or (await _usage(world))["problem"] is not None
-        await asyncio.sleep(0.2)
+    asking = asyncio.ensure_future(world.crowd.ask(_brief_question(world)))
+    try:
+        while time.monotonic() < began + _DISK_SECONDS or not asking.done():
+            await asyncio.sleep(0.2)
+            noticed = noticed or (await _usage(world))["problem"] is not None
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     if not noticed and world.journal.answered_since(began):
         world.violate("usage can't be recorded, and /v1/internal/status does not tell", str(await _usage(world)))
 
@@ -423,10 +430,13 @@ async def change_keys(world: World) -> None:
             return
         world.server.secrets[name] = secret
         await _until_key(world, secret, 200)
-        question = next(each for each in world.crowd.asked if each.name == f"{SMALL_MODEL}/completion/0")
-        await world.crowd.ask(question, key=name)
+        await world.crowd.ask(_brief_question(world), key=name)
         revoke_key(path, name)
         await _until_key(world, secret, 401)
+
+
+def _brief_question(world: World) -> Question:
+    return next(each for each in world.crowd.asked if each.name == f"{SMALL_MODEL}/completion/0")
 
 
 async def _until_key(world: World, secret: str, status: int) -> None:
