@@ -1,6 +1,6 @@
 """Run the server with clients of every kind, have things go wrong, and check that nothing is lost, leaked or wrong.
 
-    make chaos                                   about eight minutes
+    make chaos                                   about nine minutes
     make chaos ARGS="--minutes 60"               an hour
     python scripts/chaos.py --seed 7             the faults of an earlier run again, as far as time allows
 
@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=6.0, help="time for faults; default: %(default)s")
     parser.add_argument("--seed", type=int, help="decides which faults come; default: another one each time")
     parser.add_argument("--clients", type=int, default=8, help="that ask all the time; default: %(default)s")
-    parser.add_argument("--short", action="store_true", help="about eighty seconds, as in `make test`")
+    parser.add_argument("--short", action="store_true", help="about two minutes, as in `make test`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything that was found, as JSON")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep what the server logs")
     parser.add_argument("--faketime", type=Path, metavar="FILE", help="libfaketime.so.1, if it is not where it belongs")
@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace) -> Plan:
     """Return what the command line asks for."""
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
     if options.short:
-        return Plan(seed, seconds=18.0, warm_up=5.0, round=6.0, clients=min(options.clients, 4), storm=12)
+        return Plan(seed, seconds=12.0, warm_up=5.0, round=4.0, clients=min(options.clients, 4), storm=8)
     if options.minutes <= 0 or options.clients < 1:
         raise SystemExit("error: --minutes and --clients must be more than nothing")
     return Plan(seed, seconds=60 * options.minutes, clients=options.clients)
