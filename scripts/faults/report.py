@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,14 @@ def summary(course: Course, *, interrupted: bool = False) -> Iterator[str]:
     yield f"event loop 99 of 100 times late by at most {findings.lag:g} s, in the longest life"
     for violation in journal.violations[:_SHOWN]:
         yield f"VIOLATION  after {violation.at:g} s, {violation.check}: {violation.what}"
-        yield from (f"           {line}" for line in violation.evidence.splitlines()[:_EVIDENCE])
+        yield from (f"           {line}" for line in _shortened(violation.evidence.splitlines()))
     verdict = f"{journal.outcomes['violations']} violations" if journal.failed else "no violation"
     yield f"verdict    {verdict}, and the run was interrupted" if interrupted else f"verdict    {verdict}"
+
+
+def _shortened(lines: Sequence[str]) -> Sequence[str]:
+    """Leave out what is in the middle: of a traceback its last lines tell most."""
+    return lines if len(lines) <= _EVIDENCE else [*lines[:2], "...", *lines[3 - _EVIDENCE :]]
 
 
 def write_report(path: Path, course: Course) -> None:

@@ -37,7 +37,8 @@ ENDED = (0, -signal.SIGTERM)  # exit statuses after SIGTERM: uvicorn passes the 
 _ENDING = 20.0  # seconds for what is left of a server to see that it is gone
 _WORDS = 400  # lines of the log that are kept
 _READY = "API docs"  # what it says last of its start
-_BUG_LINES = 40  # lines of it that are evidence of one bug
+_BUG_LINES = 200  # lines of it that are evidence of one bug, up to the next record
+_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:")
 _LONGEST_LINE = 16 * 1024 * 1024
 BUG = re.compile(
     r"Traceback \(most recent call last\)|was never (retrieved|awaited)|Task was destroyed"
@@ -258,12 +259,14 @@ class Server:
                 self.words.append(line.decode("utf-8", "replace").rstrip())
                 if _READY in self.words[-1]:
                     self._ready.set()
-                if follow:
+                if follow and not _RECORD.match(self.words[-1]):
                     self.bugs[-1] += f"\n{self.words[-1]}"
                     follow -= 1
-                elif BUG.search(self.words[-1]):
-                    self.bugs.append("\n".join(list(self.words)[-2:]))
-                    follow = _BUG_LINES
+                else:
+                    follow = 0
+                    if BUG.search(self.words[-1]):
+                        self.bugs.append("\n".join(list(self.words)[-2:]))
+                        follow = _BUG_LINES
 
     async def ask(self, method: str, path: str, body: Any = None, *, key: str = "root", limit: float = 60.0) -> Any:
         """Return what the server answers to a request of whoever runs it. Raises ``Down`` when it can't answer, and
