@@ -18,6 +18,7 @@ from llamaserve import errors
 
 _SIMILAR = 0.9999  # cosine of two vectors of one text: those of other steps differ in their last bits
 _DONE = "[DONE]"
+_NO_CODE = ""  # of what is no error object
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Failure:
 
 @dataclass
 class Answer:
-    """What a client got."""
+    """What a client got. ``status`` is None as long as no response has begun."""
 
     status: int | None = None
     texts: dict[int, str] = field(default_factory=dict)
@@ -86,11 +87,18 @@ def _take_body(answer: Answer, question: Question, body: Mapping[str, Any]) -> N
         answer.tokens = body["tokens"]
     elif question.kind == "embedding":
         answer.vectors = [item["embedding"] for item in body["data"]]
+    elif question.kind == "rerank":
+        answer.vectors = [[each["relevance_score"] for each in sorted(body["results"], key=lambda one: one["index"])]]
+    elif question.kind == "moderation":
+        answer.vectors = [list(each["category_scores"].values()) for each in body["results"]]
+        answer.texts = {number: str(each["flagged"]) for number, each in enumerate(body["results"])}
+    elif question.kind == "transcription":
+        answer.texts = {0: body["text"]}
     elif question.kind != "odd":
         for choice in body["choices"]:
             answer.texts[choice["index"]] = _text(choice)
             answer.reasons[choice["index"]] = choice["finish_reason"]
-    if isinstance(usage := body.get("usage"), dict) and question.kind != "odd":
+    if isinstance(usage := body.get("usage"), dict) and question.kind not in ("odd", "transcription"):
         answer.usage = Usage.read(usage)
 
 
@@ -132,7 +140,7 @@ class StreamReader:
 def _failure(status: int, body: object) -> Failure:
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict) or not {"message", "type", "param", "code"} <= error.keys():
-        return Failure(status, f"no error object: {str(body)[:200]}", "")
+        return Failure(status, _NO_CODE, f"no error object: {str(body)[:200]}")
     return Failure(status, error["code"], str(error["message"]))
 
 
@@ -149,21 +157,25 @@ def documented() -> frozenset[tuple[int, str | None]]:
 
 _DOCUMENTED = documented()
 _CODES = frozenset(code for _, code in _DOCUMENTED)
+_CANT = frozenset({(429, "queue_full"), (501, "not_supported"), (507, "insufficient_memory")})  # for nobody's fault
 
 
 def problem_with(answer: Answer, reference: Answer | None, excuses: Excuses) -> str | None:
     """Return what is wrong with an answer; None where nothing is. Without a reference any answer is as good as another,
-    and so is any error that tells the client that it is to blame.
+    and so is any error that tells the client that it is to blame, or that nobody is.
     """
     if answer.late:
         return "it was not answered within the limit"
     if answer.broken is not None:
-        return None if excuses.down else f"its connection broke while the server lived: {answer.broken}"
+        if excuses.down or (excuses.ending and answer.status is None):
+            return None
+        when = "while the server lived" if answer.status is None else "after its answer had begun"
+        return f"its connection broke {when}: {answer.broken}"
     if answer.failure is not None:
         return _problem_with_failure(answer.failure, reference, excuses, streamed=answer.status == 200)
     if not answer.complete:
         return None if excuses.down else "its stream ended without [DONE] and without an error"
-    return None if reference is None else _difference(answer, reference, cut=excuses.cut)
+    return None if reference is None else _difference(answer, reference, cut=excuses.ending)
 
 
 def _problem_with_failure(
@@ -171,9 +183,12 @@ def _problem_with_failure(
 ) -> str | None:
     described = f"{failure.status} {failure.code}: {failure.message[:300]}"
     known = failure.code in _CODES if streamed else (failure.status, failure.code) in _DOCUMENTED
-    if not known and (reference is not None or failure.status not in range(400, 500)):
+    to_blame = failure.status in range(400, 500) and failure.status != 429 and failure.code != _NO_CODE
+    if reference is None and (to_blame or (failure.status, failure.code) in _CANT):
+        return None
+    if not known:
         return f"it failed with an error that is not documented: {described}"
-    if reference is not None and failure.code not in excuses.codes:
+    if failure.code not in excuses.codes:
         return f"it failed, and no fault explains that: {described}"
     return None
 
@@ -206,10 +221,15 @@ def _usage_difference(usage: Usage | None, reference: Usage | None) -> str | Non
 
 
 def _is_cut(answer: Answer, reference: Answer) -> bool:
-    return set(answer.texts) <= set(reference.texts) and all(
-        reference.texts[index].startswith(text)
-        and (answer.reasons.get(index) == "stop" or text == reference.texts[index])
-        for index, text in answer.texts.items()
+    """Whether each choice is a beginning of what it should be, and says that it has come to its end."""
+    return (
+        answer.texts.keys() <= reference.texts.keys()
+        and answer.reasons.keys() == reference.reasons.keys()
+        and all(
+            reference.texts[index].startswith(text := answer.texts.get(index, ""))
+            and (reason == "stop" or (reason, text) == (reference.reasons[index], reference.texts[index]))
+            for index, reason in answer.reasons.items()
+        )
     )
 
 

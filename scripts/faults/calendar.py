@@ -15,16 +15,22 @@ _KEPT = 600.0  # seconds, which is longer than a request may take
 
 @dataclass(frozen=True)
 class Excuses:
-    """What may happen to a request without being wrong: errors with these codes, a connection that breaks because the
-    server is not there, an answer that ends early.
+    """What may happen to a request without being wrong: errors with these codes; ``down``, a connection that breaks at
+    any moment, since the server was killed; ``ending``, an answer that ends early or a connection without one, since
+    the server was told to end.
     """
 
     codes: frozenset[str | None] = frozenset()
     down: bool = False
-    cut: bool = False
+    ending: bool = False
 
     def __or__(self, other: Excuses) -> Excuses:
-        return Excuses(self.codes | other.codes, self.down or other.down, self.cut or other.cut)
+        return Excuses(self.codes | other.codes, self.down or other.down, self.ending or other.ending)
+
+    @property
+    def away(self) -> bool:
+        """Whether the server need not be there."""
+        return self.down or self.ending
 
 
 NOTHING = Excuses()
@@ -55,7 +61,7 @@ class Calendar:
         self.counts[fault] += 1
         now = time.monotonic()
         self.history = [*self.history[1 - _REMEMBERED :], (now, fault)]
-        brief = _Period(fault, Excuses(down=excuses.down, cut=excuses.cut), now)
+        brief = _Period(fault, Excuses(down=excuses.down, ending=excuses.ending), now)
         self._periods += [brief, _Period(fault, Excuses(excuses.codes), now)]
         try:
             yield

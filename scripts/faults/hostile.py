@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from faults.clients import Crowd
+from faults.clients import HANG, Crowd
 from faults.questions import CHAT_MODEL, Question
+from llamaserve.api.middleware import PATIENCE
+from llamaserve.connections import HEAD_LIMIT
 
-HEAD_LIMIT = 60.0  # seconds in which the server must let go of a silent client; it says that it takes 30
-_READ_LIMIT = 30.0  # seconds for the answer to bytes that are no HTTP
-_STORM_LIMIT = 300.0
+_SLACK = 15.0  # seconds that the server may need beyond its own limits
+_READ_LIMIT = HEAD_LIMIT + _SLACK  # seconds for what becomes of bytes that are no HTTP
 
 _MALFORMED: Sequence[bytes] = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
@@ -81,8 +83,8 @@ async def malformed(crowd: Crowd) -> None:
 
 
 async def _bytes(crowd: Crowd, data: bytes) -> None:
-    reply = b""
-    with contextlib.suppress(OSError, TimeoutError):
+    reply, began = b"", time.monotonic()
+    try:
         async with asyncio.timeout(_READ_LIMIT):
             reader, writer = await asyncio.open_connection("127.0.0.1", crowd.server.port)
             try:
@@ -92,6 +94,12 @@ async def _bytes(crowd: Crowd, data: bytes) -> None:
                 reply = await reader.read(4096)
             finally:
                 writer.close()
+    except TimeoutError:
+        if not crowd.journal.calendar.excuses(began, time.monotonic()).away:
+            what = f"bytes that are no HTTP got neither an answer nor an end within {_READ_LIMIT:g} seconds"
+            crowd.journal.violate("hostile", what, repr(data[:80]))
+    except OSError:  # an end of another kind
+        return
     if reply.startswith(b"HTTP/1.1 5"):
         crowd.journal.violate("hostile", "bytes that are no HTTP led to an error of the server", repr(data[:80]))
 
@@ -103,40 +111,47 @@ async def odd_bodies(crowd: Crowd) -> None:
         await crowd.post(entry, body)
 
 
-async def silent(crowd: Crowd, *, until: asyncio.Event) -> None:
-    """Send half a head, or half a body, and wait until the server has enough of it, or this is told to end."""
+async def silent(crowd: Crowd) -> None:
+    """Send half a head, or half a body, and see whether the server lets go of that in time."""
     head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:{crowd.server.port}\r\n".encode()
     secret = crowd.server.secrets["ann"].encode()
     body = head + b"authorization: Bearer " + secret + b"\r\ncontent-length: 500\r\n\r\n{"
-    in_head = crowd.random.random() < 0.5
-    with contextlib.suppress(OSError):
-        reader, writer = await asyncio.open_connection("127.0.0.1", crowd.server.port)
+    in_head, began = crowd.random.random() < 0.5, time.monotonic()
+    what, limit = ("head", HEAD_LIMIT + _SLACK) if in_head else ("body", PATIENCE + _SLACK)
+    try:
+        reply = await _last_words(crowd.server.port, head if in_head else body, limit)
+    except TimeoutError:
+        problem = f"half a {what} was still waited for after {limit:g} seconds"
+    except OSError as error:
+        problem = f"half a body was answered with {error!r}" if not in_head else ""
+    else:
+        problem = f"half a body was answered with {reply[:80]!r}" if not (in_head or _told(reply)) else ""
+    if problem and not crowd.journal.calendar.excuses(began, time.monotonic()).away:
+        crowd.journal.violate("hostile", problem, f"after {time.monotonic() - began:.0f} s")
+
+
+async def _last_words(port: int, data: bytes, limit: float) -> bytes:
+    """Return what comes before the server ends a connection. Raises ``TimeoutError`` if it does not."""
+    async with asyncio.timeout(limit):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            writer.write(head if in_head else body)
+            writer.write(data)
             await writer.drain()
-            await _until_closed(crowd, reader, until, judged=in_head)
+            return await reader.read()
         finally:
             writer.close()
 
 
-async def _until_closed(crowd: Crowd, reader: asyncio.StreamReader, until: asyncio.Event, *, judged: bool) -> None:
-    closed, told = asyncio.ensure_future(reader.read(1)), asyncio.ensure_future(until.wait())
-    try:
-        await asyncio.wait({closed, told}, timeout=HEAD_LIMIT, return_when=asyncio.FIRST_COMPLETED)
-        if judged and not closed.done() and not told.done():
-            crowd.journal.violate("hostile", f"half a head was still waited for after {HEAD_LIMIT:g} seconds")
-    finally:
-        for task in (closed, told):
-            task.cancel()
-        await asyncio.gather(closed, told, return_exceptions=True)
+def _told(reply: bytes) -> bool:
+    """Whether the server has told a client that nothing more of its request has come."""
+    return reply.startswith(b"HTTP/1.1 408")
 
 
-async def storm(crowd: Crowd, asked: Sequence[Question], connections: int) -> None:
+async def storm(crowd: Crowd, connections: int) -> None:
     """Ask with hundreds of connections at once, some of which never say anything."""
     mute = [asyncio.create_task(_mute(crowd.server.port)) for _ in range(connections // 4)]
     try:
-        async with asyncio.timeout(_STORM_LIMIT):
-            await asyncio.gather(*(crowd.ask(crowd.random.choice(asked)) for _ in range(connections)))
+        await asyncio.gather(*(crowd.ask(crowd.any_question()) for _ in range(connections)))
     finally:
         for task in mute:
             task.cancel()
@@ -147,6 +162,6 @@ async def _mute(port: int) -> None:
     with contextlib.suppress(OSError):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            await asyncio.sleep(_STORM_LIMIT)
+            await asyncio.sleep(HANG)
         finally:
             writer.close()

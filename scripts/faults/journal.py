@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from faults.answers import Answer, problem_with
 from faults.calendar import Calendar
@@ -54,6 +54,7 @@ class Journal:
     outcomes: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     open: int = 0
+    over: bool = False  # nothing is judged any more, since the run was interrupted
     _known: set[tuple[str, str, str]] = field(default_factory=set)
 
     def begin(self, question: Question, key: str | None) -> Entry:
@@ -71,6 +72,8 @@ class Journal:
         if entry.left:
             return
         excuses = self.calendar.excuses(entry.began, entry.ended)
+        if not entry.question.constrained:  # only where a grammar could not be tried an error has no code
+            excuses = replace(excuses, codes=excuses.codes - {None})
         problem = problem_with(answer, self.references.get(entry.question.name), excuses)
         if problem is not None:
             faults = ", ".join(self.calendar.at_work_between(entry.began, entry.ended)) or "none"
@@ -81,12 +84,21 @@ class Journal:
 
     def violate(self, check: str, what: str, evidence: str = "") -> None:
         """Take note of a violation; of one that was found before, no more."""
-        if (check, what, evidence) in self._known:
+        if self.over or (check, what, evidence) in self._known:
             return
         self._known.add((check, what, evidence))
         self.outcomes["violations"] += 1
         if len(self.violations) < _SHOWN:
             self.violations.append(Violation(check, what, evidence, round(time.monotonic() - self.started, 1)))
+
+    def answered_since(self, moment: float) -> bool:
+        """Whether a request was answered that began later than this."""
+        for entry in reversed(self.entries.values()):
+            if entry.began < moment:
+                return False
+            if entry.answered:
+                return True
+        return False
 
     @property
     def failed(self) -> bool:

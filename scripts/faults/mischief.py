@@ -15,30 +15,37 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import httpx
 import psutil
 
 from faults import hostile
 from faults.calendar import NOTHING, Excuses
 from faults.clients import Crowd
 from faults.journal import Journal
-from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, Question
-from faults.server import ENDED, NO_TLS, Down, Refused, Server, models_text
-from faults.vitals import FORK_SERVER, GRAMMARS, RENDERER, role_of, session
+from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, VECTOR_MODEL, Question
+from faults.server import ENDED, Down, Refused, Server, models_text
+from faults.vitals import AUDIO, FORK_SERVER, GRAMMARS, MODEL, RENDERER, role_of, session
 from llamaserve.errors import KeysError
 from llamaserve.keys.key_file import create_key, revoke_key
 from llamaserve.keys.keyring import Limits
 
 _CRASH = Excuses(frozenset({"engine_crashed", "model_quarantined"}))
 _HELPER_GONE = Excuses(frozenset({"chat_template_error", "unavailable", None}))  # None: a grammar was refused
+_NO_LEDGER = Excuses(frozenset({"ledger_unavailable"}))
+_ENDING = Excuses(frozenset({"unavailable", "model_not_loaded"}), ending=True)
 _LONGEST_STOP = 5.0  # seconds for which a process stands still
 _DISK_SECONDS = 4.0  # more than the ledger waits between two attempts
 _JUMPS, _CLOCK_SECONDS = 3, 3.0  # how often, and for how long each; libfaketime looks once a second
 _KEY_SECONDS = 30.0  # until a key must count, or count no more
 _SMALL_FILE = 4096  # bytes
+_ATTEMPTS = 20  # to lock a file that is written all the time
+
+Act = Literal["ends", "crashes", "wear"]
+ACTS: Sequence[Act] = ("ends", "crashes", "wear")
+LASTING = (SMALL_MODEL, VECTOR_MODEL)  # models whose processes nothing ends in the last act
 
 
 class NotNow(Exception):
@@ -63,6 +70,11 @@ class World:
     def violate(self, what: str, evidence: str = "") -> None:
         """Take note of a fault that the server did not take as it should."""
         self.journal.violate("faults", what, evidence)
+
+    def mind(self, error: Down, fault: str) -> None:
+        """Take note of a server that lives and does not answer, where no fault explains that."""
+        if self.server.lives and not self.journal.calendar.excuses(error.began, time.monotonic()).away:
+            self.violate("the server lives, and does not answer", f"{error}, while there was a fault ({fault})")
 
     def pause(self, longest: float) -> Awaitable[None]:
         """Wait for a moment."""
@@ -137,9 +149,11 @@ async def stop_fork_server(world: World) -> None:
     """Have it stand still, while a model is loaded."""
     pid = _one(world, world.helpers(FORK_SERVER))
     with world.at_work("fork server stopped"):
-        loading = asyncio.ensure_future(_load(world, SMALL_MODEL))
-        await _stand_still(world, pid, _LONGEST_STOP)
-        await loading
+        loading = asyncio.ensure_future(_load_other_context(world))
+        try:
+            await _stand_still(world, pid, _LONGEST_STOP)
+        finally:
+            await loading
 
 
 async def kill_helper(world: World) -> None:
@@ -183,7 +197,11 @@ async def unload(world: World) -> None:
 async def load(world: World) -> None:
     """Load a model by command with another context: it gets another process beside the one that works."""
     with world.at_work("loaded by command"):
-        await _load(world, CHAT_MODEL, ctx_size=world.random.choice((768, 1024, 1280)))
+        await _load_other_context(world)
+
+
+async def _load_other_context(world: World) -> None:
+    await _load(world, CHAT_MODEL, ctx_size=world.random.choice((768, 1024, 1280)))
 
 
 async def load_too_much(world: World) -> None:
@@ -236,15 +254,15 @@ async def hang_up(world: World) -> None:
 
 async def full_disk(world: World) -> None:
     """Have no file of the server grow, as when the disk is full."""
-    process = psutil.Process(world.server.pid)
     async with world.steady:
-        with world.at_work("disk full", Excuses(frozenset({"ledger_unavailable"}))):
+        process = psutil.Process(world.server.pid)
+        with world.at_work("disk full", _NO_LEDGER | Excuses(frozenset({"unavailable"}))):  # no place for an upload
             soft, hard = process.rlimit(psutil.RLIMIT_FSIZE)
             process.rlimit(psutil.RLIMIT_FSIZE, (_SMALL_FILE, hard))
             try:
-                await asyncio.sleep(_DISK_SECONDS)
+                await _noticed(world)
             finally:
-                for pid in (process.pid, *world.helpers(FORK_SERVER, RENDERER, GRAMMARS)):
+                for pid in (process.pid, *world.helpers(FORK_SERVER, MODEL, RENDERER, GRAMMARS, AUDIO)):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (soft, hard))
             await _recorded(world)
@@ -253,15 +271,23 @@ async def full_disk(world: World) -> None:
 async def lock_ledger(world: World) -> None:
     """Have another program keep the ledger locked."""
     async with world.steady:
-        with world.at_work("ledger locked", Excuses(frozenset({"ledger_unavailable"}))):
-            connection = sqlite3.connect(world.server.folders.ledger, isolation_level=None)
+        with world.at_work("ledger locked", _NO_LEDGER):
+            connection = sqlite3.connect(world.server.folders.ledger, timeout=0, isolation_level=None)
             try:
-                with contextlib.suppress(sqlite3.OperationalError):  # somebody writes just now
-                    connection.execute("BEGIN IMMEDIATE")
-                await asyncio.sleep(_DISK_SECONDS)
+                await _lock(connection)
+                await _noticed(world)
             finally:
                 connection.close()
             await _recorded(world)
+
+
+async def _lock(connection: sqlite3.Connection) -> None:
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(sqlite3.OperationalError):  # somebody writes just now
+            connection.execute("BEGIN IMMEDIATE")
+            return
+        await asyncio.sleep(0.05)
+    raise NotNow
 
 
 async def lose_state_folder(world: World) -> None:
@@ -269,11 +295,11 @@ async def lose_state_folder(world: World) -> None:
     folder = world.server.folders.state
     away = folder.with_name("state-away")
     async with world.steady:
-        with world.at_work("state folder away", Excuses(frozenset({"ledger_unavailable"}))):
+        with world.at_work("state folder away", _NO_LEDGER):
             folder.rename(away)
             try:
                 folder.touch()
-                await asyncio.sleep(_DISK_SECONDS)
+                await _noticed(world)
             finally:
                 folder.unlink()
                 away.rename(folder)
@@ -281,26 +307,49 @@ async def lose_state_folder(world: World) -> None:
 
 
 async def lock_state_folder(world: World) -> None:
-    """Take the right to write from the folder of the ledger and its files."""
+    """Start the server when it has no right to write into the folder of the ledger and its files."""
     folder = world.server.folders.state
-    async with world.steady:
-        with world.at_work("state folder read-only", Excuses(frozenset({"ledger_unavailable"}))):
-            files = list(folder.iterdir())
-            for path, mode in ((folder, 0o500), *((file, 0o400) for file in files)):
-                path.chmod(mode)
+    async with _ledger_in_order(world):
+        with world.at_work("state folder read-only", _NO_LEDGER):
             try:
-                await asyncio.sleep(_DISK_SECONDS)
+                async with _ended(world):
+                    for path, mode in ((folder, 0o500), *((file, 0o400) for file in folder.iterdir())):
+                        path.chmod(mode)
+                await _noticed(world)
             finally:
-                for path, mode in ((folder, 0o700), *((file, 0o600) for file in files)):
+                for path, mode in ((folder, 0o700), *((file, 0o600) for file in folder.iterdir())):
                     path.chmod(mode)
             await _recorded(world)
+
+
+async def _noticed(world: World) -> None:
+    """Have what keeps rows from being written last for a while, and until a request is over; the server must notice, if
+    there was one to record.
+    """
+    began, noticed = time.monotonic(), False
+    asking = asyncio.ensure_future(world.crowd.ask(_brief_question(world)))
+    try:
+        while time.monotonic() < began + _DISK_SECONDS or not asking.done():
+            await asyncio.sleep(0.2)
+            noticed = noticed or (await _usage(world))["problem"] is not None
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    if not noticed and world.journal.answered_since(began):
+        world.violate("usage can't be recorded, and /v1/internal/status does not tell", str(await _usage(world)))
+
+
+async def _usage(world: World) -> Mapping[str, Any]:
+    """Return how the ledger is."""
+    usage: Mapping[str, Any] = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
+    return usage
 
 
 async def _recorded(world: World) -> None:
     """Return when nothing keeps rows from being written any more."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        usage = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
+        usage = await _usage(world)
         if usage["problem"] is None:
             return
         await asyncio.sleep(0.2)
@@ -314,12 +363,20 @@ async def restart(world: World) -> None:
 
 
 async def _restart(world: World, *, false_clock: bool = False) -> None:
-    with world.at_work("SIGTERM", Excuses(frozenset({"unavailable", "model_not_loaded"}), down=True, cut=True)):
+    async with _ended(world, false_clock=false_clock):
+        pass
+
+
+@contextlib.asynccontextmanager
+async def _ended(world: World, *, false_clock: bool = False) -> AsyncIterator[None]:
+    """Have the server end for the time of an ``async with`` block."""
+    with world.at_work("SIGTERM", _ENDING):
         status, left = await world.server.stop()
         if status not in ENDED:
             world.violate(f"SIGTERM ended the server with {status}", " / ".join(list(world.server.words)[-5:]))
         if left:
             world.violate(f"SIGTERM left processes of the server: {left}")
+        yield
         await world.server.start(false_clock=false_clock)
 
 
@@ -339,8 +396,7 @@ async def kill_server(world: World) -> None:
 async def _ledger_in_order(world: World) -> AsyncIterator[None]:
     """Rows that a full disk keeps in memory are lost with the server, which is no violation: so that is not tried."""
     async with world.steady:
-        usage = (await world.server.ask("GET", "/v1/internal/status"))["usage"]
-        if usage["problem"] is not None:
+        if (await _usage(world))["problem"] is not None:
             raise NotNow
         yield
 
@@ -374,31 +430,42 @@ async def change_keys(world: World) -> None:
             return
         world.server.secrets[name] = secret
         await _until_key(world, secret, 200)
-        question = next(each for each in world.crowd.asked if each.name == f"{SMALL_MODEL}/completion/0")
-        await world.crowd.ask(question, key=name)
+        await world.crowd.ask(_brief_question(world), key=name)
         revoke_key(path, name)
         await _until_key(world, secret, 401)
 
 
+def _brief_question(world: World) -> Question:
+    return next(each for each in world.crowd.asked if each.name == f"{SMALL_MODEL}/completion/0")
+
+
 async def _until_key(world: World, secret: str, status: int) -> None:
     """Return when a key is good, or is none any more."""
-    began, found = time.monotonic(), 0
-    async with httpx.AsyncClient(base_url=world.server.url, timeout=30, verify=NO_TLS) as client:
-        while found != status:
-            with contextlib.suppress(httpx.TransportError):
-                found = (await client.get("/v1/models", headers={"x-api-key": secret})).status_code
-            now = time.monotonic()
-            if now > began + _KEY_SECONDS and not world.journal.calendar.excuses(began, now).down:
-                world.violate(f"a changed key is answered with {found}, not {status}, after {_KEY_SECONDS:g} seconds")
-                return
-            await asyncio.sleep(0.2)
+    began = time.monotonic()
+    while (found := await _status_for(world, secret)) != status:
+        now = time.monotonic()
+        if now > began + _KEY_SECONDS and not world.journal.calendar.excuses(began, now).away:
+            world.violate(f"a changed key is answered with {found}, not {status}, after {_KEY_SECONDS:g} seconds")
+            return
+        await asyncio.sleep(0.2)
+
+
+async def _status_for(world: World, secret: str) -> int:
+    """Return the status with which a key's owner is answered; 0 if that is not possible now."""
+    try:
+        await world.server.ask("GET", "/v1/models", key=secret)
+    except Refused as error:
+        return error.status
+    except Down as error:
+        world.mind(error, change_keys.__name__)
+        return 0
+    return 200
 
 
 async def storm(world: World) -> None:
     """Have hundreds of clients come at once."""
-    asked: Sequence[Question] = [each for each in world.crowd.asked if each.kind != "odd"]
     with world.at_work("storm", Excuses(frozenset({"queue_full"}))):
-        await hostile.storm(world.crowd, asked, world.connections)
+        await hostile.storm(world.crowd, world.connections)
 
 
 async def malformed(world: World) -> None:
@@ -437,8 +504,13 @@ _FAULTS: Sequence[tuple[Fault, int]] = (  # and how often each comes, compared w
     (malformed, 3),
     (odd_bodies, 4),
 )
-# Those that replace processes come first: a process is warm when it has been through the others.
-_WARMING: Sequence[Fault] = (edit_models, load, load_too_much, change_keys, odd_bodies, malformed, storm, odd_bodies)
+# Made at once, some after the others: a process is warm when it has been through the second ones.
+_REPLACING: Sequence[Fault] = (edit_models, load, load_too_much)
+_WARMING: Sequence[Fault] = (change_keys, odd_bodies, malformed, storm, odd_bodies)
+_ENDS: frozenset[Fault] = frozenset({restart, kill_server, jump, lock_state_folder})  # the server
+_CRASHES: frozenset[Fault] = frozenset({kill_model, kill_fork_server, unload})  # a model's process
+_OWN: Mapping[Act, frozenset[Fault]] = {"ends": _ENDS, "crashes": _CRASHES, "wear": frozenset()}
+_SPARED: Mapping[Act, frozenset[Fault]] = {"ends": frozenset(), "crashes": _ENDS, "wear": _ENDS | _CRASHES}
 
 
 def impossible(server: Server) -> dict[Fault, str]:
@@ -456,27 +528,34 @@ def impossible(server: Server) -> dict[Fault, str]:
 
 
 class Dice:
-    """Decides which fault comes next: in the first rounds each comes once, in any order."""
+    """Decides which fault of an act comes next: first each comes once, in any order but for the very first, which is
+    one that the acts after this don't have.
+    """
 
-    def __init__(self, server: Server, dice: random.Random) -> None:
-        without = impossible(server)
+    def __init__(self, server: Server, dice: random.Random, act: Act) -> None:
+        without = impossible(server).keys() | _SPARED[act]
         self._random = dice
-        self._faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
-        self._first = [fault for fault, _ in self._faults]
+        self.faults = [(fault, weight) for fault, weight in _FAULTS if fault not in without]
+        self._first = [fault for fault, _ in self.faults]
         self._random.shuffle(self._first)
+        for fault in [each for each in self._first if each in _OWN[act]][:1]:
+            self._first.remove(fault)
+            self._first.append(fault)
 
     def next(self) -> Fault:
         """Return the next fault."""
         if self._first:
             return self._first.pop()
-        return self._random.choices([fault for fault, _ in self._faults], [weight for _, weight in self._faults])[0]
+        return self._random.choices([fault for fault, _ in self.faults], [weight for _, weight in self.faults])[0]
 
 
 async def make(world: World, fault: Fault) -> None:
     """Make a fault, if that is possible just now."""
-    with contextlib.suppress(NotNow, Down, psutil.NoSuchProcess):
+    with contextlib.suppress(NotNow, psutil.NoSuchProcess):
         try:
             await fault(world)
+        except Down as error:
+            world.mind(error, fault.__name__)
         except Refused as error:
             if error.status != 503:
                 world.violate(f"a command was refused while there was a fault ({fault.__name__})", str(error))
@@ -484,5 +563,5 @@ async def make(world: World, fault: Fault) -> None:
 
 async def warm(world: World) -> None:
     """Make the faults that leave all processes alive: what they need once is not taken for a leak later."""
-    for fault in _WARMING:
-        await make(world, fault)
+    for faults in (_REPLACING, _WARMING):
+        await asyncio.gather(*(make(world, fault) for fault in faults))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def find_faketime(given: Path | None) -> Path | None:
     return None
 
 
-def summary(course: Course) -> Iterator[str]:
+def summary(course: Course, *, interrupted: bool = False) -> Iterator[str]:
     """Yield the lines that end a run."""
     journal, findings = course.journal, course.findings
     yield f"seed       {course.plan.seed}"
@@ -37,15 +38,20 @@ def summary(course: Course) -> Iterator[str]:
     yield "faults     " + ", ".join(f"{what}: {count}" for what, count in sorted(journal.calendar.counts.items()))
     for fault, why in journal.calendar.skipped.items():
         yield f"not tried  {fault}: {why}"
-    if findings.baseline is not None and findings.memory:
-        before, last = findings.baseline.memory, findings.memory[-1]
-        changes = (f"{name} {before[name]:.0f} → {last[name]:.0f}" for name in before if name in last)
-        yield f"memory     after the warm-up → at the end, MiB: {', '.join(changes)}"
-    yield f"event loop 99 of 100 times late by at most {findings.lag:g} s"
+    for name, life in findings.lives.longest().items():
+        grown = f", {life.warm.memory:.0f} → {life.readings[-1].memory:.0f} MiB" if life.warm is not None else ""
+        yield f"longest    {name}: {life.minutes:.1f} minutes, {len(life.readings)} readings{grown}"
+    yield f"event loop 99 of 100 times late by at most {findings.lag:g} s, in the longest life"
     for violation in journal.violations[:_SHOWN]:
         yield f"VIOLATION  after {violation.at:g} s, {violation.check}: {violation.what}"
-        yield from (f"           {line}" for line in violation.evidence.splitlines()[:_EVIDENCE])
-    yield f"verdict    {journal.outcomes['violations']} violations" if journal.failed else "verdict    no violation"
+        yield from (f"           {line}" for line in _shortened(violation.evidence.splitlines()))
+    verdict = f"{journal.outcomes['violations']} violations" if journal.failed else "no violation"
+    yield f"verdict    {verdict}, and the run was interrupted" if interrupted else f"verdict    {verdict}"
+
+
+def _shortened(lines: Sequence[str]) -> Sequence[str]:
+    """Leave out what is in the middle: of a traceback its last lines tell most."""
+    return lines if len(lines) <= _EVIDENCE else [*lines[:2], "...", *lines[3 - _EVIDENCE :]]
 
 
 def write_report(path: Path, course: Course) -> None:
@@ -62,7 +68,8 @@ def write_report(path: Path, course: Course) -> None:
         "not_tried": journal.calendar.skipped,
         "history": [[round(at - journal.started, 1), fault] for at, fault in journal.calendar.history],
         "memory": findings.memory,
-        "event_loop_lag_p99": findings.lag,
+        "longest_lives": {name: dataclasses.asdict(life) for name, life in findings.lives.longest().items()},
+        "event_loop_lag_p99": None if math.isnan(findings.lag) else findings.lag,
         "violations": [dataclasses.asdict(violation) for violation in journal.violations],
         "passed": not journal.failed,
     }

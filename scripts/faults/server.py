@@ -26,7 +26,7 @@ import httpx
 import psutil
 import yaml
 
-from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, VECTOR_MODEL
+from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, SPEECH_MODEL, VECTOR_MODEL
 from faults.vitals import session
 from llamaserve.keys.key_file import create_key
 from llamaserve.keys.keyring import Limits
@@ -37,9 +37,13 @@ ENDED = (0, -signal.SIGTERM)  # exit statuses after SIGTERM: uvicorn passes the 
 _ENDING = 20.0  # seconds for what is left of a server to see that it is gone
 _WORDS = 400  # lines of the log that are kept
 _READY = "API docs"  # what it says last of its start
-_BUG_LINES = 40  # lines of it that are evidence of one bug
+_BUG_LINES = 200  # lines of it that are evidence of one bug, up to the next record
+_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:")
 _LONGEST_LINE = 16 * 1024 * 1024
-_BUG = re.compile(r"Traceback \(most recent call last\)|was never (retrieved|awaited)|Task was destroyed")
+BUG = re.compile(
+    r"Traceback \(most recent call last\)|was never (retrieved|awaited)|Task was destroyed"
+    r"|was ended by (?!SIGKILL)|ended with exit code|GGML_ASSERT|Fatal Python error|terminate called"  # nobody did that
+)
 
 KEYS = {"ann": False, "bob": False, "root": True}  # and whether they are admin keys
 _EXACT = {"flash_attention": "off", "spill": 8}
@@ -50,7 +54,11 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Down(Exception):
-    """The server is not there."""
+    """The server is not there, or does not answer. ``began`` is the moment of the question."""
+
+    def __init__(self, what: str, began: float) -> None:
+        super().__init__(what)
+        self.began = began
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class Weights:
     """The files of models that are served."""
 
     chat: Path
-    vectors: Path | None
+    vectors: Path
+    speech: Path | None
 
 
 def models_text(weights: Weights, *, context: int = 1024, queue: int = 64) -> str:
@@ -69,8 +78,9 @@ def models_text(weights: Weights, *, context: int = 1024, queue: int = 64) -> st
         SMALL_MODEL: {"source": source, "context": 256, "parallel": 2, **_EXACT},
         HUGE_MODEL: {"source": source, "context": 8192, "parallel": 64, **_EXACT},
     }
-    if weights.vectors is not None:
-        models[VECTOR_MODEL] = {"source": f"file:{weights.vectors}", "context": 512, "batch": 512}
+    models[VECTOR_MODEL] = {"source": f"file:{weights.vectors}", "context": 512, "batch": 512}
+    if weights.speech is not None:
+        models[SPEECH_MODEL] = {"source": f"file:{weights.speech}", "task": "transcription"}
     return yaml.safe_dump({"models": models}, sort_keys=False)
 
 
@@ -148,8 +158,13 @@ class Server:
     def pid(self) -> int:
         """Its first process, once its start is over. Raises ``Down``."""
         if self._process is None or not self._ready.is_set() or self._process.returncode is not None:
-            raise Down
+            raise Down("the server is not running", time.monotonic())
         return self._process.pid
+
+    @property
+    def lives(self) -> bool:
+        """Whether its first process is there."""
+        return self._process is not None and self._process.returncode is None
 
     @property
     def ended(self) -> int | None:
@@ -159,7 +174,7 @@ class Server:
     @property
     def models(self) -> list[str]:
         """The names of models that can be loaded."""
-        return [CHAT_MODEL, SMALL_MODEL, *([VECTOR_MODEL] if self.weights.vectors is not None else [])]
+        return [CHAT_MODEL, SMALL_MODEL, VECTOR_MODEL, *([SPEECH_MODEL] if self.weights.speech is not None else [])]
 
     def _environment(self, *, false_clock: bool) -> Mapping[str, str]:
         root = self.folders.root
@@ -244,23 +259,25 @@ class Server:
                 self.words.append(line.decode("utf-8", "replace").rstrip())
                 if _READY in self.words[-1]:
                     self._ready.set()
-                if follow:
+                if follow and not _RECORD.match(self.words[-1]):
                     self.bugs[-1] += f"\n{self.words[-1]}"
                     follow -= 1
-                elif _BUG.search(self.words[-1]):
-                    self.bugs.append("\n".join(list(self.words)[-2:]))
-                    follow = _BUG_LINES
+                else:
+                    follow = 0
+                    if BUG.search(self.words[-1]):
+                        self.bugs.append("\n".join(list(self.words)[-2:]))
+                        follow = _BUG_LINES
 
     async def ask(self, method: str, path: str, body: Any = None, *, key: str = "root", limit: float = 60.0) -> Any:
         """Return what the server answers to a request of whoever runs it. Raises ``Down`` when it can't answer, and
         ``Refused`` with an error's status and code.
         """
-        headers = {"authorization": f"Bearer {self.secrets.get(key, key)}"}
+        began, headers = time.monotonic(), {"authorization": f"Bearer {self.secrets.get(key, key)}"}
         try:
             async with httpx.AsyncClient(base_url=self.url, timeout=limit, verify=NO_TLS) as client:
                 answer = await client.request(method, path, json=body, headers=headers)
         except httpx.TransportError as error:
-            raise Down from error
+            raise Down(f"{method} {path} was not answered: {type(error).__name__}: {error}", began) from error
         if answer.status_code != 200:
             raise Refused(answer.status_code, answer.text)
         return answer.json() if answer.headers["content-type"].startswith("application/json") else answer.text

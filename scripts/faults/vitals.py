@@ -1,4 +1,4 @@
-"""The processes of a server: how many of each kind, their memory and open files, and whether that is as it was once.
+"""The processes of a server: how many of each kind, their memory and open files, and whether each stays as it was once.
 
 Linux tells all of it through ``/proc``. Knows nothing of requests.
 """
@@ -9,13 +9,14 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-API, FORK_SERVER, MODEL, RENDERER, GRAMMARS, OTHER = "api", "fork server", "model", "renderer", "grammars", "other"
-GROWTH = 30.0  # MiB that a process may grow by after the warm-up
+API, FORK_SERVER, MODEL, OTHER = "api", "fork server", "model", "other"
+RENDERER, GRAMMARS, AUDIO = "renderer", "grammars", "audio decoder"
+GROWTH = 30.0  # MiB that a process may grow by after its warm-up
 FILES_MORE = 8  # open files that may be more: connections that were just closed, helpers that have come meanwhile
 
 _MODULES = {
@@ -23,20 +24,26 @@ _MODULES = {
     "llamaserve.worker.host": MODEL,
     "llamaserve.chat.renderer": RENDERER,
     "llamaserve.worker.grammar_check_main": GRAMMARS,
+    "llamaserve.speech.audio_main": AUDIO,
 }
-_MOST = {API: 1, FORK_SERVER: 1, RENDERER: 4, GRAMMARS: 2}  # the renderers are those of models and those of guests
+# The renderers are those of models and those of guests.
+_MOST = {API: 1, FORK_SERVER: 1, RENDERER: 4, GRAMMARS: 2, AUDIO: 2}
 _SPARE = 1  # process that waits for a model
+_WARM_UP = 2  # readings of a process, after the last of which it may not grow by much
 _MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of the server at one moment. ``memory`` is resident MiB."""
+    """A process of the server at one moment. ``memory`` is resident MiB, ``began`` tells it from others that have had
+    its number.
+    """
 
     pid: int
     role: str
     memory: float
     files: int
+    began: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,82 @@ class Vitals:
         return Counter(process.role for process in self.processes)
 
     @property
-    def api(self) -> Process:
-        """The process that answers."""
-        return next(process for process in self.processes if process.role == API)
+    def lasting(self) -> Iterator[tuple[str, Process]]:
+        """Processes that are to stay as they are, with what each is: a model's name or a role. A spare is none."""
+        yield from self.models.items()
+        yield from ((each.role, each) for each in self.processes if each.role in _MOST)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a process was at a moment of the monotonic clock."""
+
+    at: float
+    memory: float
+    files: int
+
+
+@dataclass
+class Life:
+    """What was read of one process, in the order of time."""
+
+    name: str
+    pid: int
+    readings: list[Reading] = field(default_factory=list)
 
     @property
-    def memory(self) -> Mapping[str, float]:
-        """Resident MiB of the processes that last: of the models by name."""
-        return {API: self.api.memory, **{name: process.memory for name, process in self.models.items()}}
+    def minutes(self) -> float:
+        """From the first reading to the last."""
+        return (self.readings[-1].at - self.readings[0].at) / 60
+
+    @property
+    def warm(self) -> Reading | None:
+        """How it was after its warm-up; None: that is not over."""
+        return self.readings[_WARM_UP - 1] if len(self.readings) >= _WARM_UP else None
+
+
+class Lives:
+    """The history of all processes that last."""
+
+    def __init__(self) -> None:
+        self._lives: dict[tuple[str, int, float], Life] = {}
+
+    def take(self, now: Vitals, at: float) -> None:
+        """Add what is now."""
+        for name, process in now.lasting:
+            key = (name, process.pid, process.began)
+            life = self._lives.setdefault(key, Life(name, process.pid))
+            life.readings.append(Reading(at, process.memory, process.files))
+
+    def longest(self) -> Mapping[str, Life]:
+        """Return the longest life of each kind."""
+        found: dict[str, Life] = {}
+        for life in self._lives.values():
+            if life.name not in found or life.minutes > found[life.name].minutes:
+                found[life.name] = life
+        return found
+
+    def open_files(self, now: Vitals) -> list[str]:
+        """Return which processes have more files open than they may."""
+        return [
+            f"{name} ({process.pid}) has {process.files} files open, and had {warm.files} after its warm-up"
+            for name, process, warm in self._warm(now)
+            if process.files > warm.files + FILES_MORE
+        ]
+
+    def growth(self, now: Vitals) -> list[str]:
+        """Return which processes have grown by more than they may."""
+        return [
+            f"{name} ({process.pid}) takes {process.memory:.0f} MiB, and took {warm.memory:.0f} MiB after its warm-up"
+            for name, process, warm in self._warm(now)
+            if process.memory > warm.memory + GROWTH
+        ]
+
+    def _warm(self, now: Vitals) -> Iterator[tuple[str, Process, Reading]]:
+        for name, process in now.lasting:
+            life = self._lives.get((name, process.pid, process.began))
+            if life is not None and life.warm is not None:
+                yield name, process, life.warm
 
 
 def session(leader: int) -> Iterator[psutil.Process]:
@@ -86,39 +161,23 @@ def look(leader: int, pids: Mapping[str, int]) -> Vitals:
     for process in session(leader):
         with contextlib.suppress(psutil.NoSuchProcess):
             with process.oneshot():
-                role = role_of(process, leader)
+                role, began = role_of(process, leader), process.create_time()
                 zombie = process.status() == psutil.STATUS_ZOMBIE
                 memory, files = (0.0, 0) if zombie else (process.memory_info().rss / _MIB, process.num_fds())
-            found.append(Process(process.pid, "zombie" if zombie else role, memory, files))
+            found.append(Process(process.pid, "zombie" if zombie else role, memory, files, began))
     by_pid = {process.pid: process for process in found}
     return Vitals(found, {name: by_pid[pid] for name, pid in pids.items() if pid in by_pid})
 
 
-def leaks(now: Vitals, baseline: Vitals | None) -> list[str]:
-    """Return what is more than there should be; without a baseline only what can be told without one."""
+def superfluous(now: Vitals) -> list[str]:
+    """Return of which kind there are more processes than there should be."""
     found = []
     for role, count in now.counts.items():
         most = {MODEL: len(now.models) + _SPARE, **_MOST}.get(role, 0)
         if count > most:
             pids = [process.pid for process in now.processes if process.role == role]
             found.append(f"there are {count} processes ({role}), and should be {most} at most: {pids}")
-    if baseline is None:
-        return found
-    if now.api.files > baseline.api.files + FILES_MORE:
-        found.append(f"the server has {now.api.files} files open, and had {baseline.api.files} after the warm-up")
-    for name, before in baseline.models.items():
-        if name in now.models and now.models[name].files > before.files + FILES_MORE:
-            found.append(f"{name} has {now.models[name].files} files open, and had {before.files} after the warm-up")
     return found
-
-
-def growth(now: Vitals, baseline: Vitals) -> list[str]:
-    """Return which processes have grown by more than they may."""
-    return [
-        f"{name} takes {memory:.0f} MiB, and took {baseline.memory[name]:.0f} MiB after the warm-up"
-        for name, memory in now.memory.items()
-        if name in baseline.memory and memory > baseline.memory[name] + GROWTH
-    ]
 
 
 def files_in(folder: Path) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import re
+import signal
 import subprocess
 import sys
 import time
+import wave
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +21,12 @@ import pytest
 from faults.answers import Answer, Failure, StreamReader, Usage, documented, problem_with, read_body
 from faults.calendar import NOTHING, Calendar, Excuses
 from faults.journal import Entry, Journal
+from faults.mischief import ACTS, Dice, kill_model, lock_state_folder, restart
 from faults.questions import Question, questions
+from faults.recording import speech
 from faults.rows import Row, check_rows, check_sums, read_rows
-from faults.vitals import API, MODEL, RENDERER, Process, Vitals, files_in, growth, leaks
+from faults.server import BUG, Server, Weights
+from faults.vitals import API, MODEL, RENDERER, Lives, Process, Vitals, files_in, superfluous
 from usage_records import made
 
 from llamaserve.usage.database import Database
@@ -29,7 +36,8 @@ QUESTION = Question("m/chat/0", "chat", "/v1/chat/completions", {"model": "m"})
 RIGHT = Answer(200, {0: "The sun is warm."}, {0: "stop"}, usage=Usage(9, 5, 0), complete=True)
 CRASH = Excuses(frozenset({"engine_crashed"}))
 DOWN = Excuses(down=True)
-CUT = Excuses(cut=True)
+ENDING = Excuses(ending=True)
+TWO = Answer(200, {0: "The sun", 1: "The moon"}, {0: "length", 1: "length"}, usage=Usage(9, 4, 0), complete=True)
 
 
 def right(**changes: Any) -> Answer:
@@ -49,7 +57,9 @@ def failed(status: int, code: str | None, *, streamed: bool = False) -> Answer:
         (failed(200, "engine_crashed", streamed=True), CRASH),
         (Answer(broken="RemoteProtocolError"), DOWN),
         (Answer(200, {0: "The"}), DOWN),
-        (right(texts={0: "The sun"}, usage=Usage(9, 2, 0)), CUT),
+        (Answer(broken="ConnectError"), ENDING),
+        (right(texts={0: "The sun"}, usage=Usage(9, 2, 0)), ENDING),
+        (right(texts={}, usage=Usage(9, 0, 0)), ENDING),
     ],
 )
 def test_what_is_right_or_explained_is_no_problem(answer: Answer, excuses: Excuses) -> None:
@@ -60,10 +70,13 @@ def test_what_is_right_or_explained_is_no_problem(answer: Answer, excuses: Excus
     ("answer", "excuses", "problem"),
     [
         (right(texts={0: "The sun is hot."}), NOTHING, "its text is .*hot.*, not .*warm"),
-        (right(texts={0: "The sun is hot."}), CUT, "its text is"),  # a cut answer is a beginning, not another one
+        (right(texts={0: "The sun is hot."}), ENDING, "its text is"),  # a cut answer is a beginning, not another one
         (right(texts={0: "The sun"}), NOTHING, "its text is"),
-        (right(texts={0: "The sun"}, reasons={0: "length"}), CUT, "its text is"),
-        (right(texts={**RIGHT.texts, 1: "More"}), CUT, "its text is"),
+        (right(texts={0: "The sun"}, reasons={0: "length"}), ENDING, "its text is"),
+        (right(texts={0: "The sun"}, reasons={}), ENDING, "its text is"),
+        (right(texts={**RIGHT.texts, 1: "More"}), ENDING, "its text is"),
+        (Answer(200, {0: "The"}), ENDING, "ended without"),
+        (Answer(200, {0: "The"}, broken="ReadError"), ENDING, "after its answer had begun: ReadError"),
         (right(reasons={0: "length"}), NOTHING, "its text is"),
         (right(usage=Usage(9, 6, 0)), NOTHING, "its usage is"),
         (right(usage=Usage(9, 5, 10)), NOTHING, "which can't be"),
@@ -78,6 +91,7 @@ def test_what_is_right_or_explained_is_no_problem(answer: Answer, excuses: Excus
         (failed(500, "internal_error"), CRASH, "not documented: 500 internal_error"),
         (failed(500, "engine_crashed"), CRASH, "not documented"),  # that code has another status
         (failed(502, ""), NOTHING, "not documented"),
+        (failed(400, None), CRASH, "no fault explains that"),
     ],
 )
 def test_what_is_wrong_is_told(answer: Answer, excuses: Excuses, problem: str) -> None:
@@ -94,11 +108,56 @@ def test_vectors_are_compared_by_their_direction() -> None:
     assert "similarity=0.96" in found
 
 
-def test_of_an_odd_body_any_answer_is_right_that_is_documented_or_blames_the_client() -> None:
-    for answer in (right(), failed(400, "whatever"), failed(507, "insufficient_memory")):
-        assert problem_with(answer, None, NOTHING) is None
-    for answer in (failed(500, "internal_error"), failed(500, None), Answer(broken="ReadError"), Answer(late=True)):
-        assert problem_with(answer, None, NOTHING) is not None
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        (TWO, True),
+        (replace(TWO, texts={0: "The", 1: "The moon"}, reasons={0: "stop", 1: "length"}), True),
+        (replace(TWO, texts={0: "The"}, reasons={0: "stop", 1: "stop"}), True),
+        (replace(TWO, texts={0: "The"}, reasons={0: "stop"}), False),  # nothing was told of the second
+    ],
+)
+def test_a_cut_answer_has_an_end_for_each_choice(answer: Answer, good: bool) -> None:
+    assert (problem_with(answer, TWO, ENDING) is None) == good
+
+
+ODD_AND_RIGHT = [right(), failed(400, "whatever"), failed(429, "queue_full"), failed(507, "insufficient_memory")]
+ODD_AND_WRONG = [
+    *(failed(500, "internal_error"), failed(500, None), failed(503, "engine_crashed"), failed(503, "unavailable")),
+    *(failed(429, "rate_limit_exceeded"), failed(400, ""), Answer(broken="ReadError"), Answer(late=True)),
+]
+
+
+def test_of_an_odd_body_any_answer_is_right_that_blames_the_client_or_nobody() -> None:
+    for answer in ODD_AND_RIGHT:
+        assert problem_with(answer, None, NOTHING) is None, answer
+    for answer in ODD_AND_WRONG:
+        assert problem_with(answer, None, NOTHING) is not None, answer
+    assert problem_with(failed(503, "engine_crashed"), None, CRASH) is None
+
+
+def test_a_kind_of_error_is_excused_only_where_a_grammar_was_asked_for() -> None:
+    form = Question("m/schema", "chat", "/v1/chat/completions", {"model": "m"}, constrained=True)
+    journal = Journal("run", Calendar(), {QUESTION.name: RIGHT, form.name: RIGHT})
+    with journal.calendar.at_work("helper killed", Excuses(frozenset({None}))):
+        ask(journal, failed(400, None), form)
+        assert not journal.failed
+        ask(journal, failed(400, None))
+    assert journal.failed
+
+
+def test_other_answers_are_read() -> None:
+    results = [{"index": 1, "relevance_score": 0.7}, {"index": 0, "relevance_score": 0.2}]
+    found = read_body(Question("r", "rerank", "/v1/rerank", {}), 200, json.dumps({"results": results}).encode())
+    assert found.vectors == [[0.2, 0.7]]
+    results = [{"flagged": True, "category_scores": {"hate": 0.9, "violence": 0.1}}]
+    found = read_body(
+        Question("m", "moderation", "/v1/moderations", {}), 200, json.dumps({"results": results}).encode()
+    )
+    assert (found.vectors, found.texts) == ([[0.9, 0.1]], {0: "True"})
+    body = {"text": "Ask not.", "usage": {"type": "duration", "seconds": 4}}
+    found = read_body(Question("t", "transcription", "/v1/audio/transcriptions", {}), 200, json.dumps(body).encode())
+    assert (found.texts, found.usage) == ({0: "Ask not."}, None)
 
 
 def test_a_bug_is_not_documented() -> None:
@@ -135,6 +194,8 @@ def test_an_error_must_have_openais_shape() -> None:
 
 def test_codes_excuse_until_all_is_settled_and_the_rest_while_it_lasts() -> None:
     calendar = Calendar()
+    assert NOTHING.away is False
+    assert (DOWN.away, ENDING.away) == (True, True)
     with calendar.at_work("kill", Excuses(frozenset({"engine_crashed"}), down=True)):
         began = _now()
     after = _now()
@@ -262,32 +323,104 @@ SPARE = Process(3, MODEL, 30.0, 9)
 RENDERERS = [Process(number, RENDERER, 20.0, 5) for number in range(4, 9)]
 
 
-def test_a_server_as_it_was_leaks_nothing() -> None:
-    before, now = vitals(SPARE, talk=TALK), vitals(SPARE, *RENDERERS[:4], talk=replace(TALK, memory=299.0, files=17))
-    assert leaks(now, before) == []
-    assert growth(now, before) == []
-
-
 @pytest.mark.parametrize(
     ("now", "what"),
     [
+        (vitals(SPARE, *RENDERERS[:4], talk=TALK), None),
         (vitals(SPARE, Process(9, MODEL, 30.0, 9), talk=TALK), r"3 processes \(model\), and should be 2 at most: "),
         (vitals(*RENDERERS, talk=TALK), r"5 processes \(renderer\)"),
         (vitals(Process(9, "zombie", 0.0, 0), talk=TALK), r"1 processes \(zombie\), and should be 0 at most: \[9\]"),
         (vitals(Process(9, "other", 9.0, 3), talk=TALK), r"1 processes \(other\)"),
-        (vitals(talk=replace(TALK, files=18)), "talk has 18 files open, and had 9 after the warm-up"),
-        (Vitals([Process(1, API, 90.0, 29), TALK], {"talk": TALK}), "the server has 29 files open, and had 20"),
     ],
 )
-def test_leaks_are_told(now: Vitals, what: str) -> None:
-    found = leaks(now, vitals(SPARE, talk=TALK))
-    assert len(found) == 1
-    assert re.search(what, found[0]), found
+def test_processes_that_are_too_many_are_told(now: Vitals, what: str | None) -> None:
+    found = superfluous(now)
+    assert len(found) == (what is not None)
+    assert what is None or re.search(what, found[0]), found
 
 
-def test_growth_is_told() -> None:
-    found = growth(vitals(talk=replace(TALK, memory=301.0)), vitals(talk=TALK))
-    assert found == ["talk takes 301 MiB, and took 270 MiB after the warm-up"]
+@pytest.fixture
+def lives() -> Lives:
+    """A process has grown in its warm-up."""
+    found = Lives()
+    for at, memory in ((0.0, 100.0), (60.0, 270.0)):
+        found.take(vitals(SPARE, talk=replace(TALK, memory=memory)), at)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("process", "growth", "files"),
+    [
+        (replace(TALK, memory=299.0, files=17), [], []),
+        (replace(TALK, memory=301.0), ["talk (2) takes 301 MiB, and took 270 MiB after its warm-up"], []),
+        (replace(TALK, files=18), [], ["talk (2) has 18 files open, and had 9 after its warm-up"]),
+        (replace(TALK, pid=7, memory=900.0, files=99), [], []),  # another one
+        (replace(TALK, began=5.0, memory=900.0, files=99), [], []),  # another one with the same number
+    ],
+)
+def test_a_process_is_compared_with_itself(lives: Lives, process: Process, growth: list[str], files: list[str]) -> None:
+    now = vitals(replace(SPARE, memory=400.0), talk=process)
+    assert (lives.growth(now), lives.open_files(now)) == (growth, files)
+
+
+def test_a_process_may_grow_in_its_warm_up() -> None:
+    lives = Lives()
+    lives.take(vitals(talk=TALK), 0.0)
+    assert lives.growth(vitals(talk=replace(TALK, memory=900.0))) == []
+
+
+def test_the_longest_life_of_each_kind_is_known(lives: Lives) -> None:
+    lives.take(vitals(talk=replace(TALK, pid=7)), 90.0)
+    longest = lives.longest()
+    assert longest.keys() == {"talk", API}
+    assert (longest["talk"].pid, longest["talk"].minutes, len(longest[API].readings)) == (2, 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ERROR the process that ran talk was ended by SIGSEGV; the request was not finished",
+        "ERROR the spare process was ended by SIGABRT (GGML_ASSERT(n > 0) failed)",
+        "ERROR the process that loaded talk ended with exit code 1",
+        *("Fatal Python error: Segmentation fault", "terminate called after throwing an instance of", "GGML_ASSERT(x)"),
+        *("Traceback (most recent call last):", "Task exception was never retrieved", "Task was destroyed but"),
+    ],
+)
+def test_lines_of_crashes_that_nobody_made(line: str) -> None:
+    assert BUG.search(line)
+
+
+def test_a_killed_process_is_no_such_line() -> None:
+    assert not BUG.search("ERROR the process that ran talk was ended by SIGKILL; the request was not finished")
+
+
+def test_each_act_has_its_faults_once_first(tmp_path: Path) -> None:
+    server = Server(tmp_path, Weights(tmp_path, tmp_path, None), tmp_path)
+    first = {}
+    for act in ACTS:
+        dice = Dice(server, random.Random(1), act)
+        first[act] = [dice.next() for _ in dice.faults]
+        assert len(set(first[act])) == len(dice.faults)
+    assert first["ends"][0] not in first["crashes"]
+    assert first["crashes"][0] not in first["wear"]
+    assert {restart, kill_model} <= set(first["ends"])
+    assert set(first["crashes"]) < set(first["ends"]) - {restart, lock_state_folder}
+    assert set(first["wear"]) < set(first["crashes"]) - {kill_model}
+
+
+def test_what_happens_after_an_interruption_is_no_violation(journal: Journal) -> None:
+    journal.over = True
+    ask(journal, right(texts={0: "No"}))
+    assert not journal.failed
+
+
+def test_it_is_known_whether_somebody_was_answered(journal: Journal) -> None:
+    before = _now()
+    assert not journal.answered_since(before)
+    ask(journal, right())
+    ask(journal, failed(503, "engine_crashed"))
+    assert journal.answered_since(before)
+    assert not journal.answered_since(_now())
 
 
 def test_files_are_found_however_deep(tmp_path: Path) -> None:
@@ -298,9 +431,16 @@ def test_files_are_found_however_deep(tmp_path: Path) -> None:
 
 
 def test_questions_have_names_of_their_own_and_are_greedy() -> None:
-    found = questions(vectors=True)
+    found = questions(b"")
     assert len({question.name for question in found}) == len(found)
     assert all(question.body["temperature"] == 0 for question in found if question.can_stream)
+    assert len(questions(None)) == len(found) - 1
+
+
+def test_the_speech_is_a_short_file() -> None:
+    pytest.importorskip("av")
+    with wave.open(io.BytesIO(speech())) as found:
+        assert (found.getframerate(), found.getnframes()) == (16_000, 64_000)
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--clients", "0"]])
@@ -327,7 +467,27 @@ def test_a_short_run_finds_nothing_wrong(starter_model: Path, embedding_model: P
     assert done.returncode == 0, done.stderr
     found: Mapping[str, Any] = json.loads(report.read_text())
     assert found["passed"]
-    assert found["rounds"] >= 3
+    assert found["rounds"] >= 6
+    assert found["longest_lives"]["small"]["readings"][2:]
     assert found["requests"]["answered"] > 100
     assert sum(found["faults"].values()) > 10
     assert len(found["memory"]) == found["rounds"]
+
+
+def test_a_run_that_is_interrupted_tells_what_it_has_found(
+    starter_model: Path, embedding_model: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--short", "--out", str(report), "--log", str(tmp_path / "log")],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stderr is not None
+        said = run.stderr.readline()
+        time.sleep(5)
+        run.send_signal(signal.SIGTERM)
+        said += run.stderr.read()
+    assert run.returncode == 130, said
+    assert "verdict    no violation, and the run was interrupted" in said
+    assert json.loads(report.read_text())["violations"] == []
