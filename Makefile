@@ -1,6 +1,6 @@
 # make run     install, fetch a model and serve it:  make run MODEL=qwen3-4b PORT=8080 HOST=0.0.0.0
 # make test    install and run the tests
-# make fuzz    ask the server for anything, and see that answers are what the document says:  make fuzz MINUTES=15  (twice)
+# make fuzz    ask the server for anything, and see that answers are what the document says:  make fuzz MINUTES=15
 # make chaos   have things go wrong around a server under load, and look for what is lost:  make chaos ARGS="--minutes 60"
 # make lint    check style and types
 # make format  put the code into the project's style

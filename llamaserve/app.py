@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -50,6 +52,7 @@ from llamaserve.chat.characters import Characters
 from llamaserve.chat.conversation import Conversations
 from llamaserve.chat.instruction_templates import InstructionTemplates
 from llamaserve.chat.template import TemplateRenderer, guest_renderer
+from llamaserve.errors import LlamaserveError
 from llamaserve.images.pictures import PictureReader
 from llamaserve.keys.allowance import Allowances
 from llamaserve.keys.watched import WatchedKeys
@@ -60,6 +63,8 @@ from llamaserve.settings import Settings
 from llamaserve.speech.audio import AudioDecoder
 from llamaserve.usage.ledger import Ledger
 from llamaserve.worker.grammar_check import GrammarChecker
+
+logger = logging.getLogger(__name__)
 
 _RESOURCES = (
     *(
@@ -92,54 +97,17 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     keys = keys or WatchedKeys([], None)
     days = settings.usage_retention
     ledger = Ledger(settings.ledger_path, days) if days else None
+    tracing = Tracing() if settings.tracing else None
     metrics = Metrics(pool, ledger)
     pool.events.witness(metrics.model_event)
-    tracing = Tracing() if settings.tracing else None
     books = Books(metrics, ledger, tracing, log_prompts=settings.log_prompts)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(sweep)
-        async with (
-            TemplateRenderer() as renderer,
-            guest_renderer() as guests,
-            GrammarChecker() as grammars,
-            AudioDecoder(longest=settings.max_audio) as decoder,
-            PictureReader() as pictures,
-            ImageLinks() as links,
-            _started(tracing),
-            _started(ledger),  # so that it is closed before that
-        ):
-            downloads = Downloads(functools.partial(_tell_of_download, pool))
-            app.state.services = Services(
-                settings,
-                pool,
-                Presets(settings.presets_dir),
-                Characters(settings.characters_dir),
-                InstructionTemplates(settings.instruction_templates_dir),
-                Conversations(renderer, guests, grammars),
-                grammars,
-                downloads,
-                decoder,
-                pictures,
-                links,
-                books,
-                keys,
-            )
-            pool.start_loading()
-            beside = [
-                asyncio.create_task(each)
-                for each in (renderer.warm(), watch(pool), keys.watch(), metrics.watch_the_loop())
-            ]
-            try:
-                with _reloading_on_hangup(pool):
-                    yield
-            finally:
-                await downloads.aclose()
-                for task in beside:
-                    task.cancel()
-                await asyncio.gather(*beside, return_exceptions=True)
-                await pool.aclose()
+        # The ledger is closed before the spans are sent that are left, which may take a while.
+        async with _started(tracing), _started(ledger), _services(settings, pool, books, keys) as app.state.services:
+            yield
 
     app = DocumentedAPI(
         title="llamaserve",
@@ -152,14 +120,78 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
     for resource in _RESOURCES:
         app.include_router(resource.router)
     add_error_handlers(app)
+    _add_middleware(app, settings, keys, books)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, keys: WatchedKeys, books: Books) -> None:
+    """Have requests go through what is not about any one endpoint: the last added is the first to see them."""
+    refused, origins = books.metrics.refused, Origins(settings.cors_origins, lambda: keys.needed)
     app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
     app.add_middleware(Accounting, allowances=Allowances(), books=books)
-    app.add_middleware(KeyGate, keys=keys, refused=metrics.refused)
-    origins = Origins(settings.cors_origins, lambda: keys.needed)
+    app.add_middleware(KeyGate, keys=keys, refused=refused)
     app.add_middleware(OriginHeaders, origins=origins, expose_headers=_EXPOSED)
-    app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins, refused=metrics.refused)
+    app.add_middleware(HostGate, hosts=Hosts(settings.allowed_hosts), origins=origins, refused=refused)
     app.add_middleware(RequestLog)
-    return app
+
+
+@contextlib.asynccontextmanager
+async def _services(settings: Settings, pool: ModelPool, books: Books, keys: WatchedKeys) -> AsyncIterator[Services]:
+    """Provide what endpoints use, and have all that goes on beside requests go on."""
+    downloads = Downloads(functools.partial(_tell_of_download, pool))
+    async with (
+        TemplateRenderer() as renderer,
+        guest_renderer() as guests,
+        GrammarChecker() as grammars,
+        AudioDecoder(longest=settings.max_audio) as decoder,
+        PictureReader() as pictures,
+        ImageLinks() as links,
+        contextlib.AsyncExitStack() as ending,
+    ):
+        pool.start_loading()
+        ending.push_async_callback(pool.aclose)
+        work = renderer.warm(), watch(pool), keys.watch(), books.metrics.watch_the_loop()
+        await ending.enter_async_context(_going_on(*work))
+        ending.push_async_callback(downloads.aclose)
+        with _reloading_on_hangup(pool):
+            yield Services(
+                settings=settings,
+                pool=pool,
+                presets=Presets(settings.presets_dir),
+                characters=Characters(settings.characters_dir),
+                instruction_templates=InstructionTemplates(settings.instruction_templates_dir),
+                conversations=Conversations(renderer, guests, grammars),
+                grammars=grammars,
+                downloads=downloads,
+                audio=decoder,
+                pictures=pictures,
+                image_links=links,
+                books=books,
+                keys=keys,
+            )
+
+
+@contextlib.asynccontextmanager
+async def _going_on(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have work done within the block for which nobody waits; so if it fails, the log says so."""
+    tasks = [asyncio.create_task(each) for each in work]
+    for task in tasks:
+        task.add_done_callback(_tell_of_failure)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    if isinstance(error, LlamaserveError):
+        logger.error("%s", error.message)
+    else:
+        logger.error("%s has ended by a bug, and is not done any more", task.get_coro(), exc_info=error)
 
 
 def _started(part: Ledger | Tracing | None) -> AbstractAsyncContextManager[object]:

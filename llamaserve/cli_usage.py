@@ -24,7 +24,19 @@ from llamaserve.errors import InvalidRequest
 from llamaserve.registry.remedies import command
 from llamaserve.settings import Settings
 from llamaserve.usage.period import parse_moment, parse_period
-from llamaserve.usage.totals import ALL, DAY, NUMBERS, Group, Total, day_of, first_and_last, totals
+from llamaserve.usage.totals import (
+    ALL,
+    DAY,
+    NUMBERS,
+    Group,
+    Total,
+    added,
+    answered,
+    by_outcome,
+    day_of,
+    first_and_last,
+    totals,
+)
 
 _DAYS: Final = 30  # that are shown if nothing else is asked for
 _WIDEST: Final = 1000  # columns of a table: rather lines that wrap than numbers that are cut off
@@ -57,9 +69,11 @@ class _Query(msgspec.Struct, frozen=True):
     end: float | None
     key: str | None
 
-    def totals(self, *group_by: Group) -> list[Total]:
+    def totals(self, groups: Sequence[Group]) -> tuple[list[Total], list[Total]]:
+        """Return what answered requests have used in groups, and all by how they ended."""
         key = ALL if self.key is None else self.key
-        return totals(self.path, start=self.start, end=self.end, group_by=group_by, key=key)
+        found = totals(self.path, start=self.start, end=self.end, group_by=[*groups, "outcome"], key=key)
+        return answered(found), by_outcome(found)
 
 
 def register(app: typer.Typer) -> None:
@@ -82,7 +96,7 @@ def usage(
     settings = read_settings()
     query = _Query(settings.ledger_path, *_period(start, end), key)
     groups: list[Group] = list(dict.fromkeys(each.value for each in by or [By.DAY]))
-    rows, outcomes = query.totals(*groups), query.totals("outcome")
+    rows, outcomes = query.totals(groups)
     if as_json:
         say_json(_as_json(query, groups, rows, outcomes))
         return
@@ -112,13 +126,9 @@ def _as_json(query: _Query, groups: list[Group], rows: list[Total], outcomes: li
         "key": query.key,
         "by": groups,
         "totals": rows,
-        "sum": _sum(rows),
+        "sum": added(rows),
         "outcomes": outcomes,
     }
-
-
-def _sum(rows: Sequence[Total]) -> Total:
-    return Total(**{name: sum(getattr(row, name) for row in rows) for name in NUMBERS})
 
 
 def _print_nothing(query: _Query, settings: Settings) -> None:
@@ -151,7 +161,7 @@ def _print(query: _Query, groups: list[Group], rows: list[Total], outcomes: list
     columns = _columns([*rows, *others])
     say(f"answered requests {_told(query)}\n" if rows else f"no request was answered {_told(query)}")
     if rows:
-        _print_table(groups, columns, rows, _sum(rows))
+        _print_table(groups, columns, rows, added(rows))
     if others:
         say("\nnot counted above\n")
         _print_table(["outcome"], columns, others)
@@ -186,7 +196,7 @@ def _cells(total: Total, columns: Sequence[str]) -> list[str]:
 
 def _print_plot(query: _Query) -> None:
     """Draw the tokens of each day, from the first to the last that has any."""
-    tokens = {_day_number(each): each.total_tokens for each in query.totals("day") if each.total_tokens}
+    tokens = {_day_number(each): each.total_tokens for each in query.totals(["day"])[0] if each.total_tokens}
     if not tokens:
         return
     days = range(min(tokens), max(tokens) + 1)

@@ -16,7 +16,7 @@ from llamaserve.api.caller import caller
 from llamaserve.api.services import Services, UsesServices
 from llamaserve.errors import AdminKeyRequired, InvalidRequest
 from llamaserve.usage.period import parse_moment, parse_period
-from llamaserve.usage.totals import ALL, GROUPS, NUMBERS, AllKeys, Group, Total, added, totals
+from llamaserve.usage.totals import ALL, GROUPS, NUMBERS, AllKeys, Group, Total, added, answered, by_outcome, totals
 
 router = APIRouter(tags=["billing"])
 
@@ -47,22 +47,21 @@ def billing_usage(
     start, end = _period(start_date, end_date)
     whose = _whose(key)
     found = _totals(services, start, end, whose, [*groups, "outcome"])  # in one look, since requests go on
-    answered = [total for total in found if total.outcome == "answered"]
-    outcomes = sorted({str(total.outcome) for total in found} - {"answered"})
+    rows = answered(found)
     answer = {
         "object": "billing.usage",
-        "total_usage": added(answered).total_tokens,
+        "total_usage": added(rows).total_tokens,
         "start_date": _shown(start),
         "end_date": _shown(end),
-        **_numbers(added(answered)),
+        **_numbers(added(rows)),
         "unanswered": [
-            {"outcome": name, **_numbers(added(total for total in found if total.outcome == name))} for name in outcomes
+            {"outcome": total.outcome, **_numbers(total)} for total in by_outcome(found) if total.outcome != "answered"
         ],
         "recorded": services.books.ledger is not None,
     }
     if groups:
         answer["group_by"] = groups
-        answer["data"] = [_row(groups, total) for total in answered]
+        answer["data"] = [_row(groups, total) for total in rows]
     return answer
 
 

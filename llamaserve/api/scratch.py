@@ -28,7 +28,8 @@ class Scratch:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some file systems have no locks, so that no server can sweep there either
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Delete it with all that is in it. Further calls do nothing."""
@@ -39,8 +40,15 @@ class Scratch:
 
 
 def sweep() -> None:
-    """Delete the folders of this user's servers that are gone."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    """Delete the folders of this user's servers that are gone. Where there is no temporary folder that can be written,
+    nothing is: a server can do without for most requests.
+    """
+    try:
+        found = list(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"))
+    except OSError as error:
+        logger.error("files can't be uploaded for now: %s", error)
+        return
+    for path in found:
         with contextlib.suppress(OSError):  # it has just gone, is another user's, or somebody has the lock
             _sweep(path)
 

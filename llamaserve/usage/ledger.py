@@ -170,8 +170,10 @@ class Ledger:
         if isinstance(error, LedgerUnavailable):
             return error.message
         if not isinstance(error, sqlite3.Error | OSError):
-            logger.error("a bug keeps usage from being recorded", exc_info=error)
-            return f"{self._path} can't be written: {error!r}"
+            problem = f"{self._path} can't be written: {error!r}"
+            if self.problem != problem:  # it may be so at each attempt
+                logger.error("a bug keeps usage from being recorded", exc_info=error)
+            return problem
         return f"{self._path} can't be written: {what_is_wrong(error)}; try: {remedy(error, self._path)}"
 
     def _tell(self, waiters: Sequence[_Waiter]) -> None:

@@ -110,6 +110,20 @@ def totals(
     return [_total(grouped, row) for row in rows]
 
 
+def answered(found: Iterable[Total]) -> list[Total]:
+    """Return those totals of answered requests, of some that are grouped by the outcome beside others."""
+    return [msgspec.structs.replace(total, outcome=msgspec.UNSET) for total in found if total.outcome == "answered"]
+
+
+def by_outcome(found: Sequence[Total]) -> list[Total]:
+    """Return the sums of totals that are grouped by the outcome beside others, for each outcome that there is."""
+    outcomes = [outcome for outcome in sorted(OUTCOMES) if any(total.outcome == outcome for total in found)]
+    return [
+        msgspec.structs.replace(added(total for total in found if total.outcome == outcome), outcome=outcome)
+        for outcome in outcomes
+    ]
+
+
 def added(found: Iterable[Total]) -> Total:
     """Return the sum of some totals, without what they were grouped by."""
     each = list(found)

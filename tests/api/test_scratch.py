@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -65,6 +67,30 @@ def test_what_a_killed_process_leaves_is_deleted_and_what_a_living_one_has_is_no
         process.wait()
         sweep()
         assert not path.exists()
+
+
+def test_without_a_temporary_folder_a_server_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    sweep()
+    assert "No usable temporary directory found" in caplog.text
+
+
+def test_a_file_system_without_locks_takes_uploads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    scratch = Scratch()
+    age(scratch.path)
+    sweep()
+    assert scratch.path.exists()
+    scratch.close()
+    assert not scratch.path.exists()
 
 
 def test_a_new_folder_is_left_alone_and_so_is_what_is_not_ours(temporary: Path) -> None:

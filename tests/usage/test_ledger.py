@@ -197,9 +197,10 @@ def test_a_full_disk_holds_up_no_request_and_loses_nothing(path: Path) -> None:
 
 
 class Disk:
-    """A disk that does not answer."""
+    """A disk that does not answer once it is written to."""
 
     def __init__(self) -> None:
+        self.ready = threading.Event()  # the file is open, and nothing is wrong so far
         self.busy = threading.Event()
         self.go_on = threading.Event()
 
@@ -207,7 +208,11 @@ class Disk:
 @contextmanager
 def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """Have a disk not answer when records are to be written, until it may go on."""
-    disk, insert = Disk(), Database.insert
+    disk, insert, go_on = Disk(), Database.insert, backlog.Backlog.go_on
+
+    def tell(waiting: backlog.Backlog[Any]) -> None:
+        go_on(waiting)
+        disk.ready.set()
 
     def hang(opened: Database, records: Sequence[UsageRecord]) -> int:
         disk.busy.set()
@@ -215,6 +220,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
         return insert(opened, records)
 
     monkeypatch.setattr(Database, "insert", hang)
+    monkeypatch.setattr(backlog.Backlog, "go_on", tell)
     try:
         yield disk
     finally:
@@ -230,6 +236,7 @@ def test_nobody_waits_long_for_a_disk_that_does_not_answer(
     async def run() -> None:
         with stuck(monkeypatch) as disk:
             async with Ledger(path, None) as ledger:
+                await until(disk.ready.is_set)
                 await asyncio.gather(*map(ledger.record, numbered(5)))
                 assert ledger.problem == f"{path} has not answered for 0.05 seconds"
                 monkeypatch.setattr(ledger_module, "_PATIENCE", 1e6)
@@ -249,13 +256,14 @@ def test_a_disk_that_never_answers_does_not_keep_a_server_from_ending(
     monkeypatch.setattr(ledger_module, "_PATIENCE", 0.02)
     monkeypatch.setattr(ledger_module, "_CLOSE_LIMIT", 0.05)
 
-    async def run() -> None:
+    async def run(disk: Disk) -> None:
         async with Ledger(path, None) as ledger:
+            await until(disk.ready.is_set)
             await ledger.record(made())
         assert (ledger.pending, ledger.lost) == (0, 1)
 
-    with stuck(monkeypatch):
-        asyncio.run(run())
+    with stuck(monkeypatch) as disk:
+        asyncio.run(run(disk))
     assert caplog.records[-1].message == f"usage of 1 requests is lost: {path} has not answered for 0.02 seconds"
     (thread,) = (each for each in threading.enumerate() if each.name == "usage ledger")
     thread.join(20)
