@@ -18,14 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
 
-from llamaserve.errors import (
-    BodyTooLarge,
-    InvalidRequest,
-    LlamaserveError,
-    NotSupported,
-    RequestTimeout,
-    TimeLimitExceeded,
-)
+from llamaserve.errors import InvalidRequest, LlamaserveError, NotSupported, RequestTimeout, TimeLimitExceeded
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +28,14 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 class _RouteError(InvalidRequest):
     """An error that the web framework found: no such route, wrong method."""
+
+
+class BodyRefused(HTTPException):
+    """The error for which the rest of a body is not read. FastAPI lets only errors of this kind through."""
+
+    def __init__(self, error: LlamaserveError) -> None:
+        super().__init__(error.status, error.message)
+        self.error = error
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -107,10 +108,8 @@ def _describe(problem: dict[str, Any]) -> str:
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if error.status_code == BodyTooLarge.status:
-        return _respond(request, BodyTooLarge(error.detail))
-    if error.status_code == RequestTimeout.status:
-        return _respond(request, RequestTimeout(error.detail))
+    if isinstance(error, BodyRefused):
+        return _respond(request, error.error)
     if error.status_code == HTTPStatus.NOT_FOUND:
         return _respond(request, _RouteError(f"there is no {request.method} {request.url.path}"), error.status_code)
     response = _respond(request, _RouteError(error.detail), error.status_code)

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaserve.api.handlers import error_response, server_bug
-from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, RequestTimeout
+from llamaserve.api.handlers import BodyRefused, error_response, server_bug
+from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, QueueFull, RequestTimeout
 
 logger = logging.getLogger(__name__)
 
 _UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
 PATIENCE: Final = 60.0  # seconds in which a client must send something
 SILENT: Final = f"nothing more of the request has come for {PATIENCE:g} seconds"
+_BODIES_AT_ONCE: Final = 16  # the largest ones that are kept in memory at once
+_RETRY_AFTER: Final = 10.0  # seconds, for who comes when there is no room for a body
 _DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
 _STRANGERS_BODY: Final = 1024 * 1024  # bytes that are read and dropped of those who are refused before that
 _STRANGERS_PATIENCE: Final = 5.0  # seconds for each piece
@@ -27,15 +28,17 @@ _STRANGERS_TIME: Final = 15.0  # seconds for all of it
 
 
 class RequestGate:
-    """Refuses bodies over ``max_body`` bytes, and forms with files over ``max_upload``, with 413 before they are kept.
-    Takes a path with or without its trailing slash, and reads any body that is not a form as JSON, whatever its content
-    type says (curl's default, or none).
+    """Refuses bodies over ``max_body`` bytes, and forms with files over ``max_upload``, with 413 before they are kept,
+    and with 429 those for which there is no room: the bodies of all requests that are being answered may take sixteen
+    times ``max_body``. (Files are let in elsewhere.) Takes a path with or without its trailing slash, and reads any
+    body that is not a form as JSON, whatever its content type says (curl's default, or none).
     """
 
     def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
         self._app = app
         self._max_body = max_body
         self._max_upload = max_upload
+        self._room = _Room(max_body * _BODIES_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -46,7 +49,8 @@ class RequestGate:
         is_form = headers.get("content-type", "").lower().startswith("multipart/")
         if scope["method"] == "POST" and not is_form:
             headers["content-type"] = "application/json"
-        limit = self._max_upload if is_form and scope["path"].startswith(_UPLOADS) else self._max_body
+        takes_files = is_form and scope["path"].startswith(_UPLOADS)
+        limit = self._max_upload if takes_files else self._max_body
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
             with contextlib.suppress(TimeoutError):
@@ -58,7 +62,11 @@ class RequestGate:
         if scope["path"].endswith("\n"):  # before which the pattern of a route may end
             await refuse(scope, receive, send, InvalidRequest("the path ends with a line break"))
             return
-        await _or_say_so(self._app, scope, _Counted(receive, limit), send)
+        body = _Body(receive, limit, None if takes_files else self._room)
+        try:
+            await _or_say_so(self._app, scope, body, send)
+        finally:
+            body.forget()
 
 
 async def _or_say_so(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,15 +123,23 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the request body is larger than {limit} bytes")
 
 
-class _Counted:
-    """Counts the body's bytes as they come, for bodies that don't tell their length, and does not wait for ever for the
-    next ones.
+class _Room:
+    """How many bytes more of bodies there may be in memory."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+
+class _Body:
+    """Counts a body's bytes as they come, for bodies that don't tell their length, and does not wait for ever for the
+    next ones. They are in memory until it is told to forget them, if there is a ``room``.
     """
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, limit: int, room: _Room | None) -> None:
         self._receive = receive
         self._limit = limit
-        self._left = limit
+        self._room = room
+        self._size = 0
         self._whole = False
 
     async def __call__(self) -> Message:
@@ -133,10 +149,21 @@ class _Counted:
             async with asyncio.timeout(PATIENCE):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(RequestTimeout.status, SILENT) from None
+            raise BodyRefused(RequestTimeout(SILENT)) from None
         self._whole = not message.get("more_body")
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            error = _too_large(self._limit)
-            raise HTTPException(error.status, error.message)  # the only kind that FastAPI lets through
+        self._keep(len(message.get("body", b"")))
         return message
+
+    def _keep(self, size: int) -> None:
+        if self._size + size > self._limit:
+            raise BodyRefused(_too_large(self._limit))
+        if self._room is not None:
+            if size > self._room.left:
+                raise BodyRefused(QueueFull("the bodies of other requests take all the room", retry_after=_RETRY_AFTER))
+            self._room.left -= size
+        self._size += size
+
+    def forget(self) -> None:
+        """Give its room back."""
+        if self._room is not None:
+            self._room.left += self._size

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
+from api_helpers import COMPLETIONS, TINY
 from fastapi import FastAPI, Request
+from model_helpers import write_registry
+from running_server import RunningServer, wait_until
 
 from llamaserve.api import middleware
 from llamaserve.api.handlers import add_error_handlers
@@ -105,6 +111,35 @@ def test_a_stranger_who_sends_byte_by_byte_is_not_read_for_long(monkeypatch: pyt
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     asyncio.run(asyncio.wait_for(middleware.refuse(scope, receive, send, Unauthenticated("no key")), 5))
     assert answer[0]["status"] == 401
+
+
+def test_bodies_that_are_in_memory_may_not_take_all_of_it(starter_model: Path, tmp_path: Path) -> None:
+    path = write_registry(tmp_path / "models.yaml", {"smollm2": starter_model})
+    settings = {"LLAMASERVE_MAX_BODY": "4096"}
+    with RunningServer("serve", "smollm2", "--models-file", str(path), environment=settings) as server:
+        senders = contextlib.ExitStack()
+        for _ in range(16):
+            senders.enter_context(half_a_body(server, 4000))
+        wait_until(lambda: server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 429)
+        response = server.post(COMPLETIONS, {**TINY, "user": "x" * 2000})
+        assert response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        assert server.post(COMPLETIONS, TINY).status_code == 200, "there is room for this one"
+        assert server.get("/v1/models")["data"], "who sends no body needs no room"
+        senders.close()
+        wait_until(lambda: server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 200)
+        for _ in range(40):
+            assert server.post(COMPLETIONS, {"prompt": 1, "user": "x" * 2000}).status_code == 400
+        assert server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 200, "all room has come back"
+
+
+def half_a_body(server: RunningServer, size: int) -> socket.socket:
+    """Send so many bytes of a body that has some more."""
+    port = int(server.url.rpartition(":")[2])
+    sender = socket.create_connection(("127.0.0.1", port))
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 96}\r\n\r\n"
+    sender.sendall(head.encode() + b" " * size)
+    return sender
 
 
 def test_a_body_that_does_not_tell_its_length_is_counted() -> None:

@@ -116,7 +116,7 @@ def test_a_route_is_complete(route: str) -> None:
     assert len(operation["tags"]) == 1
     assert "422" not in operation["responses"]
     assert "500" in operation["responses"]
-    assert {"400", "413"} <= set(operation["responses"]) or "requestBody" not in operation
+    assert {"400", "413", "429"} <= set(operation["responses"]) or "requestBody" not in operation
     for status in operation["responses"]:
         content = content_of(route, status)
         assert content

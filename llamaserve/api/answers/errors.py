@@ -14,10 +14,9 @@ from llamaserve.errors import LlamaserveError
 # Statuses of every route; and of those that
 EVERYWHERE: Final = (403, 500)
 KEYS: Final = (401,)  # are not open to strangers,
-BODY: Final = (400, 408, 413)  # read a body,
-METERED: Final = (429,)  # count, and so have limits,
+BODY: Final = (400, 408, 413, 429)  # read a body, which needs room and may count against a key's limits,
 LOADS: Final = (404, 503, 507)  # need a model, which may have to be loaded,
-WAITS: Final = (*LOADS, *METERED, 504)  # wait for their turn there as well,
+WAITS: Final = (*LOADS, 504)  # wait for their turn there as well,
 LACKS: Final = (501,)  # for something that not every model or installation has.
 
 _RETRY_AFTER: Final = {"schema": {"type": "string"}, "description": "Seconds after which to try again."}
@@ -61,7 +60,7 @@ _DESCRIPTIONS: Final[Mapping[int, str]] = {
     404: "There is no such model, picture or route.",
     408: "Nothing more of the request has come for a minute.",
     413: "The body is over the limit.",
-    429: "As many requests wait as may, or the key's limits are reached.",
+    429: "As many requests wait as may, there is no room for the body, or the key's limits are reached.",
     500: "The model's file is bad or missing, llama.cpp failed, or the server did.",
     501: "The model or the installation lacks what this needs.",
     503: "It can't be done now: there is no model, or its process has ended.",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from llamaserve.api.answers.answer import OK, Answer, Content, Documented
-from llamaserve.api.answers.errors import BODY, LOADS, METERED, WAITS
+from llamaserve.api.answers.errors import BODY, LOADS, WAITS
 from llamaserve.api.answers.generation import HEADERS, MODEL, Count
 from llamaserve.api.answers.models import CAPABILITIES, Capabilities, State
 
@@ -124,17 +124,17 @@ _HELLO: Final = {"text": "Hello world"}
 ROUTES: Final = {
     "POST /v1/internal/encode": Documented(
         answers=(Content(Tokens, {"two": {"tokens": [19556, 905], "length": 2}}),),
-        errors=(*BODY, *LOADS, *METERED),
+        errors=(*BODY, *LOADS),
         requests={"text": _HELLO},
     ),
     "POST /v1/internal/token-count": Documented(
         answers=(Content(TokenCount, {"two": {"length": 2}}),),
-        errors=(*BODY, *LOADS, *METERED),
+        errors=(*BODY, *LOADS),
         requests={"text": _HELLO},
     ),
     "POST /v1/internal/decode": Documented(
         answers=(Content(DecodedText, {"text": _HELLO}),),
-        errors=(*BODY, *LOADS, *METERED),
+        errors=(*BODY, *LOADS),
         requests={"tokens": {"tokens": [19556, 905]}},
     ),
     "POST /v1/internal/logits": Documented(
