@@ -127,7 +127,7 @@ def create_app(settings: Settings, pool: ModelPool, keys: WatchedKeys | None = N
 def _add_middleware(app: FastAPI, settings: Settings, keys: WatchedKeys, books: Books) -> None:
     """Have requests go through what is not about any one endpoint: the last added is the first to see them."""
     refused, origins = books.metrics.refused, Origins(settings.cors_origins, lambda: keys.needed)
-    app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload)
+    app.add_middleware(RequestGate, max_body=settings.max_body, max_upload=settings.max_upload, refused=refused)
     app.add_middleware(Accounting, allowances=Allowances(), books=books)
     app.add_middleware(KeyGate, keys=keys, refused=refused)
     app.add_middleware(OriginHeaders, origins=origins, expose_headers=_EXPOSED)

@@ -134,12 +134,14 @@ async def stop_generation(services: UsesServices, body: StopRequest | None = Non
     return "OK"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the server up?")
 async def health() -> dict[str, str]:
     """Answer as soon as the server takes requests, whatever the models do."""
     return {"status": "ok"}
 
 
+@router.head("/v1/internal/health", include_in_schema=False)
 @router.get("/v1/internal/health", summary="Is the server up, and how busy is it?")
 async def internal_health(services: UsesServices) -> dict[str, Any]:
     """Return the number of sequences being evaluated and waiting, and each model's state. Without a key, where the

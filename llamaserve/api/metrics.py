@@ -75,7 +75,9 @@ class Metrics:
         )
         self.unloads = Counter("llamaserve_model_unloads", "Unloads of models", ["model", "reason"], registry=registry)
         self.crashes = Counter("llamaserve_model_crashes", "Ends of models' processes", ["model"], registry=registry)
-        self.refused = Counter("llamaserve_refused_requests", "Requests refused unread", ["reason"], registry=registry)
+        self.refused = Counter(
+            "llamaserve_refused_requests", "Requests refused before they were read", ["reason"], registry=registry
+        )
         self.open = Gauge("llamaserve_requests_open", "Requests that use a model, and are not over", registry=registry)
         self.waiting = Gauge(
             "llamaserve_requests_waiting", "Requests that wait for others of their key to be over", registry=registry

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Final
 
+from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llamaserve.api.handlers import BodyRefused, error_response, server_bug
-from llamaserve.errors import BodyTooLarge, InvalidRequest, LlamaserveError, QueueFull, RequestTimeout
+from llamaserve.api.bodies import Body, BodyAdmission, drain, drop, too_large
+from llamaserve.api.caller import caller
+from llamaserve.api.handlers import error_response, server_bug
+from llamaserve.errors import InvalidRequest, LlamaserveError
 
 logger = logging.getLogger(__name__)
 
 _UPLOADS: Final = ("/v1/audio/", "/v1/images/edits", "/v1/images/variations")  # where the paths begin that take files
-PATIENCE: Final = 60.0  # seconds in which a client must send something
-SILENT: Final = f"nothing more of the request has come for {PATIENCE:g} seconds"
-_BODIES_AT_ONCE: Final = 16  # the largest ones that are kept in memory at once
-_RETRY_AFTER: Final = 10.0  # seconds, for who comes when there is no room for a body
-_DRAIN_FACTOR = 8  # read and drop up to this many times the limit, so that the client gets to see the answer
+_BODIES_AT_ONCE: Final = 8  # as many of the largest ones may be in memory
 _STRANGERS_BODY: Final = 1024 * 1024  # bytes that are read and dropped of those who are refused before that
-_STRANGERS_PATIENCE: Final = 5.0  # seconds for each piece
-_STRANGERS_TIME: Final = 15.0  # seconds for all of it
+_STRANGERS_TIME: Final = 15.0  # seconds for that
 
 
 class RequestGate:
     """Refuses bodies over ``max_body`` bytes, and forms with files over ``max_upload``, with 413 before they are kept,
-    and with 429 those for which there is no room: the bodies of all requests that are being answered may take sixteen
-    times ``max_body``. (Files are let in elsewhere.) Takes a path with or without its trailing slash, and reads any
-    body that is not a form as JSON, whatever its content type says (curl's default, or none).
+    and with 429 those for which there is no room: all requests that are being answered may have bodies of eight times
+    ``max_body``, and each key its share of that. (Files are let in elsewhere.) Takes a path with or without its
+    trailing slash, and reads any body that is not a form as JSON, whatever its content type says (curl's default, or
+    none).
     """
 
-    def __init__(self, app: ASGIApp, max_body: int, max_upload: int) -> None:
+    def __init__(self, app: ASGIApp, max_body: int, max_upload: int, refused: Counter) -> None:
         self._app = app
         self._max_body = max_body
         self._max_upload = max_upload
-        self._room = _Room(max_body * _BODIES_AT_ONCE)
+        self._admission = BodyAdmission(max_body * _BODIES_AT_ONCE)
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -53,20 +51,22 @@ class RequestGate:
         limit = self._max_upload if takes_files else self._max_body
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limit:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE):
-                    await _drain(receive, limit * _DRAIN_FACTOR, PATIENCE)
-            await refuse(scope, receive, send, _too_large(limit), drain=False)
+            await drain(receive, limit)
+            error = too_large(limit)
+            self._refused.labels(error.code).inc()
+            await refuse(scope, receive, send, error, read_on=False)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/", "headers": headers.raw}
         if scope["path"].endswith("\n"):  # before which the pattern of a route may end
             await refuse(scope, receive, send, InvalidRequest("the path ends with a line break"))
             return
-        body = _Body(receive, limit, None if takes_files else self._room)
+        body = Body(receive, limit, None if takes_files else self._admission, caller().name or "")
         try:
             await _or_say_so(self._app, scope, body, send)
         finally:
-            body.forget()
+            body.close()
+            if body.refusal is not None:
+                self._refused.labels(body.refusal.error.code).inc()
 
 
 async def _or_say_so(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,76 +94,13 @@ async def refuse(
     error: LlamaserveError,
     headers: Mapping[str, str] | None = None,
     *,
-    drain: bool = True,
+    read_on: bool = True,
 ) -> None:
     """Answer a request with an error, and close the connection. What is on its way of the body is read first: some
     clients don't see an answer that comes before they have sent all.
     """
-    if drain and "expect" not in Headers(scope=scope):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STRANGERS_TIME):
-                await _drain(receive, _STRANGERS_BODY, _STRANGERS_PATIENCE)
+    if read_on and "expect" not in Headers(scope=scope):
+        await drop(receive, _STRANGERS_BODY, _STRANGERS_TIME)
     response = error_response(scope["path"], error)
     response.headers.update({"connection": "close", **(headers or {})})
     await response(scope, receive, send)
-
-
-async def _drain(receive: Receive, size: int, patience: float) -> None:
-    """Read and drop a body: at most about so many bytes, and no longer than so many seconds for each piece."""
-    with contextlib.suppress(TimeoutError):
-        while size > 0:
-            async with asyncio.timeout(patience):
-                message = await receive()
-            size -= len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body"):
-                return
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {limit} bytes")
-
-
-class _Room:
-    """How many bytes more of bodies there may be in memory."""
-
-    def __init__(self, size: int) -> None:
-        self.left = size
-
-
-class _Body:
-    """Counts a body's bytes as they come, for bodies that don't tell their length, and does not wait for ever for the
-    next ones. They are in memory until it is told to forget them, if there is a ``room``.
-    """
-
-    def __init__(self, receive: Receive, limit: int, room: _Room | None) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._room = room
-        self._size = 0
-        self._whole = False
-
-    async def __call__(self) -> Message:
-        if self._whole:  # what comes now is that the client leaves
-            return await self._receive()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                message = await self._receive()
-        except TimeoutError:
-            raise BodyRefused(RequestTimeout(SILENT)) from None
-        self._whole = not message.get("more_body")
-        self._keep(len(message.get("body", b"")))
-        return message
-
-    def _keep(self, size: int) -> None:
-        if self._size + size > self._limit:
-            raise BodyRefused(_too_large(self._limit))
-        if self._room is not None:
-            if size > self._room.left:
-                raise BodyRefused(QueueFull("the bodies of other requests take all the room", retry_after=_RETRY_AFTER))
-            self._room.left -= size
-        self._size += size
-
-    def forget(self) -> None:
-        """Give its room back."""
-        if self._room is not None:
-            self._room.left += self._size

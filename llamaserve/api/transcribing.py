@@ -90,7 +90,7 @@ class Hearing:
         audio = await self._services.audio.decode(folder / "upload", samples)
         (folder / "upload").unlink()
         self._upload.close()
-        self._space = self._services.upload_admission.enter(audio.samples * SAMPLE_SIZE)
+        self._space = self._services.upload_admission.enter(audio.samples * SAMPLE_SIZE, self._account.owner)
         self._use = self._model.use()
         worker = await self._use.worker()
         self._time_limit = self._answering.spec.time_limit

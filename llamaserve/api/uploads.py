@@ -1,6 +1,6 @@
 """Reading uploads: forms with files among their fields, within bounds of number, size, time and disk space.
 
-A file of more than a megabyte lies in the temporary folder while it is read, and so does what is made of it. Knows
+A file of more than 64 KiB lies in the temporary folder while it is read, and so does what is made of it. Knows
 forms; what a field means, or what is in the file, is the endpoint's business.
 """
 
@@ -21,8 +21,9 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from llamaserve.api.accounting import account
+from llamaserve.api.bodies import PATIENCE
 from llamaserve.api.fields import names_of
-from llamaserve.api.middleware import PATIENCE
 from llamaserve.errors import InvalidRequest, LlamaserveError, RequestTimeout, Unavailable
 from llamaserve.registry.admission import Admission, Place
 
@@ -39,7 +40,7 @@ _UTF8: Final = ("utf-8", "utf8")
 
 
 class UploadAdmission(Admission):
-    """What all requests have in the temporary folder, uploaded or decoded, in bytes."""
+    """What all requests have in the temporary folder, uploaded or decoded, in bytes; each key has its share of that."""
 
     def __init__(self, space: int = _SPACE) -> None:
         """So many bytes may be there; what comes at once may be more."""
@@ -48,6 +49,12 @@ class UploadAdmission(Admission):
 
     def _refusal(self) -> str:
         return f"as much waits here as may ({self._space / 2**30:g} GiB, uploaded or decoded); try again later"
+
+
+class _Parser(MultiPartParser):
+    """Keeps little of files in memory."""
+
+    spool_max_size = 64 * 1024
 
 
 class Expected(NamedTuple):
@@ -106,12 +113,12 @@ async def _received(request: Request, admission: UploadAdmission, what: Expected
         raise InvalidRequest(f"{what.name} must be sent as {KIND}, with a field `{what.field}`", param=what.field)
     if options.get(b"charset", b"utf-8").decode("latin-1").lower() not in _UTF8:
         raise InvalidRequest("the text in a form must be UTF-8")
-    place = admission.enter(0)
+    place = admission.enter(0, account().owner)
     bounds = {"max_files": what.files, "max_fields": _MAX_FIELDS, "max_part_size": MAX_FIELD}
     try:
         with kept():
             async with contextlib.aclosing(_pieces(request, place)) as pieces:
-                return Upload(await MultiPartParser(request.headers, pieces, **bounds).parse(), place)
+                return Upload(await _Parser(request.headers, pieces, **bounds).parse(), place)
     except (MultiPartException, FormParserError) as error:
         place.leave()
         raise InvalidRequest(f"the form can't be read: {_in_words(str(error))}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from faults.clients import HANG, Crowd
 from faults.questions import CHAT_MODEL, Question
-from llamaserve.api.middleware import PATIENCE
+from llamaserve.api.bodies import PATIENCE
 from llamaserve.connections import HEAD_LIMIT
 
 _SLACK = 15.0  # seconds that the server may need beyond its own limits

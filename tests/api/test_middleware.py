@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from api_helpers import COMPLETIONS, TINY
 from fastapi import FastAPI, Request
-from model_helpers import write_registry
-from running_server import RunningServer, wait_until
 
-from llamaserve.api import middleware
+from llamaserve.api import bodies, middleware
 from llamaserve.api.handlers import add_error_handlers
 from llamaserve.api.middleware import RequestGate
 from llamaserve.errors import Unauthenticated
@@ -32,7 +27,7 @@ def ask(*pieces: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
             await asyncio.wait_for(request.receive(), 0.3)  # it would hear that the client leaves
         return body
 
-    gate = RequestGate(app, max_body=100, max_upload=100)
+    gate = RequestGate(app, max_body=100, max_upload=100, refused=mock.MagicMock())
     left, answer = list(pieces), []
 
     async def receive() -> dict[str, Any]:
@@ -51,14 +46,14 @@ def ask(*pieces: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
 
 
 def test_a_body_of_which_no_more_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    monkeypatch.setattr(bodies, "PATIENCE", 0.05)
     status, headers, answer = ask({"body": b'{"a":', "more_body": True})
     assert (status, answer["error"]["code"]) == (408, "request_timeout")
     assert headers["connection"] == "close"
 
 
 def test_a_whole_body_is_not_followed_by_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    monkeypatch.setattr(bodies, "PATIENCE", 0.05)
     status, _, answer = ask({"body": b'{"a":', "more_body": True}, {"body": b'"b"}'})
     assert (status, answer) == (200, {"a": "b"})
 
@@ -73,7 +68,7 @@ def test_a_bug_is_answered_where_ids_and_accounts_see_it(caplog: pytest.LogCaptu
         answer.append(message)
 
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
-    asyncio.run(RequestGate(broken, max_body=100, max_upload=100)(scope, _nothing, send))
+    asyncio.run(RequestGate(broken, max_body=100, max_upload=100, refused=mock.MagicMock())(scope, _nothing, send))
     assert answer[0]["status"] == 500
     assert json.loads(answer[1]["body"])["error"]["code"] == "internal_error"
     assert "a bug" in caplog.text
@@ -93,7 +88,7 @@ def test_a_path_with_a_line_break_is_none(caplog: pytest.LogCaptureFixture) -> N
         raise AssertionError
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions\n", "headers": []}
-    asyncio.run(RequestGate(never, max_body=100, max_upload=100)(scope, _nothing, send))
+    asyncio.run(RequestGate(never, max_body=100, max_upload=100, refused=mock.MagicMock())(scope, _nothing, send))
     assert answer[0]["status"] == 400
 
 
@@ -113,35 +108,7 @@ def test_a_stranger_who_sends_byte_by_byte_is_not_read_for_long(monkeypatch: pyt
     assert answer[0]["status"] == 401
 
 
-def test_bodies_that_are_in_memory_may_not_take_all_of_it(starter_model: Path, tmp_path: Path) -> None:
-    path = write_registry(tmp_path / "models.yaml", {"smollm2": starter_model})
-    settings = {"LLAMASERVE_MAX_BODY": "4096"}
-    with RunningServer("serve", "smollm2", "--models-file", str(path), environment=settings) as server:
-        senders = contextlib.ExitStack()
-        for _ in range(16):
-            senders.enter_context(half_a_body(server, 4000))
-        wait_until(lambda: server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 429)
-        response = server.post(COMPLETIONS, {**TINY, "user": "x" * 2000})
-        assert response.json()["error"]["code"] == "queue_full"
-        assert int(response.headers["retry-after"]) > 0
-        assert server.post(COMPLETIONS, TINY).status_code == 200, "there is room for this one"
-        assert server.get("/v1/models")["data"], "who sends no body needs no room"
-        senders.close()
-        wait_until(lambda: server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 200)
-        for _ in range(40):
-            assert server.post(COMPLETIONS, {"prompt": 1, "user": "x" * 2000}).status_code == 400
-        assert server.post(COMPLETIONS, {**TINY, "user": "x" * 2000}).status_code == 200, "all room has come back"
-
-
-def half_a_body(server: RunningServer, size: int) -> socket.socket:
-    """Send so many bytes of a body that has some more."""
-    port = int(server.url.rpartition(":")[2])
-    sender = socket.create_connection(("127.0.0.1", port))
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size + 96}\r\n\r\n"
-    sender.sendall(head.encode() + b" " * size)
-    return sender
-
-
-def test_a_body_that_does_not_tell_its_length_is_counted() -> None:
+def test_a_body_that_does_not_tell_its_length_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_REST_PATIENCE", 0.05)
     status, _, answer = ask({"body": b'{"a": "' + b"x" * 60, "more_body": True}, {"body": b"y" * 60, "more_body": True})
     assert (status, answer["error"]["code"]) == (413, "body_too_large")

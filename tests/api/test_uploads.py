@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from llamaserve.api import handlers, middleware, uploads
+from llamaserve.api import bodies, handlers, middleware, uploads
 from llamaserve.api.uploads import Expected, UploadAdmission, kept, receive
 from llamaserve.errors import InvalidRequest, LlamaserveError, QueueFull, RequestTimeout, Unavailable
 
@@ -155,14 +155,14 @@ def test_the_connection_of_a_client_that_sends_no_more_is_closed() -> None:
 
 
 def test_nobody_waits_for_a_body_that_is_too_large_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "PATIENCE", 0.05)
+    monkeypatch.setattr(bodies, "_REST_PATIENCE", 0.05)
     answer: list[Any] = []
 
     async def send(message: Any) -> None:
         answer.append(message)
 
     async def run() -> None:
-        gate = middleware.RequestGate(mock.Mock(), max_body=10, max_upload=10)
+        gate = middleware.RequestGate(mock.Mock(), max_body=10, max_upload=10, refused=mock.MagicMock())
         scope = {"type": "http", "method": "POST", "path": "/v1/audio/transcriptions"}
         async with asyncio.timeout(10):
             await gate({**scope, "headers": [(b"content-length", b"100")]}, Sender(b"a", b"b", b"c"), send)
