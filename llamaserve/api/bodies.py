@@ -40,11 +40,16 @@ class Body:
     closed when its request is over.
     """
 
-    def __init__(self, receive: Receive, limit: int, admission: BodyAdmission | None, share: str) -> None:
-        """Without an ``admission`` it is not kept in memory. The ``share`` is that of its key."""
+    def __init__(
+        self, receive: Receive, limit: int, admission: BodyAdmission | None, *, length: int = 0, share: str = ""
+    ) -> None:
+        """Without an ``admission`` it is not kept in memory. The ``length`` is that which it says to have, if it does;
+        the ``share`` is that of its key.
+        """
         self.refusal: BodyRefused | None = None
         self._receive = receive
         self._limit = limit
+        self._length = length
         self._admission = admission
         self._share = share
         self._place: Place | None = None
@@ -79,10 +84,12 @@ class Body:
         self._size += size
         if self._size > self._limit:
             raise too_large(self._limit)
-        if self._place is not None:
+        if self._admission is None or self._size <= _SMALL:
+            return
+        if self._place is None:  # all at once, or many that come together would all be let in, and none have enough
+            self._place = self._admission.enter(self._length or self._size, self._share)
+        elif not self._length:
             self._place.grow(size)
-        elif self._admission is not None and self._size > _SMALL:
-            self._place = self._admission.enter(self._size, self._share)
 
     def close(self) -> None:
         """Let others have its room."""

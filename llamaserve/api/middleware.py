@@ -49,8 +49,9 @@ class RequestGate:
             headers["content-type"] = "application/json"
         takes_files = is_form and scope["path"].startswith(_UPLOADS)
         limit = self._max_upload if takes_files else self._max_body
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limit:
+        said = headers.get("content-length", "")
+        length = int(said) if said.isdecimal() else 0
+        if length > limit:
             await drain(receive, limit)
             error = too_large(limit)
             self._refused.labels(error.code).inc()
@@ -60,7 +61,8 @@ class RequestGate:
         if scope["path"].endswith("\n"):  # before which the pattern of a route may end
             await refuse(scope, receive, send, InvalidRequest("the path ends with a line break"))
             return
-        body = Body(receive, limit, None if takes_files else self._admission, caller().name or "")
+        admission = None if takes_files else self._admission
+        body = Body(receive, limit, admission, length=length, share=caller().name or "")
         try:
             await _or_say_so(self._app, scope, body, send)
         finally:

@@ -43,7 +43,7 @@ def test_what_is_refused_is_read_to_its_end_and_stays_refused() -> None:
     async def run() -> None:
         admission = BodyAdmission(100_000)
         first, second, third, small = Client(100), Client(90), Client(90), Client(60)
-        bodies = [Body(client, 200_000, admission, "") for client in (first, second, third, small)]
+        bodies = [Body(client, 200_000, admission) for client in (first, second, third, small)]
         await read(bodies[0])
         for body, client in ((bodies[1], second), (bodies[2], third)):
             with pytest.raises(BodyRefused) as caught:
@@ -61,17 +61,34 @@ def test_what_is_refused_is_read_to_its_end_and_stays_refused() -> None:
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+def test_of_many_that_come_together_as_many_are_read_as_there_is_room_for() -> None:
+    async def run() -> None:
+        admission = BodyAdmission(400_000)
+        bodies = [Body(Client(100), 200_000, admission, length=100_000) for _ in range(10)]
+        for _ in range(70):  # each is over what is let in without room, and none is whole
+            outcomes = await asyncio.gather(*(body() for body in bodies), return_exceptions=True)
+        refused = [body for body in bodies if body.refusal is not None]
+        assert len(refused) == 6
+        assert sum(isinstance(outcome, BodyRefused) for outcome in outcomes) == 6
+        await asyncio.gather(*(read(body) for body in bodies if body not in refused))
+        for body in bodies:
+            body.close()
+        assert admission.open == 0
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 def test_a_body_that_is_too_large_is_read_to_its_end() -> None:
     client = Client(50)
     with pytest.raises(BodyRefused) as caught:
-        asyncio.run(read(Body(client, 10_000, None, "")))
+        asyncio.run(read(Body(client, 10_000, None)))
     assert (caught.value.error.status, client.left) == (413, 0)
 
 
 def test_it_is_not_read_for_ever() -> None:
     client = Client(10**9)
     with pytest.raises(BodyRefused):
-        asyncio.run(asyncio.wait_for(read(Body(client, 10_000, None, "")), 10))
+        asyncio.run(asyncio.wait_for(read(Body(client, 10_000, None)), 10))
     assert client.left > 10**8
 
 
@@ -95,7 +112,7 @@ def ask(server: RunningServer, key: str, size: int, **fields: Any) -> httpx.Resp
 def test_bodies_have_room_and_each_key_has_its_share_of_it(server: RunningServer) -> None:
     with contextlib.ExitStack() as senders:
         for _ in range(MANY):
-            senders.enter_context(half_a_body(server, "a-large-one", LARGEST - 100))
+            senders.enter_context(half_a_body(server, "a-large-one"))
         wait_until(lambda: ask(server, "a-large-one", 200_000).status_code == 429)
         response = ask(server, "a-large-one", 200_000)
         assert response.json()["error"]["code"] == "queue_full"
@@ -112,9 +129,9 @@ def test_bodies_have_room_and_each_key_has_its_share_of_it(server: RunningServer
     assert ask(server, "a-large-one", 200_000).status_code == 200, "all room has come back"
 
 
-def half_a_body(server: RunningServer, key: str, size: int) -> socket.socket:
-    """Send so many bytes of a body that has some more."""
+def half_a_body(server: RunningServer, key: str) -> socket.socket:
+    """Send some of a body that is as large as one may be."""
     sender = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\nContent-Length: {size + 96}\r\n\r\n"
-    sender.sendall(head.encode() + b" " * size)
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\nContent-Length: {LARGEST}\r\n\r\n"
+    sender.sendall(head.encode() + b" " * (LARGEST // 2))
     return sender
