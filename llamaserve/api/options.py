@@ -21,14 +21,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    GetJsonSchemaHandler,
     PrivateAttr,
     ValidationError,
     WithJsonSchema,
+    field_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from llamaserve.api.adapters import AdapterWishes
 from llamaserve.api.constraints import ConstraintOptions
-from llamaserve.api.fields import check_text
+from llamaserve.api.fields import check_text, names_of
 from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
@@ -44,6 +48,7 @@ _MAX_STOP_CHARACTERS = 65536  # of all stop strings together
 _MAX_BANS = 65536
 _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
+_ANSWER_TOKENS = ("max_tokens", "max_completion_tokens")
 
 # Accepted without a word: they ask for nothing that shows in the answer.
 _WITHOUT_EFFECT = frozenset(
@@ -222,6 +227,22 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
     prompt_lookup_num_tokens: int = Field(0, description="Drafts are of the length that pays; not honoured.")
     static_cache: bool = Field(default=False, description="Not honoured.")
 
+    @field_validator(*_ANSWER_TOKENS)
+    @classmethod
+    def _check_answer_tokens(cls, value: int | None) -> int | None:
+        if value == 0 and not cls.may_generate_nothing:
+            raise ValueError("must not be 0, as an answer has at least one token")
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        if not cls.may_generate_nothing:
+            properties = handler.resolve_ref_schema(found)["properties"]
+            for name in (called for field in _ANSWER_TOKENS for called in names_of(cls, field)):
+                properties[name] = properties[name] | {"not": {"const": 0}}
+        return found
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
@@ -298,9 +319,6 @@ class GenerationOptions(ConstraintOptions, SamplingOptions):
 
     def _max_tokens(self) -> int | None:
         value = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        if value == 0 and not self.may_generate_nothing:
-            name = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
-            raise InvalidRequest(f"{name} is 0, but an answer has at least one token", param=name)
         return None if self.auto_max_new_tokens or value == -1 else value
 
     def _with_preset(self, presets: Presets) -> SamplingOptions:

@@ -124,8 +124,6 @@ def _validated(fields: Mapping[str, object], places: Mapping[str, str]) -> dict[
         problem = error.errors(include_url=False)[0]
         name = str(next(iter(problem["loc"]), ""))
         raise _mistake(places.get(name, "settings"), problem["msg"].removeprefix("Value error, ")) from error
-    if request.max_tokens == 0:
-        raise _mistake(places["max_tokens"], "an answer has at least one token")
     return {name: getattr(request, name) for name in fields}
 
 

@@ -183,6 +183,8 @@ def test_bounds_are_exact() -> None:
 
 # What a real server answers
 
+TOKENS = ("max_tokens", "n_predict", "max_completion_tokens")
+
 
 @pytest.fixture(scope="module")
 def documented_server(
@@ -338,6 +340,30 @@ def test_other_requests_are_answered_as_described(
     documented_server: RunningServer, route: str, body: dict[str, Any]
 ) -> None:
     check(route, send(documented_server, route, body, {}))
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [
+        ("POST /v1/chat/completions", {"messages": HELLO}, 400),
+        ("POST /v1/fim/completions", {"model": "fim", "prompt": "x", "suffix": "y"}, 400),
+        ("POST /v1/completions", {"prompt": "x"}, 200),
+        ("POST /infill", {"model": "fim", "input_prefix": "x", "input_suffix": "y"}, 200),
+    ],
+)
+def test_schemas_say_where_an_answer_may_have_no_tokens(
+    documented_server: RunningServer, route: str, body: dict[str, Any], status: int
+) -> None:
+    schema = schema_for(OPERATION[route]["requestBody"]["content"]["application/json"]["schema"])
+    for name in TOKENS:
+        asked = {**body, name: 0}
+        assert schema.is_valid(asked) == (status == 200)
+        assert schema.is_valid({**body, name: 1})
+        assert schema.is_valid({**body, name: -1})
+        response = send(documented_server, route, asked, {})
+        check(route, response, status)
+        if status == 400:
+            assert response.json()["error"]["param"] == name
 
 
 TRANSCRIPTS = [
