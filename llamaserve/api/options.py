@@ -32,7 +32,7 @@ from pydantic_core import CoreSchema
 
 from llamaserve.api.adapters import AdapterWishes
 from llamaserve.api.constraints import ConstraintOptions
-from llamaserve.api.fields import check_text, names_of
+from llamaserve.api.fields import check_text, names_of, whole
 from llamaserve.api.presets import Presets
 from llamaserve.api.sampling_options import SamplingOptions
 from llamaserve.engine.params import Generation
@@ -117,7 +117,7 @@ def _check_stops(stops: list[str]) -> list[str]:
 def _biases(value: Any) -> Any:
     """Take llama-server's list of pairs for the mapping, and its false for a ban; biases of one token add up."""
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        pairs = value
+        pairs = [(whole(token), bias) for token, bias in value]
         if any(type(token) is not int for token, _ in pairs):
             raise ValueError("each pair must begin with a token id")
     elif isinstance(value, dict):

@@ -101,7 +101,7 @@ def _changes(**body: Any) -> dict[str, Any]:
         ({"min_length": 5}, {"min_tokens": 5}),
         ({"min_tokens": 5}, {"min_tokens": 5}),
         ({"logit_bias": {"5": 1.5}}, {"logit_bias": {5: 1.5}}),
-        ({"logit_bias": [[5, 1.5], [6, False], [5, 1], [6, 2]]}, {"logit_bias": {5: 2.5, 6: float("-inf")}}),
+        ({"logit_bias": [[5, 1.5], [6, False], [5.0, 1], [6, 2]]}, {"logit_bias": {5: 2.5, 6: float("-inf")}}),
         ({"custom_token_bans": "5, 6"}, {"banned_tokens": (5, 6)}),
         ({"custom_token_bans": [5]}, {"banned_tokens": (5,)}),
         ({"ban_eos_token": True}, {"ban_eos": True}),

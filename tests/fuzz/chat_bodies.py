@@ -221,7 +221,7 @@ def changed(draw: st.DrawFn) -> Body:
         where, key = draw(st.sampled_from(found))
         match draw(st.sampled_from(["other value", "another's value", "gone", "twice", "deep", "other name"])):
             case "other value":
-                where[key] = draw(HOSTILE)
+                where[key] = copy.deepcopy(draw(HOSTILE))  # which the next change would change for all
             case "another's value":
                 there, other = draw(st.sampled_from(found))
                 where[key] = copy.deepcopy(there[other])
