@@ -102,12 +102,13 @@ def test_uploads_that_do_not_come_to_an_end_take_no_room_from_others(attacked: t
     server, _ = attacked
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST {TRANSCRIPTIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {FORM['content-type']}\r\n"
-    files = psutil.Process(server.process.pid).num_fds()
+    process, ports = psutil.Process(server.process.pid), set()
     with contextlib.ExitStack() as connections:
         for number in range(30):
             connection = connections.enter_context(socket.create_connection((host, int(port)), timeout=10))
             length = "Transfer-Encoding: chunked" if number % 2 else f"Content-Length: {2**30}"
             beginning = f"{len(HEAD):x}\r\n".encode() + HEAD + b"\r\n" if number % 2 else HEAD
             connection.sendall(f"{head}{length}\r\n\r\n".encode() + beginning)
-        wait_until(lambda: psutil.Process(server.process.pid).num_fds() >= files + 30)
+            ports.add(connection.getsockname()[1])
+        wait_until(lambda: ports <= {each.raddr.port for each in process.net_connections() if each.raddr})
         assert words_of(upload(server).json()["text"]) == SAID
