@@ -31,7 +31,7 @@ class _RouteError(InvalidRequest):
 
 
 class BodyRefused(HTTPException):
-    """The error for which the rest of a body is not read. FastAPI lets only errors of this kind through."""
+    """An error that is found while a body is read. FastAPI lets only errors of this kind through."""
 
     def __init__(self, error: LlamaserveError) -> None:
         super().__init__(error.status, error.message)

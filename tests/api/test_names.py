@@ -52,6 +52,7 @@ TRICKS = (
     "http://127.0.0.1:9/outside.gguf",
 )
 DONE, REFUSED = (200,), (400, 404)
+PARAMS = ("model", "model_name", "id", "prompt_name", "lora", "lora_names")
 
 
 class Place(NamedTuple):
@@ -79,7 +80,7 @@ PLACES = {
     "pictures": Place("/v1/images/generations", lambda name: {"model": name, "prompt": "a"}),
     "encode": Place("/v1/internal/encode", lambda name: {"model": name, "text": "a"}),
     "logits": Place("/v1/internal/logits", lambda name: {"model": name, "prompt": "a"}),
-    "adapter": Place("/v1/completions", lambda name: {"prompt": "a", "lora": [{"name": name}], "max_tokens": 1}),
+    "adapter": Place("/v1/completions", lambda name: {"prompt": "a", "lora": [{"id": name, "scale": 1}]}),
     "adapters": Place("/v1/internal/lora/load", lambda name: {"lora_names": [name]}),
     "load": Place("/v1/internal/model/load", lambda name: {"model_name": name}),
     "unload": Place("/v1/internal/model/unload", lambda name: {"model_name": name}),
@@ -121,7 +122,12 @@ def test_a_name_in_a_body_leads_nowhere(offered: Offered, place: str) -> None:
     path, body, statuses = PLACES[place]
     for trick in offered.tricks:
         content = json.dumps(body(trick)).encode()  # as ASCII, with half a surrogate escaped
-        check(httpx.post(offered.server.url + path, content=content, timeout=60), trick, statuses)
+        response = httpx.post(offered.server.url + path, content=content, timeout=60)
+        check(response, trick, statuses)
+        if statuses == REFUSED:
+            error = response.json()["error"]
+            assert error["param"].partition("[")[0] in PARAMS, (trick, error)
+            assert "required" not in error["message"], (trick, error)  # it is the name that is no good
     assert_nothing_happened(offered)
 
 
