@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from llamaserve import __version__
+from llamaserve import __version__, heap
 from llamaserve.api import (
     audio,
     billing,
@@ -150,7 +150,7 @@ async def _services(settings: Settings, pool: ModelPool, books: Books, keys: Wat
     ):
         pool.start_loading()
         ending.push_async_callback(pool.aclose)
-        work = renderer.warm(), watch(pool), keys.watch(), books.metrics.watch_the_loop()
+        work = renderer.warm(), watch(pool), keys.watch(), books.metrics.watch_the_loop(), heap.keep_small()
         await ending.enter_async_context(_going_on(*work))
         ending.push_async_callback(downloads.aclose)
         with _reloading_on_hangup(pool):

@@ -28,7 +28,7 @@ LAYERS = [
     *("keys", "usage", "registry"),
     *("worker", "engine", "speech", "images"),
 ]
-SHARED = {"errors", "frames", "logs", "sandbox", "settings", "__init__"}
+SHARED = {"errors", "frames", "heap", "logs", "sandbox", "settings", "__init__"}
 
 
 def modules() -> dict[str, Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from llamaserve.engine import heap
+from llamaserve import heap
 from llamaserve.engine.adapters import Adapters, FileDigest, digests_of
 from llamaserve.engine.costs import StepCosts
 from llamaserve.engine.events import (

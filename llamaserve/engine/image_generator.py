@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from llamaserve.engine.events import EngineEvent, Failed, Occupancy
-from llamaserve.engine.heap import give_back
 from llamaserve.engine.work import Work
 from llamaserve.errors import EngineError, LlamaserveError, to_value
+from llamaserve.heap import give_back
 from llamaserve.images.diffusion import Diffusion, Inputs, Pixels, Watch
 from llamaserve.images.encoding import encode, enlarged
 from llamaserve.images.values import (

@@ -13,7 +13,8 @@ from recurrent_model import write_recurrent_model
 from running_engine import RunningEngine, teacher_forced
 from sliding_model import write_sliding_model
 
-from llamaserve.engine import heap, prefix_cache, saved_prefixes, spill as spilling
+from llamaserve import heap
+from llamaserve.engine import prefix_cache, saved_prefixes, spill as spilling
 from llamaserve.engine.engine import LoadedEngine
 from llamaserve.engine.llama import Model
 from llamaserve.engine.params import Generation, LoadParams, Sampling
@@ -666,10 +667,6 @@ def test_a_limit_of_what_is_in_main_memory(lives: Lives, monkeypatch: pytest.Mon
         pass
     assert cache._spill.size > 0, "what is in the cache is saved ahead again"
     lives.running.check_books()
-
-
-def test_memory_is_given_back_by_any_c_library() -> None:
-    heap.give_back()
 
 
 @pytest.fixture(scope="module")
