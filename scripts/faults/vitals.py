@@ -29,7 +29,7 @@ _MODULES = {
 # The renderers are those of models and those of guests.
 _MOST = {API: 1, FORK_SERVER: 1, RENDERER: 4, GRAMMARS: 2, AUDIO: 2}
 _SPARE = 1  # process that waits for a model
-_WARM_UP = 2  # readings of a process, after the last of which it may not grow by much
+_WARM_UP = 2  # readings of a process at least, after the last of which it may not grow by much
 _MIB = 1024 * 1024
 
 
@@ -76,11 +76,13 @@ class Reading:
 
 @dataclass
 class Life:
-    """What was read of one process, in the order of time."""
+    """What was read of one process, in the order of time. Its warm-up takes ``warm_up`` readings."""
 
     name: str
     pid: int
     readings: list[Reading] = field(default_factory=list)
+    warm_up: int = _WARM_UP
+    warmed: bool = False  # all that a process needs once was asked of it
 
     @property
     def minutes(self) -> float:
@@ -90,7 +92,7 @@ class Life:
     @property
     def warm(self) -> Reading | None:
         """How it was after its warm-up; None: that is not over."""
-        return self.readings[_WARM_UP - 1] if len(self.readings) >= _WARM_UP else None
+        return self.readings[self.warm_up - 1] if len(self.readings) >= self.warm_up else None
 
 
 class Lives:
@@ -105,6 +107,15 @@ class Lives:
             key = (name, process.pid, process.began)
             life = self._lives.setdefault(key, Life(name, process.pid))
             life.readings.append(Reading(at, process.memory, process.files))
+
+    def warmed(self, now: Vitals) -> None:
+        """Note that all that a process needs once was asked of each before its last reading. Those that have been asked
+        before are no warmer for it.
+        """
+        for name, process in now.lasting:
+            life = self._lives[name, process.pid, process.began]
+            if not life.warmed:
+                life.warm_up, life.warmed = max(_WARM_UP, len(life.readings)), True
 
     def longest(self) -> Mapping[str, Life]:
         """Return the longest life of each kind."""

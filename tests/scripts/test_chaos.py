@@ -369,6 +369,27 @@ def test_a_process_may_grow_in_its_warm_up() -> None:
     assert lives.growth(vitals(talk=replace(TALK, memory=900.0))) == []
 
 
+def test_a_process_is_warm_once_all_that_it_needs_once_was_asked_of_it(lives: Lives) -> None:
+    grown, large = replace(TALK, memory=290.0), replace(TALK, memory=310.0)
+    lives.take(vitals(talk=grown), 90.0)
+    lives.warmed(vitals(talk=grown))
+    assert lives.growth(vitals(talk=large)) == [], "20 MiB more than when it was warm"
+    lives.take(vitals(talk=large), 120.0)
+    lives.warmed(vitals(talk=large))
+    assert lives.growth(vitals(talk=replace(TALK, memory=321.0))) == [
+        "talk (2) takes 321 MiB, and took 290 MiB after its warm-up"
+    ], "it is warm once"
+
+
+def test_a_process_that_has_just_begun_is_not_warm_yet() -> None:
+    lives = Lives()
+    lives.take(vitals(talk=TALK), 0.0)
+    lives.warmed(vitals(talk=TALK))
+    lives.take(vitals(talk=replace(TALK, memory=900.0)), 60.0)
+    assert lives.growth(vitals(talk=replace(TALK, memory=930.0))) == []
+    assert lives.growth(vitals(talk=replace(TALK, memory=931.0))) != []
+
+
 def test_the_longest_life_of_each_kind_is_known(lives: Lives) -> None:
     lives.take(vitals(talk=replace(TALK, pid=7)), 90.0)
     longest = lives.longest()
