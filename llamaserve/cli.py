@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_service, cli_usage, logs
+from llamaserve import __version__, cli_doctor, cli_keys, cli_models, cli_plan, cli_service, cli_usage, heap, logs
 from llamaserve.cli_models import fetch_model, require_local
 from llamaserve.cli_output import err, models_folder, out, print_error, read_registry
 from llamaserve.cli_settings import takes_settings
@@ -106,6 +106,7 @@ cli_service.register(app)
 
 def main() -> None:
     """Run the command line; an expected error becomes two lines and exit status 1."""
+    heap.use_one_arena()
     try:
         app()
     except LlamaserveError as error:

@@ -2,7 +2,7 @@
 was used for.
 
 glibc keeps freed memory for later, and does so apart for each of up to eight arenas per core, which threads take turns
-to use: what one thread has freed is then nothing to another. Other C libraries have no such calls.
+to use: what one thread has freed is then nothing to another. Most other C libraries have no such calls.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _PERIOD = 60.0  # seconds
 
 
 def use_one_arena() -> None:
-    """Have threads that begin from now on share the memory that is kept. It costs nothing where the interpreter's lock
-    lets one thread run at a time.
+    """Have threads share the memory that is kept, which costs little where the interpreter's lock lets one of them run
+    at a time. To be called before any has begun: an arena that is there stays in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -24,7 +24,9 @@ def use_one_arena() -> None:
 
 
 def give_back() -> None:
-    """Have the C library give back what it keeps: it takes about a millisecond for 100 MiB."""
+    """Have the C library give back what it keeps. It takes a few milliseconds for 100 MiB, in which other threads may
+    have to wait for memory.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))

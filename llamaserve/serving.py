@@ -18,7 +18,6 @@ import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
-from llamaserve import heap
 from llamaserve.api.hosts import host_problem, origin_problem
 from llamaserve.api.services import Services
 from llamaserve.app import create_app
@@ -76,7 +75,6 @@ def serve_forever(
     ``http://127.0.0.1:5000``; an error that it raises ends the server and is raised here.
     """
     AppStatus.enable_automatic_graceful_drain = False  # streams end once we say so
-    heap.use_one_arena()
     raise_limit_of_open_files()
     check_names(settings)
     tls = tls_context(settings)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Semaphore
+from threading import Semaphore
 
 import psutil
 import pytest
 from running_server import RunningServer
 
 from llamaserve import heap
+from llamaserve.app import create_app
+from llamaserve.registry.cache import cache_folder
+from llamaserve.registry.spec import load_registry
+from llamaserve.serving import make_pool
+from llamaserve.settings import Settings
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library is not glibc")
 
@@ -36,32 +44,54 @@ def arenas_of_threads(maps: str) -> int:
     return found
 
 
+_THREADS = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from llamaserve import heap
+from llamaserve.app import create_app
+from llamaserve.registry.cache import cache_folder
+from llamaserve.registry.spec import load_registry
+from llamaserve.serving import make_pool
+from llamaserve.settings import Settings
+
+if sys.argv[1] == "one":
+    heap.use_one_arena()
+together, libc = Barrier(6), ctypes.CDLL(None)
+
+
+def use(_number):
+    libc.malloc(ctypes.c_size_t(1000))
+    together.wait()
+
+
+with ThreadPoolExecutor(6) as threads:
+    list(threads.map(use, range(6)))
+print(Path("/proc/self/maps").read_text(), end="")
+"""
+
+
 @glibc
-def test_arenas_are_told_from_other_memory() -> None:
-    together = Barrier(_AT_ONCE)
-
-    def use(_number: int) -> int:
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-        kept = libc.malloc(ctypes.c_size_t(1000))
-        together.wait()
-        count = arenas_of_threads(Path("/proc/self/maps").read_text())
-        together.wait()
-        libc.free(ctypes.c_void_p(kept))
-        return count
-
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        assert min(threads.map(use, range(_AT_ONCE))) > 1
+@pytest.mark.parametrize(("how", "several"), [("each", True), ("one", False)])
+def test_threads_share_one_arena(how: str, several: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", _THREADS, how], capture_output=True, text=True, check=True, env=environment
+    )
+    assert (arenas_of_threads(done.stdout) > 1) is several
 
 
 @glibc
-def test_threads_of_a_server_keep_memory_together(tmp_path: Path) -> None:
-    (tmp_path / "models.yaml").write_text("models: {}\n")
-    with RunningServer("serve", "--models-file", str(tmp_path / "models.yaml")) as running:
-        with ThreadPoolExecutor(_AT_ONCE) as clients:
-            list(clients.map(lambda _: running.get("/v1/internal/status"), range(10 * _AT_ONCE)))
+@pytest.mark.parametrize("command", ["serve", "run"])  # of which the second may show how much is fetched, in a thread
+def test_threads_of_a_server_share_one_arena(starter_model: Path, command: str) -> None:
+    assert starter_model.is_file()
+    with RunningServer(command, environment={"LLAMASERVE_CACHE": str(cache_folder())}) as running:
         process = psutil.Process(running.get("/v1/internal/status")["pid"])
-        assert process.num_threads() > 2, "threads have answered"
+        before = process.num_threads()
+        with ThreadPoolExecutor(_AT_ONCE) as clients:
+            list(clients.map(lambda _: running.get("/v1/internal/status"), range(20 * _AT_ONCE)))
+        assert process.num_threads() > before, "threads have answered"
         assert arenas_of_threads(Path(f"/proc/{process.pid}/maps").read_text()) == 0
 
 
@@ -94,6 +124,25 @@ def test_memory_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -
         keeping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await keeping
+
+    asyncio.run(run())
+
+
+def test_this_c_library_will_do() -> None:
+    heap.give_back()
+
+
+def test_an_application_gives_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Semaphore(0)
+    monkeypatch.setattr(heap, "_PERIOD", 0.001)
+    monkeypatch.setattr(heap, "give_back", times.release)
+    (tmp_path / "models.yaml").write_text("models: {}\n")
+    settings = Settings(usage_retention=0)
+    app = create_app(settings, make_pool(settings, load_registry(tmp_path / "models.yaml"), []))
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            assert await asyncio.to_thread(times.acquire, timeout=10)
 
     asyncio.run(run())
 

@@ -96,9 +96,9 @@ class Course:
     async def _act(self, act: Act) -> None:
         self._say(f"act {act!r}")
         if act != ACTS[0]:
-            await self._round(0.0, self._warm_up)
             assert self.findings.last is not None
-            self.findings.lives.warmed(self.findings.last)
+            self.findings.lives.warm_up(self.findings.last)
+            await self._round(0.0, self._warm_up)
         dice, deadline = Dice(self.server, self._dice, act), time.monotonic() + self.plan.seconds / len(ACTS)
         while (left := deadline - time.monotonic()) > 0:
             lasting = self._lasting()

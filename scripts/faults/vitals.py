@@ -108,14 +108,14 @@ class Lives:
             life = self._lives.setdefault(key, Life(name, process.pid))
             life.readings.append(Reading(at, process.memory, process.files))
 
-    def warmed(self, now: Vitals) -> None:
-        """Note that all that a process needs once was asked of each before its last reading. Those that have been asked
-        before are no warmer for it.
+    def warm_up(self, now: Vitals) -> None:
+        """Take note that all that a process needs once is asked of those that are here ``now``: their warm-up is over
+        with their next reading. Those of which it was asked before get no warmer.
         """
         for name, process in now.lasting:
             life = self._lives[name, process.pid, process.began]
             if not life.warmed:
-                life.warm_up, life.warmed = max(_WARM_UP, len(life.readings)), True
+                life.warm_up, life.warmed = len(life.readings) + 1, True
 
     def longest(self) -> Mapping[str, Life]:
         """Return the longest life of each kind."""

@@ -370,24 +370,21 @@ def test_a_process_may_grow_in_its_warm_up() -> None:
 
 
 def test_a_process_is_warm_once_all_that_it_needs_once_was_asked_of_it(lives: Lives) -> None:
-    grown, large = replace(TALK, memory=290.0), replace(TALK, memory=310.0)
-    lives.take(vitals(talk=grown), 90.0)
-    lives.warmed(vitals(talk=grown))
-    assert lives.growth(vitals(talk=large)) == [], "20 MiB more than when it was warm"
-    lives.take(vitals(talk=large), 120.0)
-    lives.warmed(vitals(talk=large))
-    assert lives.growth(vitals(talk=replace(TALK, memory=321.0))) == [
-        "talk (2) takes 321 MiB, and took 290 MiB after its warm-up"
-    ], "it is warm once"
+    talk = {each: vitals(talk=replace(TALK, memory=float(each), files=each // 10)) for each in (270, 310, 340, 341)}
+    lives.warm_up(talk[270])
+    assert lives.growth(talk[310]) == lives.open_files(talk[310]) == [], "that is the next reading"
+    lives.take(talk[310], 90.0)
+    lives.warm_up(talk[310])
+    assert lives.growth(talk[340]) == []
+    lives.take(talk[340], 120.0)
+    assert lives.growth(talk[341]) == ["talk (2) takes 341 MiB, and took 310 MiB after its warm-up"], "it is warm once"
 
 
-def test_a_process_that_has_just_begun_is_not_warm_yet() -> None:
-    lives = Lives()
-    lives.take(vitals(talk=TALK), 0.0)
-    lives.warmed(vitals(talk=TALK))
-    lives.take(vitals(talk=replace(TALK, memory=900.0)), 60.0)
-    assert lives.growth(vitals(talk=replace(TALK, memory=930.0))) == []
-    assert lives.growth(vitals(talk=replace(TALK, memory=931.0))) != []
+def test_a_process_that_has_begun_meanwhile_is_not_warm_yet(lives: Lives) -> None:
+    old, new = vitals(talk=TALK), vitals(talk=replace(TALK, pid=7))
+    lives.warm_up(old)
+    lives.take(new, 90.0)
+    assert lives.growth(vitals(talk=replace(TALK, pid=7, memory=900.0))) == []
 
 
 def test_the_longest_life_of_each_kind_is_known(lives: Lives) -> None:
@@ -490,6 +487,7 @@ def test_a_short_run_finds_nothing_wrong(starter_model: Path, embedding_model: P
     assert found["passed"]
     assert found["rounds"] >= 6
     assert found["longest_lives"]["small"]["readings"][2:]
+    assert found["longest_lives"][API]["warmed"]
     assert found["requests"]["answered"] > 100
     assert sum(found["faults"].values()) > 10
     assert len(found["memory"]) == found["rounds"]
