@@ -1,5 +1,7 @@
 """Work on what strangers send, in child processes that are killed when a job takes too much time or memory.
 
+Time is CPU time: what a job is asked for is not to blame for a machine that is busy, or that stands still for a while.
+
 Some of it is a program (a chat template), some takes a library for ever (a grammar), and no thread can interrupt
 either. So each job goes to a process of a ``Sandbox``, which serves asyncio; ``serve`` is the other side, in the child.
 
@@ -10,6 +12,7 @@ its users' business. It knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import os
@@ -17,15 +20,19 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from llamaserve.errors import Unavailable
 from llamaserve.frames import FrameSocket, FrameStream
 
+if TYPE_CHECKING:
+    import psutil
+
 START_LIMIT = 30.0  # seconds until a process must be ready; it takes a fraction of one
-ORPHAN_LIMIT = 10  # seconds over its time after which a job ends its process, for when the parent can't: it is gone
+STALL_LIMIT = 30.0  # seconds that a job may take by the clock, beyond its CPU time
+ORPHAN_LIMIT = 40  # seconds over its time after which a job ends its process: the parent, which waits less, is gone
 OUT_OF_MEMORY = 3  # exit status of a process that had no memory left even for an answer
 
 # All that a process sees of the environment: no tokens and no keys.
@@ -34,9 +41,25 @@ _INHERITED = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", 
 # The first byte of an answer: whether its process takes more jobs.
 _READY, _SPENT = b"\0", b"\1"
 
+_TICK = 0.02  # seconds; operating systems count CPU time in steps of a hundredth
+_RETRY_AFTER = 5.0  # seconds
+
 
 class TookTooLong(Exception):
-    """The job was not done within the time limit."""
+    """The job was not done within its time; the message is how long that is, such as ``longer than 2 s``."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"longer than {limit}")
+
+
+class Budget:
+    """What several jobs may take together: ``seconds`` of CPU time. Each may wait ``turn_limit`` seconds for its turn,
+    which takes none of them.
+    """
+
+    def __init__(self, seconds: float, turn_limit: float) -> None:
+        self.seconds = self.left = seconds
+        self.turn_limit = turn_limit
 
 
 class Ended(Exception):
@@ -55,7 +78,8 @@ class Sandbox:
     """A pool of at most ``size`` processes, started when a job needs one and reused. For one event loop.
 
     Each runs ``python -m module FD``, which has to call ``serve`` with that FD. ``name`` is what a client reads of the
-    pool when it is not available. A process without a job for ``idle_limit`` seconds ends.
+    pool when it is not available. A job may take ``time_limit`` seconds of CPU time. A process without a job for
+    ``idle_limit`` seconds ends.
     """
 
     def __init__(
@@ -91,19 +115,21 @@ class Sandbox:
         async with self._slots:
             self._keep(await self._take())
 
-    async def ask(self, payload: bytes, begun: Callable[[], None] | None = None) -> bytes:
-        """Return the answer to one job. ``begun`` is called once a process has it, which may take long where all are at
-        work, or another one has to start.
+    async def ask(self, payload: bytes, budget: Budget | None = None) -> bytes:
+        """Return the answer to one job, whose time is taken from the budget.
 
         Raises ``TookTooLong``, ``OutOfMemory`` or ``Ended`` when there is none, and ``Unavailable`` when the pool is
-        closed or no process can be started.
+        closed, no process can be started, the budget's limit for a turn is over, or the machine is so busy that the job
+        does not get on.
         """
         self._check_open()
-        async with self._slots:
-            child = await self._take()
-            if begun is not None:
-                begun()
-            return await self._ask(child, payload)
+        try:
+            async with asyncio.timeout(None if budget is None else budget.turn_limit) as turn, self._slots:
+                child = await self._take()
+                turn.reschedule(None)
+                return await self._ask(child, payload, budget)
+        except TimeoutError:
+            raise Unavailable(f"too much work waits for {self._name}", retry_after=_RETRY_AFTER) from None
 
     async def aclose(self) -> None:
         """End all processes and wait until they are gone. Jobs that run or wait fail with ``Unavailable``."""
@@ -163,17 +189,24 @@ class Sandbox:
             raise
         return child
 
-    async def _ask(self, child: _Child, payload: bytes) -> bytes:
+    async def _ask(self, child: _Child, payload: bytes, budget: Budget | None) -> bytes:
         """Have one job done. Unless an answer comes in time the process ends, so no late answer meets the next job."""
-        reusable = False
+        limit, name = self._time_limit, f"{self._time_limit:g} s"
+        if budget is not None and budget.left < limit:
+            limit, name = budget.left, f"{budget.seconds:g} s in all"
+        work, reusable = _Work(child.process.pid, limit), False
         try:
-            async with asyncio.timeout(self._time_limit):
+            async with work.in_time():
                 frame = await self._exchange(child, payload)
             reusable = frame.startswith(_READY)
             return frame[1:]
         except TimeoutError:
-            raise TookTooLong from None
+            if work.seconds < limit:
+                raise Unavailable(f"{self._name} does not get on", retry_after=_RETRY_AFTER) from None
+            raise TookTooLong(name) from None
         finally:
+            if budget is not None:
+                budget.left -= work.seconds
             if reusable:
                 self._keep(child)
             else:
@@ -207,6 +240,59 @@ class Sandbox:
         ending = asyncio.create_task(child.process.wait())
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
+
+
+class _Work:
+    """One job of a process, and the CPU time that it takes: at most ``limit`` seconds."""
+
+    def __init__(self, pid: int, limit: float) -> None:
+        import psutil  # takes the child's side, which has no use for it, 9 ms of its start
+
+        self._gone = psutil.NoSuchProcess
+        self._limit = limit
+        self._seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._process: psutil.Process | None = None
+        with contextlib.suppress(self._gone):
+            self._process = psutil.Process(pid)
+        self._before = self._clock()
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken until now, or until the process was gone."""
+        self._seconds = max(self._seconds, self._clock() - self._before)
+        return self._seconds
+
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Raise ``TimeoutError`` in the block once its time is over, or it has got nowhere for long."""
+        end = asyncio.get_running_loop().time() + self._limit + STALL_LIMIT
+        try:
+            async with asyncio.timeout(None) as timeout:
+                self._look_in(self._limit, end, timeout)
+                yield
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _look_in(self, seconds: float, end: float, timeout: asyncio.Timeout) -> None:
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            left = self._limit - self.seconds
+            if left > 0 and loop.time() < end:
+                self._look_in(left, end, timeout)
+            else:
+                timeout.reschedule(0)  # which is over
+
+        self._timer = loop.call_later(max(seconds, _TICK), look)
+
+    def _clock(self) -> float:
+        if self._process is not None:
+            with contextlib.suppress(self._gone):
+                spent = self._process.cpu_times()
+                return float(spent.user + spent.system)
+        return 0.0
 
 
 class _Child:

@@ -20,6 +20,10 @@ def answer(payload: bytes) -> tuple[bytes, bool]:
             return str(os.getpid()).encode(), False
         case b"sleep":
             time.sleep(float(rest))
+        case b"work":
+            end = time.process_time() + float(rest)
+            while time.process_time() < end:
+                pass
     return rest, order == b"last"
 
 

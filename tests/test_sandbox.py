@@ -6,17 +6,21 @@ import asyncio
 import os
 import signal
 import socket
+import time
 
 import pytest
+import uvloop
 
 from llamaserve import sandbox
 from llamaserve.errors import Unavailable
 from llamaserve.frames import FrameSocket
-from llamaserve.sandbox import ORPHAN_LIMIT, Ended, OutOfMemory, Sandbox
+from llamaserve.sandbox import ORPHAN_LIMIT, STALL_LIMIT, Budget, Ended, OutOfMemory, Sandbox, TookTooLong
 
 
-def pool(module: str = "sandbox_child", *, size: int = 1, idle_limit: float | None = None) -> Sandbox:
-    return Sandbox(module, "the test's sandbox", size=size, time_limit=5, idle_limit=idle_limit)
+def pool(
+    module: str = "sandbox_child", *, size: int = 1, time_limit: float = 5, idle_limit: float | None = None
+) -> Sandbox:
+    return Sandbox(module, "the test's sandbox", size=size, time_limit=time_limit, idle_limit=idle_limit)
 
 
 @pytest.mark.parametrize("size", [0, 1, 20_000_000])
@@ -96,6 +100,102 @@ def test_a_process_that_works_is_not_without_work() -> None:
             assert box.pids
 
     asyncio.run(scenario())
+
+
+def test_a_job_that_works_too_long_is_ended() -> None:
+    async def scenario() -> None:
+        async with pool(time_limit=0.3) as box:
+            first = await box.ask(b"pid")
+            with pytest.raises(TookTooLong, match=r"^longer than 0\.3 s$"):
+                await box.ask(b"work 60")
+            assert await box.ask(b"pid") != first
+
+    asyncio.run(scenario())
+
+
+def test_time_in_which_a_job_does_not_work_is_none_of_its_time() -> None:
+    async def scenario() -> None:
+        async with pool(time_limit=0.2) as box:
+            assert await box.ask(b"sleep 1") == b"1"
+            (pid,) = box.pids
+            asked = asyncio.create_task(box.ask(b"work 0.05"))
+            await asyncio.sleep(0)
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(0.6)
+            os.kill(pid, signal.SIGCONT)
+            assert await asked == b"0.05"
+
+    asyncio.run(scenario())
+
+
+def test_a_job_is_not_to_blame_for_an_event_loop_that_stands_still() -> None:
+    async def scenario() -> None:
+        async with pool(time_limit=0.1) as box:
+            await box.warm()
+            asked = asyncio.create_task(box.ask(b"echo here"))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            time.sleep(0.5)  # noqa: ASYNC251 - that is the point
+            assert await asked == b"here"
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(scenario())
+
+
+def test_a_job_that_does_not_get_on_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "STALL_LIMIT", 0.2)
+
+    async def scenario() -> None:
+        async with pool(time_limit=0.2) as box:
+            first = await box.ask(b"pid")
+            with pytest.raises(Unavailable, match="the test's sandbox does not get on") as caught:
+                await box.ask(b"sleep 60")
+            assert caught.value.retry_after
+            assert await box.ask(b"pid") != first
+
+    asyncio.run(scenario())
+
+
+def test_a_budget_is_for_several_jobs() -> None:
+    async def scenario() -> None:
+        async with pool(time_limit=0.7) as box:
+            budget = Budget(1, 30)
+            await box.ask(b"sleep 0.5", budget)
+            assert budget.left > 0.9
+            await box.ask(b"work 0.4", budget)
+            assert 0.3 < budget.left < 0.7
+            with pytest.raises(TookTooLong, match=r"^longer than 1 s in all$"):
+                await box.ask(b"work 60", budget)
+            assert budget.left <= 0
+            with pytest.raises(TookTooLong, match=r"^longer than 0\.7 s$"):
+                await box.ask(b"work 60", Budget(1, 30))
+
+    asyncio.run(scenario())
+
+
+def test_a_turn_takes_nothing_of_a_budget_and_comes_within_its_limit() -> None:
+    async def scenario() -> None:
+        async with pool() as box:
+            await box.warm()
+            first = asyncio.create_task(box.ask(b"sleep 0.5"))
+            await asyncio.sleep(0)
+            patient, hasty = Budget(0.3, 30), Budget(0.3, 0.1)
+            answers = await asyncio.gather(
+                first, box.ask(b"sleep 0.2", patient), box.ask(b"echo", hasty), return_exceptions=True
+            )
+            assert answers[:2] == [b"0.5", b"0.2"]
+            assert isinstance(answers[2], Unavailable)
+            assert answers[2].message == "too much work waits for the test's sandbox"
+            assert answers[2].retry_after
+            assert patient.left > 0.2
+            assert hasty.left == 0.3
+
+    asyncio.run(scenario())
+
+
+def test_an_orphan_is_known_later_than_a_job_that_stalls() -> None:
+    assert ORPHAN_LIMIT > STALL_LIMIT
 
 
 @pytest.mark.parametrize(("time_limit", "patience"), [(0, ORPHAN_LIMIT), (119.5, 120 + ORPHAN_LIMIT)])

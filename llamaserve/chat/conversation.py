@@ -6,11 +6,9 @@ rendered; ``preparation.py`` does the rest. Knows nothing of HTTP, of tokens, or
 
 from __future__ import annotations
 
-import asyncio
-import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from llamaserve.chat.adapting import adapted
 from llamaserve.chat.form import Calls, closed, schema_of, without_look_around
@@ -25,13 +23,13 @@ from llamaserve.chat.template import RenderJob, TemplateRenderer
 from llamaserve.chat.tools import Tool, Toolbox
 from llamaserve.chat.traits import TraitFinder, Traits
 from llamaserve.engine.params import Constraint
-from llamaserve.errors import ChatTemplateError, InvalidRequest, Unavailable
+from llamaserve.errors import InvalidRequest
+from llamaserve.sandbox import Budget
 from llamaserve.worker.grammar_check import GrammarChecker
 
 Message = dict[str, Any]
-T = TypeVar("T")
 
-_PATIENCE = 4.0  # seconds for all that is rendered for one request; an ordinary chat takes a few milliseconds
+_TIME_LIMIT = 4.0  # seconds of CPU time for all that is rendered for one request; an ordinary chat takes milliseconds
 _TURN_LIMIT = 30.0  # seconds for each turn; on a busy machine a renderer that has to start may take some of them
 
 
@@ -57,15 +55,15 @@ class Conversations:
             raise InvalidRequest("a message with tool calls can't be continued", param="messages")
         own = wish.style.instruction.source is None and not wish.style.chat_template
         renderer, finder = self._own if own else self._guests
-        patience = _Patience(_PATIENCE)
-        traits = await patience.wait(functools.partial(_traits_of, wish, finder))
+        budget = Budget(_TIME_LIMIT, _TURN_LIMIT)
+        traits = await _traits_of(wish, finder, budget)
         template = _instruction(wish) or ""
         tools = [await self._closed(tool) for tool in _callable(wish.toolbox)]
         calls = call_format(template, traits).for_tools(tools)
         written = calls if isinstance(calls, JsonCalls) else HERMES
 
         async def rendered(job: RenderJob) -> str:
-            return await patience.wait(functools.partial(renderer.render, job))
+            return await renderer.render(job, budget)
 
         async def render(messages: Sequence[Message]) -> Styled:
             shown, offered = adapted(messages, traits, wish.toolbox, written)
@@ -87,7 +85,7 @@ class Conversations:
 
     async def check(self, template: str) -> None:
         """Raise ``ChatTemplateError`` for an instruction template that can't be compiled, or takes for ever."""
-        await _Patience(_PATIENCE).wait(functools.partial(self._guests[1].of, template, "", ""))
+        await self._guests[1].of(template, "", "", Budget(_TIME_LIMIT, _TURN_LIMIT))
 
     async def _closed(self, tool: Tool) -> Tool:
         """Return the tool without arguments that it does not list, if that leaves some arguments possible."""
@@ -143,12 +141,12 @@ class Conversations:
             return relaxed, f'"pattern" {left_out or ""}'
 
 
-async def _traits_of(wish: ChatWish, finder: TraitFinder, begun: Callable[[], None]) -> Traits:
+async def _traits_of(wish: ChatWish, finder: TraitFinder, budget: Budget) -> Traits:
     """Return what the template shows; a dialogue of the chat modes has no place for tools."""
     source = _instruction(wish)
     if source is None:
         return Traits()
-    return await finder.of(source, wish.model.bos_token, wish.model.eos_token, begun)
+    return await finder.of(source, wish.model.bos_token, wish.model.eos_token, budget)
 
 
 def _instruction(wish: ChatWish) -> str | None:
@@ -181,35 +179,3 @@ def call_format(template: str, traits: Traits) -> CallFormat:
         return known or HERMES
     texts = {name: getattr(derived, name) for name in ("before", "between", "after", "begin", "separator", "end")}
     return replace(known or JsonCalls("derived", "", "", ""), **texts, lone=derived.lone)
-
-
-class _Patience:
-    """The time that all templates of a request may take together. Waiting for their turn does not count: a template is
-    not to blame for others, or for a busy machine.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = self._left = seconds
-
-    async def wait(self, work: Callable[[Callable[[], None]], Awaitable[T]]) -> T:
-        """Wait for a template, with work that says when its turn has come. Raises ``ChatTemplateError`` when the time
-        is over, and ``Unavailable`` when there was no turn.
-        """
-        clock = asyncio.get_running_loop().time
-        began: float | None = None
-
-        def begin() -> None:
-            nonlocal began
-            began = clock()
-            limit.reschedule(began + self._left)
-
-        try:
-            async with asyncio.timeout(_TURN_LIMIT) as limit:
-                return await work(begin)
-        except TimeoutError:
-            if began is None:
-                raise Unavailable("too many chat templates wait for their turn", retry_after=_PATIENCE) from None
-            raise ChatTemplateError(f"the chat template took longer than {self._seconds:g} s in all") from None
-        finally:
-            if began is not None:
-                self._left -= clock() - began

@@ -9,17 +9,16 @@ It knows nothing of HTTP, of Jinja, or of where a template comes from, and has n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.errors import ChatTemplateError, ErrorValue, InvalidRequest, from_value
-from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
+from llamaserve.sandbox import Budget, Ended, OutOfMemory, Sandbox, TookTooLong
 
-TIME_LIMIT = 2.0  # seconds for one job; an ordinary template takes a few milliseconds
-GUEST_TIME_LIMIT = 1.0  # seconds for one that came with a request
+TIME_LIMIT = 2.0  # seconds of CPU time for one job; an ordinary template takes a few milliseconds
+GUEST_TIME_LIMIT = 1.0  # the same for one that came with a request
 MEMORY_LIMIT = 512  # MB of address space for one renderer process, Python included
 RESERVED = frozenset({"messages", "bos_token", "eos_token", "add_generation_prompt"})
 
@@ -54,28 +53,26 @@ class TemplateRenderer(Sandbox):
     def __init__(self, size: int = 2, *, time_limit: float = TIME_LIMIT) -> None:
         super().__init__("llamaserve.chat.renderer", "the chat template renderer", size=size, time_limit=time_limit)
 
-    async def render(self, job: RenderJob, begun: Callable[[], None] | None = None) -> str:
-        """Return the prompt text. ``begun`` is called once it is this job's turn.
+    async def render(self, job: RenderJob, budget: Budget | None = None) -> str:
+        """Return the prompt text. What that takes is taken from the budget.
 
         Raises ``ChatTemplateError`` when the template refuses the messages, fails, or takes too much time or memory;
         ``InvalidRequest`` when the variables hold a reserved name or a value that can't be passed on, or when the last
-        message is none to continue; ``Unavailable`` when the pool is closed or no process can be started.
+        message is none to continue; ``Unavailable`` as ``Sandbox.ask``.
         """
-        return (await self._answer(_encoded(job), begun)).text
+        return (await self._answer(_encoded(job), budget)).text
 
-    async def probe(self, job: ProbeJob, begun: Callable[[], None] | None = None) -> Traits:
-        """Return what a template can do. ``begun`` is called once it is this job's turn. Raises ``ChatTemplateError``
-        as above, and ``Unavailable``.
-        """
-        answer = await self._answer(msgspec.msgpack.encode(job), begun)
+    async def probe(self, job: ProbeJob, budget: Budget | None = None) -> Traits:
+        """Return what a template can do, as ``render``. Raises ``ChatTemplateError`` as above, and ``Unavailable``."""
+        answer = await self._answer(msgspec.msgpack.encode(job), budget)
         assert answer.traits is not None
         return answer.traits
 
-    async def _answer(self, payload: bytes, begun: Callable[[], None] | None) -> RenderAnswer:
+    async def _answer(self, payload: bytes, budget: Budget | None) -> RenderAnswer:
         try:
-            answer = msgspec.msgpack.decode(await self.ask(payload, begun), type=RenderAnswer)
-        except TookTooLong:
-            raise _failure(f"took longer than {self._time_limit:g} s") from None
+            answer = msgspec.msgpack.decode(await self.ask(payload, budget), type=RenderAnswer)
+        except TookTooLong as late:
+            raise _failure(f"took {late}") from None
         except OutOfMemory:
             raise _failure(f"needed more than {MEMORY_LIMIT} MB of memory") from None
         except Ended as ended:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import msgspec
+
+from llamaserve.sandbox import Budget
 
 REMEMBERED = 128  # templates
 
@@ -67,8 +68,8 @@ class ProbeJob(msgspec.Struct, frozen=True, tag=True):
 class Prober(Protocol):
     """What tries templates out: ``TemplateRenderer``."""
 
-    async def probe(self, job: ProbeJob, begun: Callable[[], None] | None = None) -> Traits:
-        """Return what a template can do; ``begun`` is called once it is this job's turn."""
+    async def probe(self, job: ProbeJob, budget: Budget | None = None) -> Traits:
+        """Return what a template can do; what that takes is taken from the budget."""
 
 
 class TraitFinder:
@@ -78,16 +79,14 @@ class TraitFinder:
         self._prober = prober
         self._known: OrderedDict[bytes, Traits] = OrderedDict()  # least recently used first
 
-    async def of(
-        self, template: str, bos_token: str, eos_token: str, begun: Callable[[], None] | None = None
-    ) -> Traits:
-        """Return a template's traits; ``begun`` is called once it is the turn of a new one. Raises
+    async def of(self, template: str, bos_token: str, eos_token: str, budget: Budget | None = None) -> Traits:
+        """Return a template's traits; what it takes to find them is taken from the budget. Raises
         ``ChatTemplateError`` when it takes too much time or memory, or can't be compiled.
         """
         job = ProbeJob(template, bos_token, eos_token)
         key = hashlib.sha256(msgspec.msgpack.encode(job)).digest()
         if key not in self._known:
-            self._known[key] = await self._prober.probe(job, begun)
+            self._known[key] = await self._prober.probe(job, budget)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)

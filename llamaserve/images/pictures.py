@@ -16,7 +16,7 @@ from llamaserve.errors import ErrorValue, InvalidRequest, from_value
 from llamaserve.images.values import PictureFile, Size
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 
-TIME_LIMIT = 20.0  # seconds for one file; a photo takes less than one
+TIME_LIMIT = 20.0  # seconds of CPU time for one file; a photo takes less than one
 IDLE_LIMIT = 900.0  # seconds after which a process without work ends
 MEMORY_LIMIT = 768  # MB of address space for one process, Python included
 MOST_PIXELS: Final = 50_000_000  # of a file
@@ -80,8 +80,8 @@ class PictureReader(Sandbox):
     async def _ask_for(self, job: PictureJob) -> Size:
         try:
             answer = msgspec.msgpack.decode(await self.ask(msgspec.msgpack.encode(job)), type=PictureAnswer)
-        except TookTooLong:
-            raise InvalidRequest(f"the picture took longer than {self._time_limit:g} s to decode") from None
+        except TookTooLong as late:
+            raise InvalidRequest(f"the picture took {late} to decode") from None
         except OutOfMemory:
             raise InvalidRequest(f"the picture needed more than {MEMORY_LIMIT} MB of memory to decode") from None
         except Ended as ended:

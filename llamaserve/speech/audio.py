@@ -16,7 +16,7 @@ from llamaserve.errors import ErrorValue, InvalidRequest, from_value
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 from llamaserve.speech.values import SAMPLE_RATE
 
-TIME_LIMIT = 120.0  # seconds for one file; an hour of audio takes a few
+TIME_LIMIT = 120.0  # seconds of CPU time for one file; an hour of audio takes a few
 IDLE_LIMIT = 900.0  # seconds after which a process without work ends; a new one takes a short request 0.15 s more
 MEMORY_LIMIT = 512  # MB of address space for one process, Python included
 TOO_MUCH_MEMORY = f"the audio needed more than {MEMORY_LIMIT} MB of memory to decode"
@@ -84,8 +84,8 @@ class AudioDecoder(Sandbox):
         job = DecodeJob(str(source), str(target), self._longest)
         try:
             answer = msgspec.msgpack.decode(await self.ask(msgspec.msgpack.encode(job)), type=DecodeAnswer)
-        except TookTooLong:
-            raise refusal(f"the audio took longer than {self._time_limit:g} s to decode") from None
+        except TookTooLong as late:
+            raise refusal(f"the audio took {late} to decode") from None
         except OutOfMemory:
             raise refusal(TOO_MUCH_MEMORY) from None
         except Ended as ended:

@@ -19,7 +19,7 @@ from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest
 from llamaserve.sandbox import Ended, OutOfMemory, Sandbox, TookTooLong
 
-TIME_LIMIT = 0.8  # seconds for one constraint; an ordinary one takes a few milliseconds
+TIME_LIMIT = 0.8  # seconds of CPU time for one constraint; an ordinary one takes a few milliseconds
 MEMORY_LIMIT = 1024  # MB of address space for one process, Python included
 REMEMBERED = 4096  # constraints that were checked; a request may bring a hundred, and half a kB is kept of each
 
@@ -80,8 +80,8 @@ class GrammarChecker(Sandbox):
         """
         try:
             answer = await self.ask(msgspec.msgpack.encode(constraint))
-        except TookTooLong:
-            raise _refusal(constraint, f" took longer than {self._time_limit:g} s to compile") from None
+        except TookTooLong as late:
+            raise _refusal(constraint, f" took {late} to compile") from None
         except Ended as ended:
             # Rust's answer to an allocation that fails is SIGABRT.
             if isinstance(ended, OutOfMemory) or ended.status == -signal.SIGABRT:

@@ -165,9 +165,9 @@ async def kill_helper(world: World) -> None:
 
 
 async def stop_helper(world: World) -> None:
-    """Have one stand still, for longer than it may take for its work."""
+    """Have one stand still, for longer than it may take for its work: that is no reason to refuse anything."""
     pid = _one(world, world.helpers(RENDERER, GRAMMARS))
-    with world.at_work("helper stopped", _HELPER_GONE):
+    with world.at_work("helper stopped"):
         await _stand_still(world, pid, 2 * _LONGEST_STOP)
 
 
