@@ -1,38 +1,36 @@
 """Work on what strangers send, in child processes that are killed when a job takes too much time or memory.
 
-Time is CPU time: what a job is asked for is not to blame for a machine that is busy, or that stands still for a while.
-
 Some of it is a program (a chat template), some takes a library for ever (a grammar), and no thread can interrupt
 either. So each job goes to a process of a ``Sandbox``, which serves asyncio; ``serve`` is the other side, in the child.
 
 A job and its answer are bytes: this module does not know what they mean, and how to tell a client that a job failed is
 its users' business. It knows nothing of HTTP.
+
+Time is CPU time, and the kernel ends a process that takes more: a job is not to blame for a machine that is busy, or
+that stands still for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import math
 import os
 import resource
 import signal
 import socket
+import struct
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Final, Self
 
 from llamaserve.errors import Unavailable
 from llamaserve.frames import FrameSocket, FrameStream
 
-if TYPE_CHECKING:
-    import psutil
-
 START_LIMIT = 30.0  # seconds until a process must be ready; it takes a fraction of one
-STALL_LIMIT = 30.0  # seconds that a job may take by the clock, beyond its CPU time
-ORPHAN_LIMIT = 40  # seconds over its time after which a job ends its process: the parent, which waits less, is gone
+STALL_LIMIT = 30.0  # seconds by the clock that a job may take beside what it works
+LEAST_SHARE = 0.1  # of a core, on average, that it must get in the rest
 OUT_OF_MEMORY = 3  # exit status of a process that had no memory left even for an answer
 
 # All that a process sees of the environment: no tokens and no keys.
@@ -41,7 +39,9 @@ _INHERITED = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", 
 # The first byte of an answer: whether its process takes more jobs.
 _READY, _SPENT = b"\0", b"\1"
 
-_TICK = 0.02  # seconds; operating systems count CPU time in steps of a hundredth
+# What a job may take stands before it, and what it took in its answer: seconds of CPU time.
+_SECONDS: Final = struct.Struct("<d")
+
 _RETRY_AFTER = 5.0  # seconds
 
 
@@ -60,6 +60,11 @@ class Budget:
     def __init__(self, seconds: float, turn_limit: float) -> None:
         self.seconds = self.left = seconds
         self.turn_limit = turn_limit
+
+    @property
+    def name(self) -> str:
+        """What it is called when it is used up."""
+        return f"{self.seconds:g} s in all"
 
 
 class Ended(Exception):
@@ -123,6 +128,8 @@ class Sandbox:
         does not get on.
         """
         self._check_open()
+        if budget is not None and budget.left <= 0:
+            raise TookTooLong(budget.name)
         try:
             async with asyncio.timeout(None if budget is None else budget.turn_limit) as turn, self._slots:
                 child = await self._take()
@@ -193,20 +200,25 @@ class Sandbox:
         """Have one job done. Unless an answer comes in time the process ends, so no late answer meets the next job."""
         limit, name = self._time_limit, f"{self._time_limit:g} s"
         if budget is not None and budget.left < limit:
-            limit, name = budget.left, f"{budget.seconds:g} s in all"
-        work, reusable = _Work(child.process.pid, limit), False
+            limit, name = budget.left, budget.name
+        reusable, took = False, limit
         try:
-            async with work.in_time():
-                frame = await self._exchange(child, payload)
+            async with asyncio.timeout(STALL_LIMIT + limit / LEAST_SHARE):
+                frame = await self._exchange(child, _SECONDS.pack(limit) + payload)
+            (seconds,) = _SECONDS.unpack_from(frame, 1)
+            if 0 <= seconds <= limit:
+                took = seconds
             reusable = frame.startswith(_READY)
-            return frame[1:]
+            return frame[1 + _SECONDS.size :]
         except TimeoutError:
-            if work.seconds < limit:
-                raise Unavailable(f"{self._name} does not get on", retry_after=_RETRY_AFTER) from None
-            raise TookTooLong(name) from None
+            raise Unavailable(f"{self._name} does not get on", retry_after=_RETRY_AFTER) from None
+        except Ended as ended:
+            if ended.status == -signal.SIGPROF:
+                raise TookTooLong(name) from None
+            raise
         finally:
             if budget is not None:
-                budget.left -= work.seconds
+                budget.left -= took
             if reusable:
                 self._keep(child)
             else:
@@ -240,59 +252,6 @@ class Sandbox:
         ending = asyncio.create_task(child.process.wait())
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
-
-
-class _Work:
-    """One job of a process, and the CPU time that it takes: at most ``limit`` seconds."""
-
-    def __init__(self, pid: int, limit: float) -> None:
-        import psutil  # takes the child's side, which has no use for it, 9 ms of its start
-
-        self._gone = psutil.NoSuchProcess
-        self._limit = limit
-        self._seconds = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._process: psutil.Process | None = None
-        with contextlib.suppress(self._gone):
-            self._process = psutil.Process(pid)
-        self._before = self._clock()
-
-    @property
-    def seconds(self) -> float:
-        """What it has taken until now, or until the process was gone."""
-        self._seconds = max(self._seconds, self._clock() - self._before)
-        return self._seconds
-
-    @contextlib.asynccontextmanager
-    async def in_time(self) -> AsyncIterator[None]:
-        """Raise ``TimeoutError`` in the block once its time is over, or it has got nowhere for long."""
-        end = asyncio.get_running_loop().time() + self._limit + STALL_LIMIT
-        try:
-            async with asyncio.timeout(None) as timeout:
-                self._look_in(self._limit, end, timeout)
-                yield
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
-
-    def _look_in(self, seconds: float, end: float, timeout: asyncio.Timeout) -> None:
-        loop = asyncio.get_running_loop()
-
-        def look() -> None:
-            left = self._limit - self.seconds
-            if left > 0 and loop.time() < end:
-                self._look_in(left, end, timeout)
-            else:
-                timeout.reschedule(0)  # which is over
-
-        self._timer = loop.call_later(max(seconds, _TICK), look)
-
-    def _clock(self) -> float:
-        if self._process is not None:
-            with contextlib.suppress(self._gone):
-                spent = self._process.cpu_times()
-                return float(spent.user + spent.system)
-        return 0.0
 
 
 class _Child:
@@ -329,18 +288,17 @@ def _ended(status: int) -> Ended:
 # What follows runs in the child.
 
 
-def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limit: int, time_limit: float = 0) -> int:
+def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limit: int) -> int:
     """Answer the jobs that come through the inherited socket ``fd``, and return the exit status of the process.
 
     ``answer`` returns an answer, and whether the process is spent: then it ends, since its memory is used up.
-    ``memory_limit`` is the MB of address space of the whole process, Python included. The time limit is the parent's
-    business; one of more than a few seconds is told here too, for jobs whose parent is gone.
+    ``memory_limit`` is the MB of address space of the whole process, Python included.
     """
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)  # for the parent, which then closes the socket
     _limit_memory(memory_limit)
     try:
-        answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer, time_limit)
+        answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer)
     except ConnectionError:
         return 0  # the parent went away in the middle of a frame
     except MemoryError:
@@ -348,19 +306,21 @@ def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limi
     return 0
 
 
-def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool]], time_limit: float = 0) -> None:
+def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool]]) -> None:
     """Answer jobs until the parent closes the socket or the process is spent."""
     gc.freeze()  # the modules' objects stay for good; without them a collection takes well under a millisecond
     frames.write(b"")
-    patience = math.ceil(time_limit) + ORPHAN_LIMIT
-    while (payload := frames.read()) is not None:
-        signal.alarm(patience)  # the signal's default action ends the process even inside one long C call
-        result, spent = answer(payload)
-        frames.write((_SPENT if spent else _READY) + result)
-        signal.alarm(0)
+    while (frame := frames.read()) is not None:
+        (limit,) = _SECONDS.unpack_from(frame)
+        before = time.process_time()
+        # The signal's default action ends the process even inside one long C call, and when the parent is gone.
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        result, spent = answer(frame[_SECONDS.size :])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        frames.write((_SPENT if spent else _READY) + _SECONDS.pack(time.process_time() - before) + result)
         if spent:
             return
-        del payload, result
+        del frame, result
         gc.collect()  # what a job left in cycles, such as a traceback's, can hold much memory
 
 

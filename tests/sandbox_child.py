@@ -12,6 +12,10 @@ from llamaserve.sandbox import serve
 def answer(payload: bytes) -> tuple[bytes, bool]:
     order, _, rest = payload.partition(b" ")
     match order:
+        case b"lie":
+            now = time.process_time()
+            time.process_time = lambda: now + float(rest)
+            return b"true", True
         case b"exit":
             os._exit(int(rest))
         case b"forget":

@@ -22,7 +22,7 @@ from llamaserve.chat.tools import toolbox
 from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.doctor.findings import Finding, command, note, ok, problem, warning
 from llamaserve.doctor.llama import NoAnswer, Question, Vocabulary
-from llamaserve.errors import ChatTemplateError, InvalidRequest
+from llamaserve.errors import ChatTemplateError, InvalidRequest, Unavailable
 
 Message = dict[str, Any]
 Read = Callable[[Question], Vocabulary]
@@ -58,7 +58,10 @@ async def lint(name: str, template: ModelTemplate, read: Read, port: int, render
     """Return what there is to say of a model's template. ``read`` asks the model's vocabulary; the commands that are
     proposed send requests to ``port``.
     """
-    return await _Lint(name, template, read, port, renderer).findings()
+    try:
+        return await _Lint(name, template, read, port, renderer).findings()
+    except Unavailable as error:
+        return [warning(name, f"its chat template could not be tried: {error.message}", command("doctor"))]
 
 
 class _Lint:

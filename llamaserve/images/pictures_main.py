@@ -21,7 +21,6 @@ from llamaserve.images.pictures import (
     MEMORY_LIMIT,
     MOST_PIXELS,
     SLIMMEST,
-    TIME_LIMIT,
     Look,
     PictureAnswer,
     PictureJob,
@@ -142,7 +141,7 @@ def main(fd: int) -> int:
     """Run the process and return its exit status."""
     warnings.simplefilter("ignore")  # of what is odd in a file, which nobody would read
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
-    return serve(fd, answer, memory_limit=MEMORY_LIMIT, time_limit=TIME_LIMIT)
+    return serve(fd, answer, memory_limit=MEMORY_LIMIT)
 
 
 if __name__ == "__main__":

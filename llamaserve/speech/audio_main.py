@@ -31,7 +31,6 @@ from llamaserve.errors import LlamaserveError, Unavailable, to_value
 from llamaserve.sandbox import serve
 from llamaserve.speech.audio import (
     MEMORY_LIMIT,
-    TIME_LIMIT,
     TOO_MUCH_MEMORY,
     Audio,
     DecodeAnswer,
@@ -255,7 +254,7 @@ def _is_text(head: bytes) -> bool:
 
 def main(fd: int) -> int:
     """Run the process and return its exit status."""
-    return serve(fd, answer, memory_limit=MEMORY_LIMIT, time_limit=TIME_LIMIT)
+    return serve(fd, answer, memory_limit=MEMORY_LIMIT)
 
 
 if __name__ == "__main__":

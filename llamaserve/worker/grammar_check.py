@@ -75,8 +75,8 @@ class GrammarChecker(Sandbox):
         return self._verdicts[key]
 
     async def _judge(self, constraint: Constraint) -> Verdict:
-        """Have a constraint compiled. Raises ``InvalidRequest`` where a limit came before the answer: that is not
-        remembered, since the machine may have been busy.
+        """Have a constraint compiled. Raises ``InvalidRequest`` where a limit came before the answer, which is not
+        remembered, and ``Unavailable`` as ``Sandbox.ask``.
         """
         try:
             answer = await self.ask(msgspec.msgpack.encode(constraint))

@@ -437,7 +437,7 @@ def test_a_hostile_template_is_refused_soon_and_costs_little(server: RunningServ
     body = {"messages": HELLO, "max_tokens": 1, field: BOMBS[name], **TEMPLATE_FIELDS[field]}
     begin = time.monotonic()
     assert_error(server.post(CHAT, body), 400, "chat_template_error", field)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 10
 
 
 def test_what_a_template_refuses_are_the_messages(server: RunningServer) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -416,7 +417,7 @@ def check_hostile(source: str, time_limit: float, reason: str) -> None:
             before = own_memory()
             started = time.monotonic()
             assert reason in await failure(pool, job(source))
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 10
             assert own_memory() - before < 50_000_000
             assert not pool.pids
             assert await pool.render(job(TYPED)) == RENDERED["typed"][1]
@@ -688,13 +689,18 @@ class Process:
 
 def decoded(reply: bytes) -> tuple[RenderAnswer, bool]:
     """Return the answer in a frame, and whether the process is spent."""
-    return msgspec.msgpack.decode(reply[1:], type=RenderAnswer), reply[0] == 1
+    return msgspec.msgpack.decode(reply[9:], type=RenderAnswer), reply[0] == 1
+
+
+def encoded(done: RenderJob, seconds: float = 10.0) -> bytes:
+    """Return the frame of a job that may take so long."""
+    return struct.pack("<d", seconds) + msgspec.msgpack.encode(done)
 
 
 def test_the_process_ignores_interrupts_and_leaves_at_end_of_file() -> None:
     process = Process()
     process.popen.send_signal(signal.SIGINT)
-    process.frames.write(msgspec.msgpack.encode(job("{{ bos_token }}")))
+    process.frames.write(encoded(job("{{ bos_token }}")))
     reply = process.frames.read()
     assert reply is not None
     assert decoded(reply) == (RenderAnswer(text="<s>"), False)
@@ -704,7 +710,7 @@ def test_the_process_ignores_interrupts_and_leaves_at_end_of_file() -> None:
 
 def test_the_process_leaves_quietly_when_the_parent_is_gone_before_the_answer() -> None:
     process = Process()
-    process.frames.write(msgspec.msgpack.encode(job("{% for i in range(99999) %}{% endfor %}" * 5 + "x" * 9999)))
+    process.frames.write(encoded(job("{% for i in range(99999) %}{% endfor %}" * 5 + "x" * 9999)))
     process.frames.close()
     assert process.popen.wait(5) == 0
 
@@ -713,8 +719,8 @@ def serve_job(monkeypatch: pytest.MonkeyPatch, done: RenderJob) -> tuple[RenderA
     """Run the process's loop here, for one job."""
     ours, theirs = socket.socketpair()
     frames, peer = FrameSocket(ours), FrameSocket(theirs)
-    frames.write(msgspec.msgpack.encode(done))
-    monkeypatch.setattr(signal, "alarm", lambda seconds: 0)
+    frames.write(encoded(done))
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: (0.0, 0.0))
     ours.shutdown(socket.SHUT_WR)
     try:
         sandbox.answer_jobs(peer, renderer.answer_bytes)
@@ -740,17 +746,7 @@ def test_the_loop_ends_when_the_memory_is_used_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_orphan_ends_by_itself() -> None:
-    """One second instead of ``ORPHAN_LIMIT``: what counts is that a job sets the alarm, and that the alarm ends it."""
-    code = (
-        "import sys; from llamaserve import sandbox; sandbox.ORPHAN_LIMIT = 1; "
-        "from llamaserve.chat import renderer; "
-        "sys.exit(renderer.main(int(sys.argv[1])))"
-    )
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        command = [sys.executable, "-c", code, str(theirs.fileno())]
-        popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=sandbox.environment())
-        frames = FrameSocket(ours)
-        frames.write(msgspec.msgpack.encode(job(ENDLESS["power"])))
-        assert popen.wait(20) == -signal.SIGALRM
-        frames.close()
+    process = Process()
+    process.frames.write(encoded(job(ENDLESS["power"]), 0.5))
+    assert process.popen.wait(20) == -signal.SIGPROF
+    process.frames.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from string import ascii_letters, digits
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from llamaserve.chat.renderer import answer
 from llamaserve.chat.template import TemplateRenderer
 from llamaserve.chat.traits import CallTexts, ProbeJob, TraitFinder, Traits
 from llamaserve.errors import ChatTemplateError
+from llamaserve.sandbox import Budget
 
 
 def probe(template: str, eos: str = "<eos>") -> Traits:
@@ -399,7 +399,7 @@ class Prober:
     def __init__(self) -> None:
         self.asked: list[ProbeJob] = []
 
-    async def probe(self, job: ProbeJob, begun: Callable[[], None] | None = None) -> Traits:
+    async def probe(self, job: ProbeJob, budget: Budget | None = None) -> Traits:
         self.asked.append(job)
         if job.template == "broken":
             raise ChatTemplateError("it is broken", param="messages")

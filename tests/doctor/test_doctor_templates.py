@@ -13,10 +13,13 @@ from published_templates import BOS, PUBLISHED
 
 from llamaserve.chat.modes import ModelTemplate
 from llamaserve.chat.template import TemplateRenderer
+from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.doctor import template_lint
 from llamaserve.doctor.findings import Finding, Level
 from llamaserve.doctor.llama import NoAnswer, Question, Vocabulary
 from llamaserve.doctor.template_lint import Read, lint
+from llamaserve.errors import Unavailable
+from llamaserve.sandbox import Budget
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -111,6 +114,20 @@ def test_a_template_that_cannot_be_rendered() -> None:
 def test_a_template_that_takes_for_ever() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert fault(loop, "took longer than", seconds=0.5).level is Level.PROBLEM
+
+
+def test_a_template_that_could_not_be_tried() -> None:
+    class Stalled(TemplateRenderer):
+        async def probe(self, job: ProbeJob, budget: Budget | None = None) -> Traits:
+            raise Unavailable("the chat template renderer does not get on")
+
+    async def found() -> list[Finding]:
+        async with Stalled() as renderer:
+            return await lint("model", ModelTemplate(CHATML, "", ""), lambda _: Vocabulary(), 5000, renderer)
+
+    (finding,) = checked(asyncio.run(found()))
+    assert finding.level is Level.WARNING
+    assert "could not be tried: the chat template renderer does not get on" in finding.message
 
 
 def test_a_template_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

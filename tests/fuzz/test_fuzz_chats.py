@@ -18,7 +18,7 @@ from running_server import RunningServer
 CHAT = "/v1/chat/completions"
 PATHS = (CHAT, CHAT, "/v1/internal/chat-prompt")
 FAULTS = {"internal_error", "engine_crashed", "engine_error", "model_quarantined", "time_limit_exceeded"}
-HANGS = 30  # seconds
+HANGS = 90  # seconds; more than a template may take to get on
 SHORT = 120  # examples
 
 

@@ -536,7 +536,7 @@ def test_a_file_that_takes_too_long(tmp_path: Path) -> None:
             await decoder.warm()
             started = time.monotonic()
             assert await client.outcome(LONG_FLAC) == "file: the audio took longer than 0.2 s to decode"
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 5
             assert not decoder.pids
 
     asyncio.run(scenario())

@@ -16,6 +16,7 @@ import pytest
 from llamaserve.engine.grammar import words
 from llamaserve.engine.params import Constraint
 from llamaserve.errors import InvalidRequest, Unavailable
+from llamaserve.sandbox import Budget
 from llamaserve.worker import grammar_check
 from llamaserve.worker.grammar_check import GrammarChecker, Verdict
 from llamaserve.worker.grammar_check_main import verdict
@@ -126,7 +127,7 @@ def test_a_schema_that_takes_minutes_is_given_up_and_the_next_is_checked() -> No
             first = checker.pids
             started = time.monotonic()
             assert await refusal(checker, BOMB) == "response_format took longer than 0.8 s to compile"
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < 5  # of which the machine may use the most for other things
             assert not checker.pids
             await checker.check(GOOD["object"])
             assert not checker.pids & first
@@ -208,9 +209,9 @@ class Counting(GrammarChecker):
 
     asked = 0
 
-    async def ask(self, payload: bytes) -> bytes:
+    async def ask(self, payload: bytes, budget: Budget | None = None) -> bytes:
         self.asked += 1
-        return await super().ask(payload)
+        return await super().ask(payload, budget)
 
 
 def test_what_was_checked_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
