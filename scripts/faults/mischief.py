@@ -27,7 +27,7 @@ from faults.clients import Crowd
 from faults.journal import Journal
 from faults.questions import CHAT_MODEL, HUGE_MODEL, SMALL_MODEL, VECTOR_MODEL, Question
 from faults.server import ENDED, Down, Refused, Server, models_text
-from faults.vitals import AUDIO, FORK_SERVER, GRAMMARS, MODEL, RENDERER, role_of, session
+from faults.vitals import AUDIO, FORK_SERVER, GRAMMARS, MODEL, RENDERER, role_of, session, unborn
 from llamaserve.errors import KeysError
 from llamaserve.keys.key_file import create_key, revoke_key
 from llamaserve.keys.keyring import Limits
@@ -39,6 +39,7 @@ _ENDING = Excuses(frozenset({"unavailable", "model_not_loaded"}), ending=True)
 _LONGEST_STOP = 5.0  # seconds for which a process stands still
 _DISK_SECONDS = 4.0  # more than the ledger waits between two attempts
 _JUMPS, _CLOCK_SECONDS = 3, 3.0  # how often, and for how long each; libfaketime looks once a second
+_FORK_SECONDS = 2.0  # a fork becomes another program within milliseconds
 _KEY_SECONDS = 30.0  # until a key must count, or count no more
 _SMALL_FILE = 4096  # bytes
 _ATTEMPTS = 20  # to lock a file that is written all the time
@@ -406,17 +407,37 @@ async def jump(world: World) -> None:
     own, since a false clock makes it several times slower.
     """
     async with _ledger_in_order(world):
-        await _restart(world, false_clock=True)
+        helping = asyncio.create_task(_end_stuck_forks(world))
         try:
+            await _restart(world, false_clock=True)
             for _ in range(_JUMPS):
                 with world.at_work("clock jump"):
                     seconds = world.random.choice((-1, 1)) * math.exp(world.random.uniform(0, 18))
                     world.server.folders.clock.write_text(f"{seconds:+.0f}")
                     await asyncio.sleep(_CLOCK_SECONDS)
+            world.server.folders.clock.write_text("+0")
+            await asyncio.sleep(_CLOCK_SECONDS)
+            await _restart(world)
         finally:
             world.server.folders.clock.write_text("+0")
-        await asyncio.sleep(_CLOCK_SECONDS)
-        await _restart(world)
+            helping.cancel()
+            await asyncio.gather(helping, return_exceptions=True)
+
+
+async def _end_stuck_forks(world: World) -> None:
+    """End processes that libfaketime keeps from becoming what they are to be, and the server with them, which waits for
+    that: it waits itself, for ever, for a lock that another thread had when they were forked.
+    """
+    before: set[int] = set()
+    while True:
+        await asyncio.sleep(_FORK_SECONDS)
+        leader = world.server.leader
+        stuck = set(unborn(leader)) if leader is not None and world.server.false_clock else set()
+        for pid in stuck & before:
+            with world.at_work("stuck fork of libfaketime", Excuses(frozenset({"unavailable"}))):
+                _signal(pid, signal.SIGKILL)
+                await asyncio.sleep(0.1)
+        before = stuck
 
 
 async def change_keys(world: World) -> None:

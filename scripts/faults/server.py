@@ -128,7 +128,7 @@ class Folders:
 
 class Server:
     """A server that comes and goes. ``secrets`` are its keys by name, ``bugs`` unforeseen errors in its log, ``humble``
-    begins its command where it would have more rights than a user has.
+    begins its command where it would have more rights than a user has. ``false_clock``: its clock may be wrong.
     """
 
     def __init__(self, root: Path, weights: Weights, faketime: Path | None) -> None:
@@ -137,6 +137,7 @@ class Server:
         self.faketime = faketime
         self.humble = _humble()
         self.starts = 0
+        self.false_clock = False
         self.bugs: list[str] = []
         self.words: deque[str] = deque(maxlen=_WORDS)
         self._ready = asyncio.Event()
@@ -160,6 +161,11 @@ class Server:
         if self._process is None or not self._ready.is_set() or self._process.returncode is not None:
             raise Down("the server is not running", time.monotonic())
         return self._process.pid
+
+    @property
+    def leader(self) -> int | None:
+        """Its first process, if it was ever started."""
+        return None if self._process is None else self._process.pid
 
     @property
     def lives(self) -> bool:
@@ -204,6 +210,7 @@ class Server:
             limit=_LONGEST_LINE,
         )
         self.starts += 1
+        self.false_clock = false_clock
         self._reader = asyncio.create_task(self._read(self._process))
         ready = asyncio.ensure_future(self._ready.wait())
         await asyncio.wait({ready, self._reader}, timeout=START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
@@ -222,7 +229,7 @@ class Server:
         status: int | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_LIMIT):
-                status = await self._process.wait()
+                status = await _status(self._process)
         return status, await self._end()
 
     async def kill(self) -> list[int]:
@@ -231,7 +238,7 @@ class Server:
         self._ready.clear()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        await self._process.wait()
+        await _status(self._process)
         return await self._end()
 
     async def _end(self) -> list[int]:
@@ -281,6 +288,13 @@ class Server:
         if answer.status_code != 200:
             raise Refused(answer.status_code, answer.text)
         return answer.json() if answer.headers["content-type"].startswith("application/json") else answer.text
+
+
+async def _status(process: asyncio.subprocess.Process) -> int:
+    """Wait for its end; ``wait`` waits until nobody has its output open, too, in Python 3.11."""
+    while (status := process.returncode) is None:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    return status
 
 
 def _humble() -> list[str]:

@@ -156,6 +156,18 @@ def session(leader: int) -> Iterator[psutil.Process]:
                 yield process
 
 
+def unborn(leader: int) -> list[int]:
+    """Return the processes that the first one has forked, and that have not become what they are to be."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        words = psutil.Process(leader).cmdline()
+        for process in session(leader):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.pid != leader and process.cmdline() == words:
+                    found.append(process.pid)
+    return found
+
+
 def role_of(process: psutil.Process, leader: int) -> str:
     """Return what a process is for."""
     if process.pid == leader:

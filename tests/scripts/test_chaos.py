@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 
 import chaos
 import pytest
+from faults import server as server_module
 from faults.answers import Answer, Failure, StreamReader, Usage, documented, problem_with, read_body
 from faults.calendar import NOTHING, Calendar, Excuses
 from faults.journal import Entry, Journal
@@ -26,7 +29,7 @@ from faults.questions import Question, questions
 from faults.recording import speech
 from faults.rows import Row, check_rows, check_sums, read_rows
 from faults.server import BUG, Server, Weights
-from faults.vitals import API, MODEL, RENDERER, Lives, Process, Vitals, files_in, superfluous
+from faults.vitals import API, MODEL, RENDERER, Lives, Process, Vitals, files_in, superfluous, unborn
 from usage_records import made
 
 from llamaserve.usage.database import Database
@@ -385,6 +388,39 @@ def test_a_process_that_has_begun_meanwhile_is_not_warm_yet(lives: Lives) -> Non
     lives.warm_up(old)
     lives.take(new, 90.0)
     assert lives.growth(vitals(talk=replace(TALK, pid=7, memory=900.0))) == []
+
+
+def test_a_fork_that_becomes_nothing_is_known() -> None:
+    program = "import os, time\nprint(os.fork(), flush=True)\ntime.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as popen:
+        try:
+            assert popen.stdout is not None
+            said = {int(popen.stdout.readline()) for _ in range(2)} - {0}
+            assert unborn(popen.pid) == list(said)
+        finally:
+            os.killpg(popen.pid, signal.SIGKILL)
+    assert unborn(popen.pid) == []
+
+
+def test_a_server_can_be_killed_though_others_have_its_output_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_ENDING", 0.2)
+
+    async def run() -> None:
+        server = Server(tmp_path, Weights(tmp_path, tmp_path, None), None)
+        server._process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", "sleep 60 & echo $!; wait"), stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        assert server._process.stdout is not None
+        other = int(await server._process.stdout.readline())
+        server._reader = asyncio.create_task(server._read(server._process))
+        async with asyncio.timeout(20):
+            assert await server.kill() == [other]
+
+    asyncio.run(run())
 
 
 def test_the_longest_life_of_each_kind_is_known(lives: Lives) -> None:
