@@ -20,7 +20,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
@@ -30,7 +29,7 @@ from llamaserve.frames import FrameSocket, FrameStream
 
 START_LIMIT = 30.0  # seconds until a process must be ready; it takes a fraction of one
 STALL_LIMIT = 30.0  # seconds by the clock that a job may take beside what it works
-LEAST_SHARE = 0.1  # of a core, on average, that it must get in the rest
+LEAST_SHARE = 0.25  # of a core, on average, that it must get in the rest
 OUT_OF_MEMORY = 3  # exit status of a process that had no memory left even for an answer
 
 # All that a process sees of the environment: no tokens and no keys.
@@ -296,6 +295,8 @@ def serve(fd: int, answer: Callable[[bytes], tuple[bytes, bool]], *, memory_limi
     """
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)  # for the parent, which then closes the socket
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which a parent may have left otherwise
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _limit_memory(memory_limit)
     try:
         answer_jobs(FrameSocket(socket.socket(fileno=fd)), answer)
@@ -310,18 +311,24 @@ def answer_jobs(frames: FrameSocket, answer: Callable[[bytes], tuple[bytes, bool
     """Answer jobs until the parent closes the socket or the process is spent."""
     gc.freeze()  # the modules' objects stay for good; without them a collection takes well under a millisecond
     frames.write(b"")
-    while (frame := frames.read()) is not None:
-        (limit,) = _SECONDS.unpack_from(frame)
-        before = time.process_time()
-        # The signal's default action ends the process even inside one long C call, and when the parent is gone.
+    while (payload := frames.read()) is not None:
+        (limit,), payload = _SECONDS.unpack_from(payload), payload[_SECONDS.size :]
+        before = _worked()
+        # The signal's default action ends the process even inside one long C call, also when the parent is gone.
         signal.setitimer(signal.ITIMER_PROF, limit)
-        result, spent = answer(frame[_SECONDS.size :])
+        result, spent = answer(payload)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        frames.write((_SPENT if spent else _READY) + _SECONDS.pack(time.process_time() - before) + result)
+        frames.write((_SPENT if spent else _READY) + _SECONDS.pack(_worked() - before) + result)
         if spent:
             return
-        del frame, result
+        del payload, result
         gc.collect()  # what a job left in cycles, such as a traceback's, can hold much memory
+
+
+def _worked() -> float:
+    """Return the seconds of CPU time of this process; ``time.process_time`` stands still while a timer runs."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _limit_memory(limit: int) -> None:

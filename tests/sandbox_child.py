@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from llamaserve import sandbox
 from llamaserve.sandbox import serve
 
 
@@ -13,8 +14,8 @@ def answer(payload: bytes) -> tuple[bytes, bool]:
     order, _, rest = payload.partition(b" ")
     match order:
         case b"lie":
-            now = time.process_time()
-            time.process_time = lambda: now + float(rest)
+            now = sandbox._worked()
+            sandbox._worked = lambda: now + float(rest)
             return b"true", True
         case b"exit":
             os._exit(int(rest))

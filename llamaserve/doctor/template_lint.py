@@ -7,7 +7,6 @@ read with the model's own vocabulary. What llamaserve makes up for by itself is 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -23,11 +22,13 @@ from llamaserve.chat.traits import ProbeJob, Traits
 from llamaserve.doctor.findings import Finding, command, note, ok, problem, warning
 from llamaserve.doctor.llama import NoAnswer, Question, Vocabulary
 from llamaserve.errors import ChatTemplateError, InvalidRequest, Unavailable
+from llamaserve.sandbox import Budget
 
 Message = dict[str, Any]
 Read = Callable[[Question], Vocabulary]
 
-_SLOW = 0.2  # seconds; ordinary templates take some milliseconds
+_SLOW = 0.2  # seconds of CPU time; ordinary templates take some milliseconds
+_MOST = 60.0  # seconds, more than a renderer grants
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "quokkasystem", "firstquokka", "quokkaanswer", "secondquokka"
 _RESULT = "quokkaresult"
 _TOOLS = [
@@ -81,9 +82,9 @@ class _Lint:
         try:
             job = ProbeJob(source, self._template.bos_token, self._template.eos_token)
             traits = await self._renderer.probe(job)
-            start = time.monotonic()
-            prompt = await self._show([_said("user", _FIRST)], prompt=True)
-            seconds = time.monotonic() - start
+            budget = Budget(_MOST, _MOST)
+            prompt = await self._show([_said("user", _FIRST)], prompt=True, budget=budget)
+            seconds = budget.seconds - budget.left
         except ChatTemplateError as error:
             return [problem(self._name, f"{error.message}: chats fail", self._instead(self._vocabulary("", "")))]
         answered = await self._shown([_said("user", _FIRST), _said("assistant", _ANSWER)])
@@ -116,7 +117,12 @@ class _Lint:
     # ---- what it writes ------------------------------------------------------------------------------------------
 
     async def _show(
-        self, messages: Sequence[Message], *, prompt: bool = False, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        budget: Budget | None = None,
     ) -> str:
         job = RenderJob(
             self._template.source or "",
@@ -126,7 +132,7 @@ class _Lint:
             prompt,
             variables={"tools": tools} if tools is not None else {},
         )
-        return await self._renderer.render(job)
+        return await self._renderer.render(job, budget)
 
     async def _shown(self, messages: Sequence[Message]) -> str | None:
         """Return a conversation; None where the template refuses it."""

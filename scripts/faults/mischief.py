@@ -40,6 +40,7 @@ _LONGEST_STOP = 5.0  # seconds for which a process stands still
 _DISK_SECONDS = 4.0  # more than the ledger waits between two attempts
 _JUMPS, _CLOCK_SECONDS = 3, 3.0  # how often, and for how long each; libfaketime looks once a second
 _FORK_SECONDS = 2.0  # a fork becomes another program within milliseconds
+_STUCK = "fork that libfaketime held up"
 _KEY_SECONDS = 30.0  # until a key must count, or count no more
 _SMALL_FILE = 4096  # bytes
 _ATTEMPTS = 20  # to lock a file that is written all the time
@@ -407,9 +408,16 @@ async def jump(world: World) -> None:
     own, since a false clock makes it several times slower.
     """
     async with _ledger_in_order(world):
-        helping = asyncio.create_task(_end_stuck_forks(world))
+        stuck, helping = world.journal.calendar.counts[_STUCK], asyncio.create_task(_end_stuck_forks(world))
         try:
-            await _restart(world, false_clock=True)
+            try:
+                await _restart(world, false_clock=True)
+            except RuntimeError:
+                if world.journal.calendar.counts[_STUCK] == stuck:
+                    raise
+                with world.at_work("SIGTERM", _ENDING):
+                    await world.server.start()
+                return
             for _ in range(_JUMPS):
                 with world.at_work("clock jump"):
                     seconds = world.random.choice((-1, 1)) * math.exp(world.random.uniform(0, 18))
@@ -421,12 +429,13 @@ async def jump(world: World) -> None:
         finally:
             world.server.folders.clock.write_text("+0")
             helping.cancel()
-            await asyncio.gather(helping, return_exceptions=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                await helping
 
 
 async def _end_stuck_forks(world: World) -> None:
-    """End processes that libfaketime keeps from becoming what they are to be, and the server with them, which waits for
-    that: it waits itself, for ever, for a lock that another thread had when they were forked.
+    """End forks of the server that libfaketime keeps from becoming other programs: it waits in them for a lock that
+    another thread had, for ever, and the server waits for them.
     """
     before: set[int] = set()
     while True:
@@ -434,7 +443,7 @@ async def _end_stuck_forks(world: World) -> None:
         leader = world.server.leader
         stuck = set(unborn(leader)) if leader is not None and world.server.false_clock else set()
         for pid in stuck & before:
-            with world.at_work("stuck fork of libfaketime", Excuses(frozenset({"unavailable"}))):
+            with world.at_work(_STUCK, Excuses(frozenset({"unavailable", "engine_crashed", "model_quarantined"}))):
                 _signal(pid, signal.SIGKILL)
                 await asyncio.sleep(0.1)
         before = stuck

@@ -251,8 +251,9 @@ class Server:
         for pid in (*left, leader):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        await self._process.wait()
-        await self._reader
+        await _status(self._process)
+        await asyncio.wait({self._reader}, timeout=_ENDING)
+        self._reader.cancel()  # somebody else has its output
         return [pid for pid in left if pid != leader]
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:

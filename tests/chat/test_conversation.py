@@ -58,7 +58,7 @@ def test_all_templates_of_a_request_have_one_budget() -> None:
     assert first.turn_limit == conversation._TURN_LIMIT
 
 
-def test_templates_that_take_too_long_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instruction_template_is_tried_within_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "_TIME_LIMIT", 0.25)
 
     async def run() -> None:

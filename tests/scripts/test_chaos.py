@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -13,14 +14,16 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chaos
+import psutil
 import pytest
-from faults import server as server_module
+from faults import mischief, server as server_module
 from faults.answers import Answer, Failure, StreamReader, Usage, documented, problem_with, read_body
 from faults.calendar import NOTHING, Calendar, Excuses
 from faults.journal import Entry, Journal
@@ -390,18 +393,41 @@ def test_a_process_that_has_begun_meanwhile_is_not_warm_yet(lives: Lives) -> Non
     assert lives.growth(vitals(talk=replace(TALK, pid=7, memory=900.0))) == []
 
 
-def test_a_fork_that_becomes_nothing_is_known() -> None:
-    program = "import os, time\nprint(os.fork(), flush=True)\ntime.sleep(60)"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as popen:
+@pytest.fixture
+def forking() -> Iterator[tuple[int, int]]:
+    """A process, and the one that it has forked."""
+    program = "import os, time\nif child := os.fork():\n    print(child, flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as popen:
         try:
             assert popen.stdout is not None
-            said = {int(popen.stdout.readline()) for _ in range(2)} - {0}
-            assert unborn(popen.pid) == list(said)
+            yield popen.pid, int(popen.stdout.readline())
         finally:
             os.killpg(popen.pid, signal.SIGKILL)
-    assert unborn(popen.pid) == []
+
+
+def test_a_fork_that_becomes_nothing_is_known(forking: tuple[int, int]) -> None:
+    parent, child = forking
+    assert unborn(parent) == [child]
+    assert unborn(child) == []
+
+
+@pytest.mark.parametrize("false_clock", [True, False])
+def test_a_fork_that_libfaketime_holds_up_is_ended(
+    forking: tuple[int, int], monkeypatch: pytest.MonkeyPatch, false_clock: bool
+) -> None:
+    monkeypatch.setattr(mischief, "_FORK_SECONDS", 0.1)
+    parent, child = forking
+    server, calendar = SimpleNamespace(leader=parent, false_clock=false_clock), Calendar()
+
+    async def run() -> None:
+        world: Any = SimpleNamespace(server=server, at_work=calendar.at_work)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(mischief._end_stuck_forks(world), 1.0)
+
+    asyncio.run(run())
+    assert (psutil.Process(child).status() == psutil.STATUS_ZOMBIE) is false_clock
+    assert bool(calendar.counts[mischief._STUCK]) is false_clock
 
 
 def test_a_server_can_be_killed_though_others_have_its_output_open(
