@@ -65,8 +65,8 @@ class PictureReader(Sandbox):
     async def look(self, source: Path) -> Size:
         """Return the size of the picture in a file, turned as it is meant to be seen.
 
-        Raises ``InvalidRequest`` when there is none, or it is too large or too slim, and ``Unavailable`` when the pool
-        is closed or no process can be started.
+        Raises ``InvalidRequest`` when there is none, or it is too large or too slim, and ``Unavailable`` as
+        ``Sandbox.ask``.
         """
         return await self._ask_for(Look(str(source)))
 

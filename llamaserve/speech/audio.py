@@ -78,7 +78,7 @@ class AudioDecoder(Sandbox):
         """Write the audio of ``source`` to ``target``: raw samples, 16 bits, little-endian, mono, 16,000 a second.
 
         Raises ``InvalidRequest`` when there is none, when it can't be decoded or is too long, or takes too much time or
-        memory, and ``Unavailable`` when the pool is closed, no process can be started, or ``target`` can't be written.
+        memory, and ``Unavailable`` as ``Sandbox.ask``, or when ``target`` can't be written.
         What is in ``target`` then means nothing.
         """
         job = DecodeJob(str(source), str(target), self._longest)

@@ -44,7 +44,7 @@ class GrammarChecker(Sandbox):
         """Return when the constraint can be compiled. What was found out lately, good or bad, is not tried again.
 
         Raises ``InvalidRequest`` when it, or a part of it, is wrong or takes too much time or memory, and
-        ``Unavailable`` when the pool is closed or no process can be started.
+        ``Unavailable`` as ``Sandbox.ask``.
         """
         for each in (*constraint.parts, constraint):
             if (fault := (await self._verdict(each)).fault) is not None:

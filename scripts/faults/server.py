@@ -253,7 +253,10 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
         await _status(self._process)
         await asyncio.wait({self._reader}, timeout=_ENDING)
-        self._reader.cancel()  # somebody else has its output
+        if self._reader.done():
+            self._reader.result()
+        else:
+            self._reader.cancel()  # somebody else has its output open
         return [pid for pid in left if pid != leader]
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
