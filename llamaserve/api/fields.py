@@ -28,14 +28,16 @@ class RequestFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    _numbers: ClassVar[frozenset[str]]  # all names of the fields that are numbers
+    _names: ClassVar[frozenset[str]]  # all names of all fields
+    _numbers: ClassVar[frozenset[str]]  # those of the fields that are numbers
 
     _given: Mapping[str, Any] = PrivateAttr({})
     _filled: frozenset[str] = PrivateAttr(frozenset())
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Note which fields are numbers."""
+        """Note the names of the fields, and which are numbers."""
+        cls._names = frozenset(called for name in cls.model_fields for called in names_of(cls, name))
         numbers = (name for name, field in cls.model_fields.items() if _is_number(field.annotation))
         cls._numbers = frozenset(called for name in numbers for called in names_of(cls, name))
 
@@ -44,7 +46,8 @@ class RequestFields(BaseModel):
     def _under_the_names_given(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(values, dict):
             return validate(values)
-        given = {name: value for name, value in values.items() if value is not None}
+        unknown = values.keys() - cls._names if cls.model_config["extra"] == "forbid" else ()
+        given = {name: value for name, value in values.items() if value is not None or name in unknown}
         if wrong := [name for name in cls._numbers & given.keys() if isinstance(given[name], bool)]:
             raise ValidationError.from_exception_data(cls.__name__, [_no_number(name, given[name]) for name in wrong])
         try:
@@ -90,7 +93,9 @@ class RequestFields(BaseModel):
 
 
 class StrictFields(RequestFields):
-    """Base of requests that change something as a whole, where a field that is not known is likely misspelt."""
+    """Base of requests that change something as a whole, where a field that is not known is likely misspelt, even one
+    that is null.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -405,6 +405,7 @@ def test_a_model_is_loaded_and_unloaded_by_the_other_name_of_the_field(server: R
     ("body", "param"),
     [
         ({"modle": SECOND}, "modle"),
+        ({"modle": None}, "modle"),
         ({"name": SECOND}, "name"),
         ({"model_name": SECOND, "model": FIRST}, "model"),
         ({"model_name": SECOND, "force": True}, "force"),

@@ -52,10 +52,14 @@ REFUSED = re.compile(
             r"parallel_tool_calls can't be true|is for texts, and input",
             # The order of messages, and the JSON in them
             r"^messages\[\d+\]\.(tool_call_id|name|function_call)|arguments (is no JSON|holds|has|must)",
+            r"^only a last message of the assistant's can be continued",
             # Texts in languages of their own: Jinja, GBNF, regular expressions, JSON schemas; and characters
             r"the turn must have <\|user\|>|the (chat|instruction) template|template: ",
+            r"replaces a part of a template in five keys, which",
             r"^(grammar|grammar_string|guided_grammar|regex|guided_regex|structured_outputs|response_format): ",
             r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
+            # What must come next has a character that the model has no token for.
+            r"^the answer can't be kept to its form: .* forced bytes: got",
             r"^dry_sequence_breakers: must be a list of strings, or the inside",
             r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
             # Paths that end with a line break, and bodies over the limit, which is a small one here
@@ -66,6 +70,8 @@ REFUSED = re.compile(
             r"the file is (empty|text|no|a)|the audio |the picture ",
             # What is not deleted, and settings of models
             r"lies outside the models folder|^(args|settings)[.:]",
+            # An update of what is being fetched without
+            r"is being fetched as models\.lock says",
             # Periods, and what usage is grouped by
             r"should be a date|is no moment|the period ends|is none of day",
         )
