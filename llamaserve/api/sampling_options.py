@@ -68,9 +68,12 @@ def quoted_texts(value: Any) -> Any:
         return value
     text = value.strip()
     try:
-        return json.loads(text if text.startswith("[") else f"[{text}]")
+        texts = json.loads(text if text.startswith("[") else f"[{text}]")
     except (ValueError, RecursionError):
-        raise ValueError('must be a list of strings, or the inside of a JSON list: "\\n", ":"') from None
+        texts = [None]
+    if not all(isinstance(each, str) for each in texts):
+        raise ValueError('must be a list of strings, or the inside of a JSON list: "\\n", ":"')
+    return texts
 
 
 def _check_breakers(breakers: list[str]) -> list[str]:

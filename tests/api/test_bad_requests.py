@@ -74,7 +74,7 @@ WRONG_TYPES = [
     *(("stream_options", value) for value in ("x", [], 5, {"include_usage": "x"}, {"include_usage": []})),
     *(("sampler_priority", value) for value in (5, {}, [5], ["nothing"], "top_k,nothing", "kz")),
     *(("custom_token_bans", value) for value in (5, {}, ["x"], "1,x", [1.5], [-1], "49152", [2**31])),
-    *(("dry_sequence_breakers", value) for value in (5, {}, [5], '"a', "a", [""], ["x" * 41], ["x"] * 33, ["\0"])),
+    *(("dry_sequence_breakers", value) for value in (5, {}, [5], '"a', "a", "5", [""], ["x" * 41], ["x"] * 33, ["\0"])),
     *((name, value) for name in ("preset", "preset_mode") for value in (5, [], {}, "nothing", "../simple-1", "\0")),
     *((name, value) for name in ("do_sample", "ban_eos_token", "strict") for value in ("x", [], {}, 7)),
     *(("logit_bias", value) for value in ([[1]], [["a", 1]], [[1, 2, 3]], [[49152, False]], [[1, "x"]])),

@@ -60,7 +60,7 @@ REFUSED = re.compile(
             r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
             # What must come next has a character that the model has no token for.
             r"^the answer can't be kept to its form: .* forced bytes: got",
-            r"^dry_sequence_breakers: must be a list of strings, or the inside",
+            r"^dry_sequence_breakers: (must be a list of strings, or the inside|a breaker must have)",
             r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
             # Paths that end with a line break, and bodies over the limit, which is a small one here
             r"^the path ends with a line break|^the request body is larger than",
