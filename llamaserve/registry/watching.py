@@ -33,11 +33,11 @@ async def watch(pool: ModelPool, interval: float = INTERVAL) -> None:
         now = await asyncio.to_thread(_signature, pool)
         if now == seen and (now != taken or pool.reloads != reloads):
             taken = now
+            reloads = pool.reloads + 1  # with this one, and without those that come meanwhile
             try:
                 await pool.reload()
             except Exception:
                 logger.exception("the list of models could not be reloaded")
-            reloads = pool.reloads
         seen = now
 
 

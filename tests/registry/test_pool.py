@@ -40,6 +40,7 @@ from llamaserve.registry.model_events import ModelEvent
 from llamaserve.registry.pool import ModelPool
 from llamaserve.registry.saved_prefixes import SavedPrefixes
 from llamaserve.registry.spec import load_registry
+from llamaserve.registry.watching import watch
 from llamaserve.worker.supervisor import Status
 
 DEFAULTS = "context: 256, parallel: 2, batch: 64, spill: 0, threads: 2"
@@ -608,6 +609,35 @@ def test_files_of_the_models_folder_are_served_by_their_names(tmp_path: Path, st
         await house.pool.reload()
         with pytest.raises(ModelNotFound):
             house.pool.get("one")
+
+    run(pool_of(models, ROOMY, folder=folder), test)
+
+
+def test_a_file_that_another_reload_found_while_the_watcher_reloaded_does_not_stay(
+    tmp_path: Path, starter_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = models_yaml(tmp_path, starter_model, "a")
+    folder = tmp_path / "models"
+    folder.mkdir()
+
+    async def test(house: House) -> None:
+        plain = house.pool.reload
+
+        async def reload() -> None:
+            monkeypatch.setattr(house.pool, "reload", plain)
+            await plain()
+            short = folder / "short.gguf"
+            short.symlink_to(starter_model)
+            await plain()
+            assert "short.gguf" in [model.name for model in house.pool.models]
+            short.unlink()
+
+        monkeypatch.setattr(house.pool, "reload", reload)
+        watching = asyncio.create_task(watch(house.pool, interval=0.02))
+        await asyncio.sleep(0.1)
+        (folder / "long.gguf").symlink_to(starter_model)
+        await until(lambda: [model.name for model in house.pool.models] == ["a", "long.gguf"], 10)
+        watching.cancel()
 
     run(pool_of(models, ROOMY, folder=folder), test)
 
