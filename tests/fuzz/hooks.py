@@ -58,10 +58,10 @@ REFUSED = re.compile(
             r"replaces a part of a template in five keys, which",
             r"^(grammar|grammar_string|guided_grammar|regex|guided_regex|structured_outputs|response_format): ",
             r"^(json_schema|guided_json|guided_choice|tools\[\d+\]|functions\[\d+\])[\w.]*: ",
-            # What must come next has a character that the model has no token for.
-            r"^the answer can't be kept to its form: .* forced bytes: got",
             r"^dry_sequence_breakers: (must be a list of strings, or the inside|a breaker must have)",
             r"^chat_template_kwargs|must not contain (the character|characters)|is half of a surrogate pair",
+            # What must come next has a character that the model has no token for.
+            r"^the answer can't be kept to its form: .* forced bytes: got",
             # Paths that end with a line break, and bodies over the limit, which is a small one here
             r"^the path ends with a line break|^the request body is larger than",
             # Durations of more than thirty years, and texts that are too long together
